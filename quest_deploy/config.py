@@ -1,0 +1,159 @@
+"""One frozen dataclass per stage: validated when made, written into the stage's manifest.
+
+Every violation found in one configuration is reported in one :class:`ConfigError`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from quest_deploy.errors import ConfigError
+
+Target = Literal["onnxruntime", "tensorrt", "tensorrt-rtx"]
+Mode = Literal["int8", "none"]
+Backend = Literal["torch", "onnxruntime", "tensorrt", "tensorrt-rtx"]
+TensorRTBackend = Literal["tensorrt", "tensorrt-rtx"]
+
+TARGETS: tuple[str, ...] = get_args(Target)
+MODES: tuple[str, ...] = get_args(Mode)
+BACKENDS: tuple[str, ...] = get_args(Backend)
+TENSORRT_BACKENDS: tuple[str, ...] = get_args(TensorRTBackend)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A configuration as plain JSON types, for manifests."""
+    return dataclasses.asdict(config)
+
+
+def raise_if_any(problems: list[str], what: str) -> None:
+    """Raise one :class:`ConfigError` that lists every problem."""
+    if problems:
+        raise ConfigError(f"{what}: " + "; ".join(problems))
+
+
+def one_of(problems: list[str], name: str, value: object, allowed: tuple[str, ...]) -> None:
+    """Note a problem where `value` is not one of `allowed`."""
+    if value not in allowed:
+        problems.append(f"{name} is {value!r}, expected one of {', '.join(allowed)}")
+
+
+def at_least(problems: list[str], minimum: float, **values: float) -> None:
+    """Note a problem for each named value below `minimum` (a NaN is below)."""
+    problems.extend(
+        f"{name} is {value}, expected at least {minimum:g}"
+        for name, value in values.items()
+        if not value >= minimum
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """How a model or checkpoint becomes ONNX."""
+
+    target: Target = "onnxruntime"
+    mode: Mode = "int8"
+    opset: int = 21
+
+    def __post_init__(self) -> None:
+        problems: list[str] = []
+        one_of(problems, "target", self.target, TARGETS)
+        one_of(problems, "mode", self.mode, MODES)
+        if self.opset not in (21, 22, 23):
+            problems.append(f"opset is {self.opset}, expected 21, 22 or 23")
+        raise_if_any(problems, "export")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShapeRange:
+    """Minimum, optimum and maximum of one dynamic dimension of an optimization profile."""
+
+    min: int
+    opt: int
+    max: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min <= self.opt <= self.max:
+            raise ConfigError(
+                f"shape range {self.min}..{self.opt}..{self.max}: expected 1 <= min <= opt <= max"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildConfig:
+    """How ONNX becomes TensorRT engines. `batch` counts images; guidance doubles it for the denoiser.
+
+    `height` and `width` are in pixels; None means the model's own size.
+    """
+
+    backend: TensorRTBackend = "tensorrt-rtx"
+    batch: ShapeRange = field(default_factory=lambda: ShapeRange(min=1, opt=1, max=4))
+    height: ShapeRange | None = None
+    width: ShapeRange | None = None
+    timing_cache: str | None = None
+
+    def __post_init__(self) -> None:
+        problems: list[str] = []
+        one_of(problems, "backend", self.backend, TENSORRT_BACKENDS)
+        raise_if_any(problems, "build-engine")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    """One text-to-image request. Image `i` of prompt `p` has seed `seed + p * num_images + i`."""
+
+    prompts: tuple[str, ...]
+    negative_prompt: str = ""
+    steps: int = 25
+    guidance_scale: float = 7.5
+    scheduler: str | None = None
+    seed: int = 0
+    num_images: int = 1
+    height: int | None = None
+    width: int | None = None
+    batch_size: int = 4
+
+    def __post_init__(self) -> None:
+        problems: list[str] = []
+        if not self.prompts:
+            problems.append("no prompt was given")
+        at_least(problems, 1, steps=self.steps, num_images=self.num_images, batch_size=self.batch_size)
+        at_least(problems, 0, guidance_scale=self.guidance_scale, seed=self.seed)
+        for name in ("height", "width"):
+            value = getattr(self, name)
+            if value is not None and (value < 8 or value % 8):
+                problems.append(f"{name} is {value}, expected a positive multiple of 8 pixels")
+        raise_if_any(problems, "generate")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParityConfig:
+    """Which prompts two artifacts are compared on, and how. `prompts` empty means the packaged held-out list."""
+
+    prompts: tuple[str, ...] = ()
+    num_prompts: int = 16
+    steps: int = 25
+    guidance_scale: float = 3.0
+    scheduler: str | None = None
+    seed: int = 0
+    batch_size: int = 8
+    budget: str | None = None
+
+    def __post_init__(self) -> None:
+        problems: list[str] = []
+        at_least(problems, 1, num_prompts=self.num_prompts, steps=self.steps, batch_size=self.batch_size)
+        at_least(problems, 0, guidance_scale=self.guidance_scale, seed=self.seed)
+        raise_if_any(problems, "parity")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProgressEvent:
+    """How far a stage is: `completed` of `total` units of `stage`, with the latest figures."""
+
+    stage: str
+    completed: int
+    total: int
+    message: str = ""
+    metrics: Mapping[str, float] = field(default_factory=dict)

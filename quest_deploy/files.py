@@ -1,0 +1,232 @@
+"""Files that can be trusted: streaming hashes, atomic JSON, and storage errors in the user's words."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import logging
+import math
+import os
+import re
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from quest_deploy.errors import ArtifactError
+
+logger = logging.getLogger(__name__)
+
+CHUNK_BYTES = 1 << 20
+CACHE_ENTRIES = 4096
+# A file changed twice within one tick of the file system's clock keeps its mtime: a digest taken that soon after
+# the last change is not remembered (git calls this a racy entry).
+RACY_NS = 1_000_000_000
+
+PICKLE_SUFFIXES = (".ckpt", ".pth", ".pt", ".bin", ".pkl")
+
+_NEXT_STEP = {
+    errno.ENOSPC: "the disk is full; free some space or choose another output directory",
+    errno.EDQUOT: "the disk quota is used up; free some space or choose another output directory",
+    errno.EFBIG: "the file-size limit is reached; raise it (`ulimit -f unlimited`) or choose another file system",
+    errno.EROFS: "the file system is read-only; choose another output directory",
+    errno.EACCES: "permission denied; check the owner and mode of the directory or choose another one",
+    errno.EPERM: "permission denied; check the owner and mode of the directory or choose another one",
+    errno.ENOTDIR: "a part of the path is a file, expected a directory; choose another path",
+    errno.EISDIR: "it is a directory, expected a file; choose another path",
+    errno.ENOENT: "it does not exist; check the path",
+    errno.ENAMETOOLONG: "the name is too long for this file system; choose a shorter one",
+    errno.EIO: "the device reported an error; check the disk and try again",
+}
+
+
+def storage_error(error: BaseException, path: Path) -> ArtifactError | None:
+    """Say what the operating system refused, or None where `error` is not about storage.
+
+    safetensors is written in Rust and reports ``... (os error 28)`` in an exception that is no OSError.
+    """
+    code: int | None = None
+    where: Any = path
+    if isinstance(error, OSError):
+        code, where = error.errno, error.filename or path
+    elif type(error).__name__ == "SafetensorError" and (
+        match := re.search(r"\(os error (\d+)\)", str(error))
+    ):
+        code = int(match[1])
+    if code not in _NEXT_STEP:
+        return None
+    return ArtifactError(f"cannot use '{os.fsdecode(where)}': {_NEXT_STEP[code]}")
+
+
+@contextlib.contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turn the errors of the operating system in the body into an :class:`ArtifactError` about `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise storage_error(error, path) or ArtifactError(f"cannot use '{path}': {error.strerror}") from error
+
+
+def refuse_pickle(path: Path) -> None:
+    """Refuse a file that only unpickling could open, since unpickling runs whatever code the file holds."""
+    if path.suffix.lower() in PICKLE_SUFFIXES:
+        target = path.with_suffix(".safetensors").name
+        raise ArtifactError(
+            f"'{path}' is a pickle ({path.suffix}), which can run any code when it is opened; expected safetensors. "
+            'If you trust its source, convert it in a sandbox: python -c "import torch, safetensors.torch as st; '
+            f"w = torch.load('{path.name}', weights_only=True); st.save_file(w.get('state_dict', w), '{target}')\""
+        )
+
+
+def hash_file(path: Path) -> str:
+    """Hex sha256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with storage_errors(path), open(path, "rb") as stream:
+        while chunk := stream.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def hash_mapping(value: Mapping[str, Any]) -> str:
+    """Hex sha256 of a JSON object, whatever the order of its keys."""
+    text = json.dumps(_plain(value), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def hash_directory(path: Path) -> str:
+    """Hex sha256 over the names and contents of a directory's files; hidden files and directories are left out.
+
+    Symbolic links are followed: the hub's cache keeps models as links to blobs.
+    """
+    if path.is_file():
+        return hash_file(path)
+    with remembered_digests() as digest_of:
+        files = {name: digest_of(path / name, False) for name in list_files(path) if not _is_hidden(name)}
+    if not files:
+        raise ArtifactError(f"'{path}' holds no files to hash; check the path")
+    return hash_mapping(files)
+
+
+def list_files(path: Path) -> list[str]:
+    """Sorted names of all files below `path`, relative to it, with forward slashes."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    names = []
+    with storage_errors(path):
+        for folder, _, files in os.walk(path, onerror=fail):
+            names.extend(Path(folder, name).relative_to(path).as_posix() for name in files)
+    return sorted(names)
+
+
+def _is_hidden(name: str) -> bool:
+    return any(part.startswith(".") for part in name.split("/"))
+
+
+def digest_cache_path() -> Path:
+    """Where digests are remembered, by the XDG base directory specification."""
+    root = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(root) if os.path.isabs(root) else Path.home() / ".cache") / "quest-deploy" / "digests.json"
+
+
+class DigestCache:
+    """sha256 of files already hashed, by device, inode, size, mtime and ctime in ns."""
+
+    def __init__(self, known: dict[str, str]) -> None:
+        self.known = known
+        self.changed = False
+
+    def __call__(self, path: Path, verify: bool) -> str:
+        """Digest of `path`; with `verify`, of its bytes as they are now."""
+        with storage_errors(path):
+            stat = path.stat()
+        key = ":".join(
+            str(part) for part in (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+        )
+        if not verify and key in self.known:
+            return self.known[key]
+        digest = hash_file(path)
+        if time.time_ns() - stat.st_mtime_ns > RACY_NS and self.known.get(key) != digest:
+            self.known[key] = digest
+            self.changed = True
+        return digest
+
+
+@contextlib.contextmanager
+def remembered_digests() -> Iterator[DigestCache]:
+    """Digests from the user's cache; new ones are added to it at the end. A cache that cannot be used is ignored."""
+    path = digest_cache_path()
+    known: dict[str, str] = {}
+    try:
+        content = read_json(path)
+        known = {key: value for key, value in content.items() if isinstance(value, str) and len(value) == 64}
+    except (ArtifactError, AttributeError) as error:
+        logger.debug("no remembered digests: %s", error)
+    cache = DigestCache(known)
+    yield cache
+    if cache.changed:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, dict(list(known.items())[-CACHE_ENTRIES:]))
+        except (ArtifactError, OSError) as error:
+            logger.debug("digests are not remembered: %s", error)
+
+
+def _plain(value: Any) -> Any:
+    """`value` in JSON's own types. JSON has no infinity or NaN: they become null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    return value
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON (sorted keys, indented, newline at the end; infinity and NaN as null), all of it or nothing."""
+    text = json.dumps(_plain(value), sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    with storage_errors(path):
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as stream:
+                stream.write(text)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.chmod(temporary, 0o666 & ~_umask())
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON file; corrupt or truncated input is an :class:`ArtifactError` that says where it breaks."""
+    with storage_errors(path):
+        data = path.read_bytes()
+    try:
+        return json.loads(data.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ArtifactError(
+            f"'{path}' is not text: byte {error.start} of {len(data)} is not UTF-8; the file is corrupt, make it again"
+        ) from error
+    except (json.JSONDecodeError, RecursionError) as error:
+        at = f" at line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise ArtifactError(
+            f"'{path}' is not valid JSON: {error.args[0]}{at}, {len(data)} bytes read; "
+            "the file is corrupt or truncated, make it again"
+        ) from error
+
+
+def _umask() -> int:
+    # The only way to read the mask is to set it.
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask

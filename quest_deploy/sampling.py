@@ -1,0 +1,158 @@
+"""Noise, guidance, and the one denoising loop that calibration, generation and parity share.
+
+Plain functions on tensors; nothing here knows whether the denoiser is torch, ONNX Runtime or TensorRT. On the torch
+backend the latents equal those of diffusers' ``StableDiffusionPipeline.__call__`` bit for bit, which fixes the order of
+every operation below.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quest_deploy.errors import ConfigError
+
+Denoise = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(sample [b, c, h, w], timestep [1], encoder_hidden_states [b, l, d]) -> noise prediction [b, c, h, w]."""
+
+SCHEDULERS = {
+    "ddim": "DDIMScheduler",
+    "ddpm": "DDPMScheduler",
+    "pndm": "PNDMScheduler",
+    "lms": "LMSDiscreteScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler-ancestral": "EulerAncestralDiscreteScheduler",
+    "heun": "HeunDiscreteScheduler",
+    "dpm++": "DPMSolverMultistepScheduler",
+    "dpm++-single": "DPMSolverSinglestepScheduler",
+    "deis": "DEISMultistepScheduler",
+    "unipc": "UniPCMultistepScheduler",
+}
+"""Short names; the diffusers class names are accepted as well."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of the loop, as callbacks see it.
+
+    Attributes:
+        index: Position in the schedule, from 0.
+        timestep: 0-d tensor.
+        latents: What the denoiser was given before guidance doubled it, [n, c, h, w].
+        noise_pred: The guided prediction, [n, c, h, w].
+    """
+
+    index: int
+    timestep: Tensor
+    latents: Tensor
+    noise_pred: Tensor
+
+
+def make_scheduler(name: str | None, config: Any) -> Any:
+    """A fresh diffusers scheduler with the model's noise schedule.
+
+    Args:
+        name: A short name, a diffusers class name, or None for the model's own scheduler.
+        config: The scheduler configuration of the model.
+
+    Raises:
+        ConfigError: the name is unknown.
+    """
+    import diffusers
+
+    class_name = config["_class_name"] if name is None else SCHEDULERS.get(name.lower(), name)
+    if class_name not in {*SCHEDULERS.values(), config["_class_name"]}:
+        known = ", ".join(SCHEDULERS)
+        raise ConfigError(
+            f"scheduler {name!r} is unknown; choose one of {known} or the diffusers class name of one"
+        )
+    return getattr(diffusers, class_name).from_config(config)
+
+
+def initial_noise(seeds: Sequence[int], shape: tuple[int, int, int]) -> Tensor:
+    """Unit Gaussian noise, one CPU generator a seed, so that a seed means the same noise at any batch size.
+
+    Args:
+        seeds: One for each image.
+        shape: Channels, height and width of the latents.
+
+    Returns:
+        float32 [n, c, h, w].
+    """
+    draws = [torch.randn((1, *shape), generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return torch.cat(draws)
+
+
+def guide(noise_pred: Tensor, guidance_scale: float) -> Tensor:
+    """Classifier-free guidance: [2n, c, h, w] (negative prompts first) -> [n, c, h, w]."""
+    negative, positive = noise_pred.chunk(2)
+    return negative + guidance_scale * (positive - negative)
+
+
+def predict_noise(
+    denoise_fn: Denoise,
+    latents: Tensor,
+    timestep: Tensor,
+    positive: Tensor,
+    negative: Tensor,
+    guidance_scale: float,
+) -> Tensor:
+    """The guided noise prediction of `latents` [n, c, h, w], which are already scaled for the timestep.
+
+    Guidance up to 1 needs no second branch, as in diffusers.
+    """
+    timestep = timestep.reshape(1)
+    if guidance_scale <= 1:
+        return denoise_fn(latents, timestep, positive)
+    both = denoise_fn(torch.cat([latents] * 2), timestep, torch.cat([negative, positive]))
+    return guide(both, guidance_scale)
+
+
+def denoise(
+    denoise_fn: Denoise,
+    scheduler: Any,
+    noise: Tensor,
+    positive: Tensor,
+    negative: Tensor,
+    *,
+    steps: int,
+    guidance_scale: float,
+    generators: Sequence[torch.Generator] | None = None,
+    callback: Callable[[Step], None] | None = None,
+) -> Tensor:
+    """Run the whole loop.
+
+    Args:
+        denoise_fn: The denoiser, with inputs and output on the device of `noise`.
+        scheduler: A diffusers scheduler of its own for this call (it is stateful).
+        noise: Unit Gaussian noise, [n, c, h, w].
+        positive: Prompt embeddings, [n, l, d].
+        negative: Embeddings of the negative prompts, [n, l, d].
+        steps: Number of denoising steps.
+        guidance_scale: Up to 1 means no guidance.
+        generators: One for each image, for schedulers that draw noise at every step.
+        callback: Called once each step.
+
+    Returns:
+        Latents, [n, c, h, w].
+    """
+    try:
+        scheduler.set_timesteps(steps, device=noise.device)
+    except ValueError as error:
+        raise ConfigError(f"{type(scheduler).__name__} with {steps} steps: {error}") from error
+    extra = {}
+    if generators is not None and "generator" in inspect.signature(scheduler.step).parameters:
+        extra["generator"] = list(generators)
+    latents = noise * scheduler.init_noise_sigma
+    for index, timestep in enumerate(scheduler.timesteps):
+        scaled = scheduler.scale_model_input(latents, timestep)
+        noise_pred = predict_noise(denoise_fn, scaled, timestep, positive, negative, guidance_scale)
+        latents = scheduler.step(noise_pred, timestep, latents, **extra, return_dict=False)[0]
+        if callback is not None:
+            callback(Step(index, timestep, scaled, noise_pred))
+    return latents
