@@ -1,0 +1,127 @@
+"""A diffusers model on disk (or on the hub) -> its components in memory, float32, in evaluation mode."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from quest_deploy.artifacts import refuse_pickle
+from quest_deploy.errors import ModelLoadError
+from quest_deploy.model.components import Denoiser, TextEncoder, VaeDecoder, parameters_frozen
+from quest_deploy.model.spec import DENOISER, TEXT_ENCODER, VAE_DECODER, component_specs
+
+SINGLE_FILE_SUFFIX = ".safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """The parts of a text-to-image pipeline, as diffusers and transformers define them.
+
+    Attributes:
+        path: Where the model lies (for a hub id, the local snapshot).
+        text_encoder: `CLIPTextModel`.
+        tokenizer: `CLIPTokenizer`.
+        unet: `UNet2DConditionModel`; in a quantized checkpoint its layers are quantized ones.
+        vae: `AutoencoderKL`.
+        scheduler: The model's own scheduler.
+    """
+
+    path: Path
+    text_encoder: nn.Module
+    tokenizer: Any
+    unet: nn.Module
+    vae: nn.Module
+    scheduler: Any
+
+
+def load_model(source: str | Path) -> LoadedModel:
+    """Load a diffusers directory, a single-file ``.safetensors`` checkpoint, or a hub id.
+
+    Raises:
+        ModelLoadError: the source is missing, corrupt, pickled, or of an unsupported family.
+    """
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    path = Path(source)
+    refuse_pickle(path)
+    options: dict[str, Any] = {
+        "torch_dtype": torch.float32,
+        "safety_checker": None,
+        "requires_safety_checker": False,
+    }
+    try:
+        if path.is_file() and path.suffix == SINGLE_FILE_SUFFIX:
+            pipeline = StableDiffusionPipeline.from_single_file(str(path), **options)
+        else:
+            directory = path if path.is_dir() else _snapshot(str(source))
+            component_specs(directory)
+            _refuse_pickled_weights(directory)
+            pipeline = StableDiffusionPipeline.from_pretrained(
+                str(directory), use_safetensors=True, **options
+            )
+            path = directory
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+        raise ModelLoadError(
+            f"{source}: cannot be loaded ({_first_line(error)}); restore it from its source"
+        ) from error
+    except Exception as error:
+        # safetensors' own error derives from Exception alone.
+        if type(error).__name__ != "SafetensorError":
+            raise
+        raise ModelLoadError(
+            f"{source}: a weight file is corrupt ({error}); restore it from its source"
+        ) from error
+    return LoadedModel(
+        path=path,
+        text_encoder=parameters_frozen(pipeline.text_encoder),
+        tokenizer=pipeline.tokenizer,
+        unet=parameters_frozen(pipeline.unet),
+        vae=parameters_frozen(pipeline.vae),
+        scheduler=pipeline.scheduler,
+    )
+
+
+def wrap_components(model: LoadedModel) -> dict[str, nn.Module]:
+    """The components with the signatures of :func:`quest_deploy.model.spec.component_specs`, by name."""
+    return {
+        TEXT_ENCODER: parameters_frozen(TextEncoder(model.text_encoder)),
+        DENOISER: parameters_frozen(Denoiser(model.unet)),
+        VAE_DECODER: parameters_frozen(VaeDecoder(model.vae)),
+    }
+
+
+def _refuse_pickled_weights(directory: Path) -> None:
+    for component in (TEXT_ENCODER, DENOISER, "vae"):
+        folder = directory / component
+        if not any(folder.glob("*.safetensors")):
+            for file in sorted(folder.glob("*")):
+                refuse_pickle(file)
+            raise ModelLoadError(
+                f"{folder}: holds no .safetensors weights; restore the model from its source"
+            )
+
+
+def _snapshot(source: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    unreachable = f"{source}: is neither a model directory nor a .safetensors file"
+    try:
+        return Path(
+            snapshot_download(source, ignore_patterns=["*.bin", "*.ckpt", "*.pt", "*.pth", "*.msgpack"])
+        )
+    except HFValidationError as error:
+        raise ModelLoadError(f"{unreachable}, nor a valid hub id; check the path") from error
+    except (HfHubHTTPError, OSError) as error:
+        raise ModelLoadError(
+            f"{unreachable}, and the hub does not give it ({_first_line(error)}); "
+            "check the path, or download the model first"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -1,0 +1,303 @@
+"""Quantized Linear and Conv2d with time-aware activation scales.
+
+A layer computes, with timestep group g of each sample, group scale s_g, s = min_g s_g, r_g = s / s_g and an optional
+per-input-channel row b (DESIGN §2)::
+
+    y = op(Q(x * (r_g / b)), W_q) * (1 / r_g) + bias,        W_q = Q_w(W * b)
+
+exactly the operations that it is exported as. While training, the tables follow from the learned `log_scale`, and
+W_q from the float weight; the straight-through gradient of Q together with the two multiplications is the gradient of a
+learned step size (LSQ): for values inside the range d(s_g q)/d(s_g) = q - x / s_g, outside it the clip bound.
+`freeze` turns a layer into the integers and tables that are stored and exported; no `forward` ever calibrates.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from quest_deploy.quantize.grid import (
+    channel_shape,
+    dequantize_weight,
+    quantize,
+    quantize_dequantize,
+    weight_bounds,
+)
+
+
+@dataclass
+class TimestepContext:
+    """Which timestep group each sample of the running batch belongs to; shared by all layers of one denoiser.
+
+    Attributes:
+        boundaries: float32 [G - 1], ascending: group = number of boundaries that are <= t.
+        group: int64 [n], n = 1 or the batch; set by the denoiser's pre-hook.
+    """
+
+    boundaries: Tensor
+    group: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.int64))
+
+    @property
+    def num_groups(self) -> int:
+        return self.boundaries.numel() + 1
+
+    def set_timestep(self, timestep: Tensor) -> None:
+        """Find the groups of `timestep` (0-d or [n])."""
+        boundaries = self.boundaries.to(timestep.device)
+        self.group = (timestep.reshape(-1, 1).to(torch.float32) >= boundaries).sum(dim=1)
+
+
+class ActivationQuantizer(nn.Module):
+    """Per-tensor activation quantizer, one scale for each timestep group.
+
+    Args:
+        scale: float32 [G], positive (G = 1: the same for every timestep).
+        qmin: Smallest code.
+        qmax: Largest code.
+        row: float32 [c], one divisor for each input channel, or None.
+        channel_axis: The axis of the channels in the layer's input.
+    """
+
+    def __init__(
+        self, scale: Tensor, qmin: int, qmax: int, *, row: Tensor | None = None, channel_axis: int = -1
+    ) -> None:
+        super().__init__()
+        self.qmin, self.qmax, self.channel_axis = qmin, qmax, channel_axis
+        self.log_scale = nn.Parameter(scale.to(torch.float32).log())
+        self.register_buffer("inverse_row", None if row is None else 1.0 / row)
+        self.register_buffer("row", row)
+        self.frozen = False
+
+    @property
+    def num_groups(self) -> int:
+        return self.log_scale.numel() if not self.frozen else self.ratio.numel()
+
+    def group_scale(self) -> Tensor:
+        """float32 [G]: the scale of each timestep group."""
+        return self.log_scale.detach().exp() if not self.frozen else self.stored_scale
+
+    def tables(self) -> tuple[Tensor, Tensor, Tensor]:
+        """s (0-d), r [G] and 1/r [G]."""
+        if self.frozen:
+            return self.scale, self.ratio, self.inverse_ratio
+        group_scale = self.log_scale.exp()
+        scale = group_scale.detach().min()
+        ratio = scale / group_scale
+        return scale, ratio, 1.0 / ratio
+
+    def freeze(self, group_scale: Tensor | None = None) -> None:
+        """Replace the learned scales by constant tables. `group_scale` overrides them (when loading)."""
+        stored = self.group_scale() if group_scale is None else group_scale
+        scale = stored.min()
+        ratio = scale / stored
+        del self.log_scale
+        for name, value in (
+            ("stored_scale", stored),
+            ("scale", scale),
+            ("ratio", ratio),
+            ("inverse_ratio", 1.0 / ratio),
+        ):
+            self.register_buffer(name, value.clone())
+        self.frozen = True
+
+    def forward(self, x: Tensor, group: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Quantize and dequantize `x`.
+
+        Args:
+            x: float32 [n, ...], channels on `channel_axis`.
+            group: int64 [1] or [n].
+
+        Returns:
+            Q(x * r / b), and 1/r shaped [1 or n, 1, ...] (None with a single group).
+        """
+        scale, ratio, inverse_ratio = self.tables()
+        multiplier: Tensor | None = None
+        if self.row is not None:
+            multiplier = channel_shape(self.inverse_row, x.ndim, self.channel_axis)
+        unscale: Tensor | None = None
+        if ratio.numel() > 1:
+            shape = (-1, *[1] * (x.ndim - 1))
+            rescale = ratio[group].reshape(shape)
+            unscale = inverse_ratio[group].reshape(shape)
+            multiplier = rescale if multiplier is None else rescale * multiplier
+        if multiplier is not None:
+            x = x * multiplier
+        return quantize_dequantize(x, scale, self.qmin, self.qmax), unscale
+
+
+class QuantizedLayer(nn.Module):
+    """What quantized Linear and Conv2d share: the weight grid, the float bias and the order of operations."""
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        weight_scale: Tensor,
+        weight_bits: int,
+        quantizer: ActivationQuantizer | None,
+        context: TimestepContext,
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight.detach().clone())
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+        self.weight_log_scale = nn.Parameter(weight_scale.to(torch.float32).log())
+        self.weight_bits = weight_bits
+        self.quantizer = quantizer
+        self.context = context
+        self.frozen = False
+
+    def row(self) -> Tensor | None:
+        """float32 [c_in]: the channel row that the weight absorbs."""
+        return None if self.quantizer is None else self.quantizer.row
+
+    def scaled_weight(self) -> Tensor:
+        """The float weight times the channel row, before quantization."""
+        row = self.row()
+        return self.weight if row is None else self.weight * channel_shape(row, self.weight.ndim, 1)
+
+    def weight_scale(self) -> Tensor:
+        """float32 [c_out]."""
+        return self.stored_weight_scale if self.frozen else self.weight_log_scale.exp()
+
+    def weight_codes(self) -> Tensor:
+        """int8 codes in the weight's shape."""
+        if self.frozen:
+            return self.codes
+        scale = channel_shape(self.weight_scale().detach(), self.weight.ndim, 0)
+        return quantize(self.scaled_weight().detach(), scale, *weight_bounds(self.weight_bits))
+
+    def quantized_weight(self) -> Tensor:
+        """The weight that the operation uses."""
+        if self.frozen:
+            return dequantize_weight(self.codes, self.stored_weight_scale, 0, self.weight_bits)
+        weight = self.scaled_weight()
+        if not (weight.requires_grad or self.weight_log_scale.requires_grad):
+            return self._constant_weight(weight)
+        return _learned_weight(weight, self.weight_scale(), *weight_bounds(self.weight_bits))
+
+    def _constant_weight(self, weight: Tensor) -> Tensor:
+        # Rounding an untrained weight again at every step would cost as much as the layer itself.
+        cached = self.__dict__.get("_cached_weight")
+        if cached is None or cached[0] != self.weight._version:
+            scale = channel_shape(self.weight_scale().detach(), weight.ndim, 0)
+            codes = quantize(weight.detach(), scale, *weight_bounds(self.weight_bits))
+            cached = (self.weight._version, codes.to(torch.float32) * scale)
+            self.__dict__["_cached_weight"] = cached
+        return cached[1]
+
+    def freeze(self, codes: Tensor | None = None, weight_scale: Tensor | None = None) -> None:
+        """Replace the float weight by its codes. The arguments override them (when loading)."""
+        codes = self.weight_codes() if codes is None else codes
+        scale = self.weight_scale().detach() if weight_scale is None else weight_scale
+        del self.weight, self.weight_log_scale
+        self.__dict__.pop("_cached_weight", None)
+        self.register_buffer("codes", codes.clone())
+        self.register_buffer("stored_weight_scale", scale.clone())
+        if self.quantizer is not None and not self.quantizer.frozen:
+            self.quantizer.freeze()
+        self.frozen = True
+
+    def operation(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The layer without its bias."""
+        raise TypeError(f"{type(self).__name__} does not define its operation")
+
+    def bias_shape(self) -> tuple[int, ...]:
+        """How the bias [c_out] broadcasts against the output."""
+        return (-1,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` [n, ...] -> the layer's output, as the module docstring has it."""
+        unscale: Tensor | None = None
+        if self.quantizer is not None:
+            x, unscale = self.quantizer(x, self.context.group)
+        y = self.operation(x, self.quantized_weight())
+        if unscale is not None:
+            y = y * unscale
+        return y if self.bias is None else y + self.bias.reshape(self.bias_shape())
+
+
+class QuantizedLinear(QuantizedLayer):
+    """Quantized `nn.Linear`: [n, ..., c_in] -> [n, ..., c_out]."""
+
+    @property
+    def in_features(self) -> int:
+        return (self.codes if self.frozen else self.weight).shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return (self.codes if self.frozen else self.weight).shape[0]
+
+    def operation(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvGeometry:
+    """Stride, padding, dilation and groups of a convolution."""
+
+    stride: tuple[int, int]
+    padding: tuple[int, int] | str
+    dilation: tuple[int, int]
+    groups: int
+
+
+class QuantizedConv2d(QuantizedLayer):
+    """Quantized `nn.Conv2d` with zero padding: [n, c_in, h, w] -> [n, c_out, h', w']."""
+
+    geometry: ConvGeometry
+
+    def operation(self, x: Tensor, weight: Tensor) -> Tensor:
+        g = self.geometry
+        return F.conv2d(x, weight, None, g.stride, g.padding, g.dilation, g.groups)
+
+    def bias_shape(self) -> tuple[int, ...]:
+        return (1, -1, 1, 1)
+
+
+class _LearnedRound(torch.autograd.Function):
+    """Per-channel weight quantization with LSQ gradients for the weight and its scale."""
+
+    @staticmethod
+    def forward(ctx, weight: Tensor, scale: Tensor, qmin: int, qmax: int) -> Tensor:  # type: ignore[no-untyped-def]
+        per_channel = channel_shape(scale, weight.ndim, 0)
+        ratio = weight / per_channel
+        codes = ratio.round().clamp_(qmin, qmax)
+        ctx.save_for_backward(ratio, codes)
+        ctx.bounds = (qmin, qmax)
+        return codes * per_channel
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[no-untyped-def]
+        ratio, codes = ctx.saved_tensors
+        qmin, qmax = ctx.bounds
+        inside = (ratio >= qmin) & (ratio <= qmax)
+        slope = codes - torch.where(inside, ratio, torch.zeros_like(ratio))
+        return grad * inside, (grad * slope).flatten(1).sum(1), None, None
+
+
+def _learned_weight(weight: Tensor, scale: Tensor, qmin: int, qmax: int) -> Tensor:
+    result: Tensor = _LearnedRound.apply(weight, scale, qmin, qmax)
+    return result
+
+
+def quantized_layer(
+    layer: nn.Module,
+    weight_scale: Tensor,
+    weight_bits: int,
+    quantizer: ActivationQuantizer | None,
+    context: TimestepContext,
+) -> QuantizedLayer:
+    """A quantized layer with the weights of an `nn.Linear` or `nn.Conv2d`."""
+    arguments = (layer.weight, layer.bias, weight_scale, weight_bits, quantizer, context)
+    if isinstance(layer, nn.Linear):
+        return QuantizedLinear(*arguments)
+    if not isinstance(layer, nn.Conv2d):
+        raise TypeError(f"got a {type(layer).__name__}, expected nn.Linear or nn.Conv2d")
+    conv = QuantizedConv2d(*arguments)
+    conv.geometry = ConvGeometry(
+        stride=layer.stride, padding=layer.padding, dilation=layer.dilation, groups=layer.groups
+    )
+    return conv
