@@ -10,7 +10,7 @@ import logging
 import math
 import os
 import re
-import tempfile
+import secrets
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -103,8 +103,8 @@ def hash_directory(path: Path) -> str:
     """
     if path.is_file():
         return hash_file(path)
-    with remembered_digests() as digest_of:
-        files = {name: digest_of(path / name, False) for name in list_files(path) if not _is_hidden(name)}
+    with remembered_digests() as cache:
+        files = {name: cache.digest(path / name) for name in list_files(path) if not is_hidden(name)}
     if not files:
         raise ArtifactError(f"'{path}' holds no files to hash; check the path")
     return hash_mapping(files)
@@ -116,14 +116,15 @@ def list_files(path: Path) -> list[str]:
     def fail(error: OSError) -> None:
         raise error
 
-    names = []
+    names: list[str] = []
     with storage_errors(path):
         for folder, _, files in os.walk(path, onerror=fail):
             names.extend(Path(folder, name).relative_to(path).as_posix() for name in files)
     return sorted(names)
 
 
-def _is_hidden(name: str) -> bool:
+def is_hidden(name: str) -> bool:
+    """Whether a part of a relative name starts with a dot."""
     return any(part.startswith(".") for part in name.split("/"))
 
 
@@ -140,12 +141,19 @@ class DigestCache:
         self.known = known
         self.changed = False
 
-    def __call__(self, path: Path, verify: bool) -> str:
+    def digest(self, path: Path, *, verify: bool = False) -> str:
         """Digest of `path`; with `verify`, of its bytes as they are now."""
         with storage_errors(path):
             stat = path.stat()
         key = ":".join(
-            str(part) for part in (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+            str(part)
+            for part in (
+                stat.st_dev,
+                stat.st_ino,
+                stat.st_size,
+                stat.st_mtime_ns,
+                stat.st_ctime_ns,
+            )
         )
         if not verify and key in self.known:
             return self.known[key]
@@ -192,14 +200,13 @@ def _plain(value: Any) -> Any:
 def write_json(path: Path, value: Any) -> None:
     """Write JSON (sorted keys, indented, newline at the end; infinity and NaN as null), all of it or nothing."""
     text = json.dumps(_plain(value), sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     with storage_errors(path):
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         try:
-            with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            with open(temporary, "x", encoding="utf-8") as stream:
                 stream.write(text)
                 stream.flush()
                 os.fsync(stream.fileno())
-            os.chmod(temporary, 0o666 & ~_umask())
             os.replace(temporary, path)
         except BaseException:
             with contextlib.suppress(OSError):
@@ -223,10 +230,3 @@ def read_json(path: Path) -> Any:
             f"'{path}' is not valid JSON: {error.args[0]}{at}, {len(data)} bytes read; "
             "the file is corrupt or truncated, make it again"
         ) from error
-
-
-def _umask() -> int:
-    # The only way to read the mask is to set it.
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask

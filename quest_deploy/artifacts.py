@@ -1,0 +1,344 @@
+"""Artifacts: directories that a stage wrote completely, with a manifest that says what is in them and from what.
+
+A stage writes into a temporary sibling and renames it into place, manifest last, so that a directory with a valid
+manifest is always whole. A reader trusts no file whose hash differs from the manifest's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from quest_deploy.errors import ArtifactError
+from quest_deploy.files import (
+    hash_directory,
+    hash_file,
+    is_hidden,
+    list_files,
+    read_json,
+    refuse_pickle,
+    remembered_digests,
+    storage_error,
+    storage_errors,
+    write_json,
+)
+from quest_deploy.manifest import (
+    MANIFEST_NAME,
+    SCHEMA_VERSION,
+    STAGES,
+    FileEntry,
+    Manifest,
+    digest_of,
+    made_by,
+    read_manifest,
+    tool_versions,
+)
+
+__all__ = [
+    "MANIFEST_NAME",
+    "SCHEMA_VERSION",
+    "STAGES",
+    "Artifact",
+    "ArtifactWriter",
+    "FileEntry",
+    "Manifest",
+    "check_output",
+    "hash_directory",
+    "hash_file",
+    "read_artifact",
+    "read_json",
+    "read_manifest",
+    "refuse_pickle",
+    "stage_of",
+    "write_artifact",
+    "write_json",
+]
+
+logger = logging.getLogger(__name__)
+
+MODEL_INDEX_NAME = "model_index.json"
+_MAX_PROBLEMS = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Artifact:
+    """A verified directory. `digest` is its identity: sha256 over stage, config and file hashes."""
+
+    path: Path
+    manifest: Manifest
+    digest: str
+
+
+@dataclass(kw_only=True)
+class ArtifactWriter:
+    """A directory being written: put files below `path` and facts for the manifest into `details`."""
+
+    path: Path
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+def read_artifact(
+    path: Path, *, stage: str | tuple[str, ...] | None = None, verify: bool = False
+) -> Artifact:
+    """Open an artifact and verify the hash of each of its files.
+
+    Args:
+        path: Directory of the artifact.
+        stage: Stage, or stages, that the caller can use; None for any.
+        verify: Hash again even the files that are remembered as unchanged.
+
+    Raises:
+        ArtifactError: not an artifact, of another stage, or changed since it was written (says which file and how).
+        StaleArtifactError: written by a newer quest-deploy.
+    """
+    path = Path(path)
+    if stage is not None:
+        got, allowed = stage_of(path), (stage,) if isinstance(stage, str) else stage
+        if got not in allowed:
+            kind = "a diffusers model" if got == "model" else f"an artifact of stage '{got}'"
+            raise ArtifactError(
+                f"'{path}' is {kind}, expected stage {' or '.join(map(repr, allowed))}; make one with {made_by(stage)}"
+            )
+    manifest = read_manifest(path)
+    problems = _differences(path, manifest, verify)
+    if problems:
+        more = f"; and {len(problems) - _MAX_PROBLEMS} more" if len(problems) > _MAX_PROBLEMS else ""
+        raise ArtifactError(
+            f"'{path}' is not what its manifest says: {'; '.join(problems[:_MAX_PROBLEMS])}{more}. "
+            f"Make it again with {made_by(manifest.stage)} (add --overwrite), or copy it again from its source"
+        )
+    return Artifact(path=path, manifest=manifest, digest=digest_of(manifest))
+
+
+def _differences(path: Path, manifest: Manifest, verify: bool) -> list[str]:
+    """What differs between the directory and its manifest, a phrase each."""
+    problems = []
+    present = list_files(path)
+    with remembered_digests() as cache:
+        for name, entry in manifest.files.items():
+            file = path / name
+            if name not in present:
+                problems.append(f"{name} is missing")
+            elif path.resolve() not in file.resolve().parents:
+                problems.append(f"{name} is a link to a place outside the directory")
+            elif (size := file.stat().st_size) != entry.size_bytes:
+                how = "truncated" if size < entry.size_bytes else "too long"
+                problems.append(f"{name} is {how} ({size} bytes, expected {entry.size_bytes})")
+            elif (digest := cache.digest(file, verify=verify)) != entry.sha256:
+                problems.append(f"{name} has changed (sha256 {digest[:12]}…, expected {entry.sha256[:12]}…)")
+    # Loaders pick up files by their presence: one that nobody vouches for must not be among them.
+    extra = [
+        name
+        for name in present
+        if name not in manifest.files and name != MANIFEST_NAME and not is_hidden(name)
+    ]
+    return problems + [f"{name} is not in the manifest (move it away)" for name in extra]
+
+
+def stage_of(path: Path) -> str:
+    """Stage of what lies at `path`; "model" for a diffusers directory or a single safetensors file."""
+    path = Path(path)
+    if path.is_file():
+        refuse_pickle(path)
+        if path.suffix == ".safetensors":
+            return "model"
+    elif path.is_dir() and not (path / MANIFEST_NAME).exists():
+        if (path / MODEL_INDEX_NAME).is_file():
+            return "model"
+        raise ArtifactError(
+            f"'{path}' has neither a {MANIFEST_NAME} (artifact of quest-deploy) nor a {MODEL_INDEX_NAME} "
+            "(diffusers model); check the path, or run the stage that should have made it again"
+        )
+    return read_manifest(path).stage
+
+
+# Writing
+
+
+def check_output(output: Path, *, stage: str, overwrite: bool = False) -> None:
+    """Refuse an output directory that must not be replaced, before any work is done.
+
+    Raises:
+        ArtifactError: it is a file, holds files that are not of an artifact of this stage, or exists without
+            `overwrite`.
+    """
+    with storage_errors(output):
+        if not os.path.lexists(output) or (output.is_dir() and not any(output.iterdir())):
+            return
+    if not output.is_dir():
+        raise ArtifactError(f"output '{output}' is a file, expected a directory that does not exist yet")
+    if not (output / MANIFEST_NAME).exists():
+        raise ArtifactError(
+            f"output '{output}' is not empty and holds no artifact, so it is left alone; choose another directory"
+        )
+    manifest = read_manifest(output)
+    if manifest.stage != stage:
+        raise ArtifactError(
+            f"output '{output}' holds an artifact of stage '{manifest.stage}', this would be '{stage}'; "
+            "choose another directory"
+        )
+    if not overwrite:
+        raise ArtifactError(
+            f"output '{output}' exists already; add --overwrite to replace it, or choose another"
+        )
+    foreign = [name for name in list_files(output) if name not in manifest.files and name != MANIFEST_NAME]
+    if foreign:
+        raise ArtifactError(
+            f"output '{output}' also holds '{foreign[0]}', which is not part of the artifact; move it away first, "
+            "so that --overwrite deletes nothing of yours"
+        )
+
+
+@contextlib.contextmanager
+def write_artifact(
+    output: Path,
+    *,
+    stage: str,
+    config: Mapping[str, Any],
+    inputs: Mapping[str, str] | None = None,
+    overwrite: bool = False,
+) -> Iterator[ArtifactWriter]:
+    """Write an artifact all at once: the body fills a temporary sibling, which is renamed to `output` at the end.
+
+    Whatever ends the body early (an interrupt included) removes the temporary directory and leaves an older artifact
+    at `output` as it was. A process that is killed leaves a hidden sibling; the next write to `output` removes it.
+
+    Args:
+        output: Directory to make; checked as in :func:`check_output` before the body runs.
+        stage: One of :data:`STAGES`.
+        config: The stage's configuration as JSON types.
+        inputs: Digest of each input, by role.
+        overwrite: Replace an existing artifact of the same stage.
+
+    Raises:
+        ArtifactError: `output` may not be replaced, or the disk is full, read-only or otherwise refuses.
+    """
+    if stage not in STAGES:
+        raise ValueError(f"stage is {stage!r}, expected one of {STAGES}")
+    check_output(Path(output), stage=stage, overwrite=overwrite)
+    output = Path(output).resolve()
+    made: list[Path] = []
+    with contextlib.ExitStack() as cleanup:
+        cleanup.callback(_remove_empty, made)
+        with storage_errors(output):
+            _make_parents(output.parent, made)
+            _sweep(output)
+            temporary = cleanup.enter_context(_temporary_sibling(output))
+        writer = ArtifactWriter(path=temporary)
+        try:
+            yield writer
+            manifest = Manifest(
+                schema_version=SCHEMA_VERSION,
+                stage=stage,
+                config=dict(config),
+                details=writer.details,
+                inputs=dict(inputs or {}),
+                tools=tool_versions(),
+                files=_seal(temporary),
+            )
+            write_json(temporary / MANIFEST_NAME, asdict(manifest))
+            _sync(temporary)
+            check_output(output, stage=stage, overwrite=overwrite)
+            _replace(temporary, output)
+        except Exception as error:
+            if (known := storage_error(error, output)) is not None:
+                raise known from error
+            raise
+        made.clear()
+    logger.info("wrote %s to %s", stage, output)
+
+
+def _make_parents(path: Path, made: list[Path]) -> None:
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    for folder in reversed(missing):
+        folder.mkdir(exist_ok=True)
+        made.insert(0, folder)
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
+@contextlib.contextmanager
+def _temporary_sibling(output: Path) -> Iterator[Path]:
+    """A new hidden directory beside `output`, locked while this process lives, removed at the end if still there."""
+    temporary = output.with_name(f".{output.name}.partial-{secrets.token_hex(4)}")
+    temporary.mkdir()
+    handle = -1
+    try:
+        handle = os.open(temporary, os.O_RDONLY)
+        with contextlib.suppress(
+            OSError
+        ):  # some network file systems lock no directories: nothing sweeps there
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if handle >= 0:
+            os.close(handle)
+
+
+def _sweep(output: Path) -> None:
+    """Remove what dead processes left beside `output`; what is locked belongs to a living one."""
+    for replaced in output.parent.glob(f".{output.name}.replaced-*"):
+        if output.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+        else:
+            os.rename(replaced, output)  # killed between the two renames of _replace: this is the only copy
+    for temporary in output.parent.glob(f".{output.name}.partial-*"):
+        handle = os.open(temporary, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            continue
+        else:
+            logger.info("removing %s, left by a process that was killed", temporary)
+            shutil.rmtree(temporary, ignore_errors=True)
+        finally:
+            os.close(handle)
+
+
+def _seal(path: Path) -> dict[str, FileEntry]:
+    """Hash every file below `path` and make sure that it has reached the disk."""
+    files = {}
+    for name in list_files(path):
+        file = path / name
+        if file.is_symlink():
+            raise ArtifactError(f"'{name}' is a symbolic link; an artifact holds plain files only")
+        _sync(file)
+        files[name] = FileEntry(sha256=hash_file(file), size_bytes=file.stat().st_size)
+    return files
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _replace(temporary: Path, output: Path) -> None:
+    """Rename `temporary` to `output`, keeping the old artifact until the new one is in place."""
+    if output.is_dir() and any(output.iterdir()):
+        replaced = output.with_name(f".{output.name}.replaced-{secrets.token_hex(4)}")
+        os.rename(output, replaced)
+        try:
+            os.rename(temporary, output)
+        except BaseException:
+            os.rename(replaced, output)
+            raise
+        shutil.rmtree(replaced, ignore_errors=True)
+    else:
+        os.rename(temporary, output)
+    _sync(output.parent)
