@@ -1,7 +1,7 @@
-"""Artifacts: directories that a stage wrote completely, with a manifest that says what is in them and from what.
+"""Artifacts: directories that a stage wrote completely, with a manifest of what is in them and from what.
 
-A stage writes into a temporary sibling and renames it into place, manifest last, so that a directory with a valid
-manifest is always whole. A reader trusts no file whose hash differs from the manifest's.
+A stage writes into a temporary sibling and renames it into place, manifest last, so that a directory with a
+valid manifest is always whole. A reader trusts no file whose hash differs from the manifest's.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def read_artifact(
         verify: Hash again even the files that are remembered as unchanged.
 
     Raises:
-        ArtifactError: not an artifact, of another stage, or changed since it was written (says which file and how).
+        ArtifactError: not an artifact, of another stage, or changed since (says which file and how).
         StaleArtifactError: written by a newer quest-deploy.
     """
     path = Path(path)
@@ -105,7 +105,8 @@ def read_artifact(
         if got not in allowed:
             kind = "a diffusers model" if got == "model" else f"an artifact of stage '{got}'"
             raise ArtifactError(
-                f"'{path}' is {kind}, expected stage {' or '.join(map(repr, allowed))}; make one with {made_by(stage)}"
+                f"'{path}' is {kind}, expected stage {' or '.join(map(repr, allowed))}; "
+                f"make one with {made_by(stage)}"
             )
     manifest = read_manifest(path)
     problems = _differences(path, manifest, verify)
@@ -113,7 +114,7 @@ def read_artifact(
         more = f"; and {len(problems) - _MAX_PROBLEMS} more" if len(problems) > _MAX_PROBLEMS else ""
         raise ArtifactError(
             f"'{path}' is not what its manifest says: {'; '.join(problems[:_MAX_PROBLEMS])}{more}. "
-            f"Make it again with {made_by(manifest.stage)} (add --overwrite), or copy it again from its source"
+            f"Make it again with {made_by(manifest.stage)} (add --overwrite), or copy it anew"
         )
     return Artifact(path=path, manifest=manifest, digest=digest_of(manifest))
 
@@ -177,7 +178,7 @@ def check_output(output: Path, *, stage: str, overwrite: bool = False) -> None:
         raise ArtifactError(f"output '{output}' is a file, expected a directory that does not exist yet")
     if not (output / MANIFEST_NAME).exists():
         raise ArtifactError(
-            f"output '{output}' is not empty and holds no artifact, so it is left alone; choose another directory"
+            f"output '{output}' is not empty and holds no artifact, so it is left alone; choose another"
         )
     manifest = read_manifest(output)
     if manifest.stage != stage:
@@ -192,8 +193,8 @@ def check_output(output: Path, *, stage: str, overwrite: bool = False) -> None:
     foreign = [name for name in list_files(output) if name not in manifest.files and name != MANIFEST_NAME]
     if foreign:
         raise ArtifactError(
-            f"output '{output}' also holds '{foreign[0]}', which is not part of the artifact; move it away first, "
-            "so that --overwrite deletes nothing of yours"
+            f"output '{output}' also holds '{foreign[0]}', which is not part of the artifact; move it away "
+            "first, so that --overwrite deletes nothing of yours"
         )
 
 
@@ -206,10 +207,11 @@ def write_artifact(
     inputs: Mapping[str, str] | None = None,
     overwrite: bool = False,
 ) -> Iterator[ArtifactWriter]:
-    """Write an artifact all at once: the body fills a temporary sibling, which is renamed to `output` at the end.
+    """Write an artifact all at once: the body fills a temporary sibling, renamed to `output` at the end.
 
-    Whatever ends the body early (an interrupt included) removes the temporary directory and leaves an older artifact
-    at `output` as it was. A process that is killed leaves a hidden sibling; the next write to `output` removes it.
+    Whatever ends the body early (an interrupt included) removes the temporary directory and leaves an older
+    artifact at `output` as it was. A process that is killed leaves a hidden sibling; the next write to
+    `output` removes it.
 
     Args:
         output: Directory to make; checked as in :func:`check_output` before the body runs.
@@ -271,7 +273,7 @@ def _remove_empty(folders: list[Path]) -> None:
 
 @contextlib.contextmanager
 def _temporary_sibling(output: Path) -> Iterator[Path]:
-    """A new hidden directory beside `output`, locked while this process lives, removed at the end if still there."""
+    """A new hidden directory beside `output`, locked while this process lives, removed if left at the end."""
     temporary = output.with_name(f".{output.name}.partial-{secrets.token_hex(4)}")
     temporary.mkdir()
     handle = -1

@@ -22,8 +22,8 @@ logger = logging.getLogger(__name__)
 
 CHUNK_BYTES = 1 << 20
 CACHE_ENTRIES = 4096
-# A file changed twice within one tick of the file system's clock keeps its mtime: a digest taken that soon after
-# the last change is not remembered (git calls this a racy entry).
+# A file changed twice within one tick of the file system's clock keeps its mtime: a digest taken that soon
+# after the last change is not remembered (git calls this a racy entry).
 RACY_NS = 1_000_000_000
 
 PICKLE_SUFFIXES = (".ckpt", ".pth", ".pt", ".bin", ".pkl")
@@ -31,7 +31,7 @@ PICKLE_SUFFIXES = (".ckpt", ".pth", ".pt", ".bin", ".pkl")
 _NEXT_STEP = {
     errno.ENOSPC: "the disk is full; free some space or choose another output directory",
     errno.EDQUOT: "the disk quota is used up; free some space or choose another output directory",
-    errno.EFBIG: "the file-size limit is reached; raise it (`ulimit -f unlimited`) or choose another file system",
+    errno.EFBIG: "the file-size limit is reached; raise it (`ulimit -f unlimited`) or choose another place",
     errno.EROFS: "the file system is read-only; choose another output directory",
     errno.EACCES: "permission denied; check the owner and mode of the directory or choose another one",
     errno.EPERM: "permission denied; check the owner and mode of the directory or choose another one",
@@ -75,9 +75,11 @@ def refuse_pickle(path: Path) -> None:
     if path.suffix.lower() in PICKLE_SUFFIXES:
         target = path.with_suffix(".safetensors").name
         raise ArtifactError(
-            f"'{path}' is a pickle ({path.suffix}), which can run any code when it is opened; expected safetensors. "
-            'If you trust its source, convert it in a sandbox: python -c "import torch, safetensors.torch as st; '
-            f"w = torch.load('{path.name}', weights_only=True); st.save_file(w.get('state_dict', w), '{target}')\""
+            f"'{path}' is a pickle ({path.suffix}), which can run any code when it is opened; expected "
+            "safetensors. If you trust its source, convert it in a sandbox: "
+            'python -c "import torch, safetensors.torch as st; '
+            f"w = torch.load('{path.name}', weights_only=True); "
+            f"st.save_file(w.get('state_dict', w), '{target}')\""
         )
 
 
@@ -97,7 +99,7 @@ def hash_mapping(value: Mapping[str, Any]) -> str:
 
 
 def hash_directory(path: Path) -> str:
-    """Hex sha256 over the names and contents of a directory's files; hidden files and directories are left out.
+    """Hex sha256 over the names and contents of a directory's files; hidden ones are left out.
 
     Symbolic links are followed: the hub's cache keeps models as links to blobs.
     """
@@ -166,7 +168,7 @@ class DigestCache:
 
 @contextlib.contextmanager
 def remembered_digests() -> Iterator[DigestCache]:
-    """Digests from the user's cache; new ones are added to it at the end. A cache that cannot be used is ignored."""
+    """Digests from the user's cache; new ones are added at the end. An unusable cache is ignored."""
     path = digest_cache_path()
     known: dict[str, str] = {}
     try:
@@ -198,7 +200,7 @@ def _plain(value: Any) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON (sorted keys, indented, newline at the end; infinity and NaN as null), all of it or nothing."""
+    """Write JSON (sorted keys, indented, newline at the end; infinity, NaN as null), all of it or nothing."""
     text = json.dumps(_plain(value), sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     with storage_errors(path):
@@ -215,14 +217,15 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Parse a JSON file; corrupt or truncated input is an :class:`ArtifactError` that says where it breaks."""
+    """Parse a JSON file; corrupt or truncated input is an :class:`ArtifactError` that says where."""
     with storage_errors(path):
         data = path.read_bytes()
     try:
         return json.loads(data.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise ArtifactError(
-            f"'{path}' is not text: byte {error.start} of {len(data)} is not UTF-8; the file is corrupt, make it again"
+            f"'{path}' is not text: byte {error.start} of {len(data)} is not UTF-8; "
+            "the file is corrupt, make it again"
         ) from error
     except (json.JSONDecodeError, RecursionError) as error:
         at = f" at line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""

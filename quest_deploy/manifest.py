@@ -100,15 +100,15 @@ def read_manifest(path: Path) -> Manifest:
         raise ArtifactError(f"'{path}' is a file, expected a directory with a {MANIFEST_NAME}")
     if not source.is_file():
         raise ArtifactError(
-            f"'{path}' has no {MANIFEST_NAME}, so it is not an artifact of quest-deploy (an interrupted write leaves "
-            "none); check the path, or run the stage that should have made it again"
+            f"'{path}' has no {MANIFEST_NAME}, so it is no artifact of quest-deploy (an interrupted write "
+            "leaves none); check the path, or run the stage that should have made it again"
         )
     content = read_json(source)
     version = content.get("schema_version") if isinstance(content, dict) else None
     if isinstance(version, int) and version > SCHEMA_VERSION:
         raise StaleArtifactError(
-            f"'{source}' has schema version {version}, this quest-deploy reads {SCHEMA_VERSION}; upgrade quest-deploy "
-            "or make the artifact again with this version"
+            f"'{source}' has schema version {version}, this quest-deploy reads {SCHEMA_VERSION}; "
+            "upgrade quest-deploy or make the artifact again with this version"
         )
     if version != SCHEMA_VERSION:
         raise ArtifactError(
@@ -131,8 +131,8 @@ def _parse_manifest(source: Path, content: dict[str, Any]) -> Manifest:
     for name, kind in expected.items():
         if not isinstance(content.get(name), kind):
             raise ArtifactError(
-                f"'{source}': '{name}' is {content.get(name)!r}, expected a {kind.__name__}; the manifest is damaged, "
-                "make the artifact again"
+                f"'{source}': '{name}' is {content.get(name)!r}, expected a {kind.__name__}; "
+                "the manifest is damaged, make the artifact again"
             )
     stage = content["stage"]
     if stage not in STAGES:
