@@ -1,0 +1,42 @@
+# Every target makes the virtual environment first; only python3 (with its venv module) is needed.
+#   make demo    the whole path on the bundled model: finetune, export, build, generate, compare
+#   make test    the default tests          make lint    style, types, import layers
+#   make bench   the committed benchmarks   make clean   caches and build leftovers (never artifacts/)
+
+PYTHON ?= python3
+PYTEST_ARGS ?=
+BIN := .venv/bin
+STAMP := .venv/quest-deploy-installed
+PIP := $(BIN)/pip --disable-pip-version-check install -qq -c constraints.txt
+
+.PHONY: demo test lint bench clean
+.DELETE_ON_ERROR:
+
+demo: $(STAMP)
+	$(BIN)/python scripts/demo.py $(DEMO_ARGS)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check -q .
+	$(BIN)/ruff format -q --check .
+	scripts/lint_wheel.sh
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+# PyTorch comes first and alone, so that the build that the machine's package index prefers (CPU or CUDA) is settled
+# before anything depends on it. tensorrt-stubs would pull in `tensorrt`, which installs only next to a GPU.
+$(STAMP): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || \
+	    { rm -rf .venv; echo "make: no virtual environment; on Debian: apt install python3-venv" >&2; exit 1; }
+	@echo "installing into .venv (minutes the first time)"
+	@$(PIP) torch==2.13.0 setuptools
+	@$(PIP) --no-build-isolation -e '.[dev,tensorrt-rtx]'
+	@$(PIP) --no-deps tensorrt-stubs
+	@touch $@
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .coverage htmlcov
+	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
