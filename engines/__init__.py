@@ -1,0 +1,81 @@
+"""Engines: what runs a component. Building them, loading them, and choosing among them by what lies on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from quest_deploy.artifacts import read_manifest, stage_of
+from quest_deploy.config import BACKENDS
+from quest_deploy.errors import ArtifactError, ConfigError
+
+if TYPE_CHECKING:
+    from quest_deploy.engines.base import Engine
+
+_BACKENDS_OF = {
+    "model": ("torch",),
+    "checkpoint": ("torch",),
+    "onnx": ("onnxruntime",),
+    "engines": ("tensorrt", "tensorrt-rtx"),
+}
+
+
+def resolve_backend(path: Path, backend: str | None) -> str:
+    """The backend that runs what lies at `path`: the one asked for, or the one it was made for.
+
+    Raises:
+        ArtifactError: nothing at `path` can be run.
+        ConfigError: the backend asked for cannot run it.
+    """
+    stage = stage_of(path)
+    if stage not in _BACKENDS_OF:
+        raise ArtifactError(
+            f"'{path}' holds {stage}, expected a model, checkpoint, onnx or engines directory; nothing in it can be run"
+        )
+    allowed = _BACKENDS_OF[stage]
+    if backend is None:
+        return str(read_manifest(path).config.get("backend")) if stage == "engines" else allowed[0]
+    if backend not in BACKENDS:
+        raise ConfigError(f"backend is {backend!r}, expected one of {', '.join(BACKENDS)}")
+    if backend not in allowed:
+        raise ConfigError(
+            f"backend {backend} cannot run '{path}', which is of stage '{stage}' (run by {' or '.join(allowed)}); "
+            f"{_NEXT_STEP[backend]}"
+        )
+    return backend
+
+
+_NEXT_STEP = {
+    "torch": "give it the model or checkpoint directory",
+    "onnxruntime": "give it a directory made with `quest-deploy export --target onnxruntime`",
+    "tensorrt": "build engines with `quest-deploy build-engine --backend tensorrt`",
+    "tensorrt-rtx": "build engines with `quest-deploy build-engine --backend tensorrt-rtx`",
+}
+
+
+def load_engines(path: Path, *, backend: str | None = None, threads: int | None = None) -> dict[str, Engine]:
+    """Load every component at `path`, ready to run.
+
+    Args:
+        path: A model, checkpoint, `onnx` or `engines` directory.
+        backend: What runs it; None chooses by what it is.
+        threads: Threads of ONNX Runtime; None leaves the choice to it.
+
+    Raises:
+        ArtifactError: the directory cannot be trusted or cannot be run.
+        ConfigError: the backend does not fit the directory.
+        MissingDependencyError: a library or a GPU is absent.
+    """
+    # Each runtime is imported when it is wanted: torch takes seconds, and TensorRT is optional.
+    chosen = resolve_backend(path, backend)
+    if chosen == "torch":
+        from quest_deploy.engines.torch_runtime import load_torch_engines
+
+        return load_torch_engines(path)
+    if chosen == "onnxruntime":
+        from quest_deploy.engines.ort_runtime import load_ort_engines
+
+        return load_ort_engines(path, threads=threads)
+    from quest_deploy.engines.trt_runtime import load_tensorrt_engines
+
+    return load_tensorrt_engines(path, backend="tensorrt" if chosen == "tensorrt" else "tensorrt-rtx")

@@ -1,0 +1,100 @@
+"""Which accelerator libraries and GPUs this machine has, asked without initialising torch or building anything."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import importlib.util
+from dataclasses import dataclass
+from types import ModuleType
+
+from quest_deploy.config import TENSORRT_BACKENDS
+from quest_deploy.errors import ConfigError, MissingDependencyError
+
+_MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+_TITLES = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT for RTX"}
+
+# CUDA driver API: CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR.
+_MAJOR_ATTRIBUTE, _MINOR_ATTRIBUTE = 75, 76
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """One NVIDIA GPU that the driver offers."""
+
+    name: str
+    compute_capability: str
+
+
+def gpus() -> list[Gpu]:
+    """The NVIDIA GPUs that this process may use; empty without a driver.
+
+    Asks the driver's library itself, because a CPU build of torch sees no GPU even where there is one.
+    """
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return []
+    count = ctypes.c_int()
+    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
+        return []
+    return [_describe(driver, index) for index in range(count.value)]
+
+
+def _describe(driver: ctypes.CDLL, index: int) -> Gpu:
+    device, value = ctypes.c_int(), ctypes.c_int()
+    name = ctypes.create_string_buffer(256)
+    driver.cuDeviceGet(ctypes.byref(device), index)
+    driver.cuDeviceGetName(name, len(name), device)
+    parts = []
+    for attribute in (_MAJOR_ATTRIBUTE, _MINOR_ATTRIBUTE):
+        driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, device)
+        parts.append(str(value.value))
+    return Gpu(name=name.value.decode(errors="replace"), compute_capability=".".join(parts))
+
+
+def title_of(backend: str) -> str:
+    """The product's name, for messages."""
+    return _TITLES[backend]
+
+
+def check_tensorrt(backend: str) -> None:
+    """Check that a TensorRT flavour and Polygraphy are installed, without importing them.
+
+    Raises:
+        ConfigError: not a TensorRT backend.
+        MissingDependencyError: names the extra to install.
+    """
+    if backend not in TENSORRT_BACKENDS:
+        raise ConfigError(f"backend is {backend!r}, expected one of {', '.join(TENSORRT_BACKENDS)}")
+    for module, title in ((_MODULES[backend], title_of(backend)), ("polygraphy", "Polygraphy")):
+        if not _is_installed(module):
+            raise MissingDependencyError(
+                f"{title} is not installed (no module '{module}'); "
+                f"run `pip install 'quest-deploy[{backend}]'`"
+            )
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        return False
+    # Type stubs leave a directory without code, which Python finds as a namespace package: it has no origin.
+    return spec is not None and spec.origin is not None
+
+
+def import_tensorrt(backend: str) -> ModuleType:
+    """The TensorRT module of a backend.
+
+    Raises:
+        MissingDependencyError: not installed, or its shared libraries cannot be loaded.
+    """
+    check_tensorrt(backend)
+    try:
+        return importlib.import_module(_MODULES[backend])
+    except (ImportError, OSError) as error:
+        raise MissingDependencyError(
+            f"{title_of(backend)} is installed but cannot be imported ({error}); "
+            f"run `pip install --force-reinstall 'quest-deploy[{backend}]'`"
+        ) from error

@@ -1,0 +1,187 @@
+"""Optimization profiles: which input shapes a TensorRT engine accepts, from the images a user wants to draw.
+
+A user thinks in images and pixels; the denoiser sees twice the images (guidance runs both branches in one batch)
+and latents. Everything here is plain arithmetic on :mod:`quest_deploy.model.spec`; no TensorRT.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from quest_deploy.config import BuildConfig, ShapeRange
+from quest_deploy.errors import ConfigError, EngineInputError
+from quest_deploy.model.spec import (
+    DENOISER,
+    TEXT_ENCODER,
+    VAE_DECODER,
+    ComponentSpec,
+    component_specs,
+    default_image_size,
+    read_config,
+    vae_config_path,
+    vae_scale_factor,
+)
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputRange:
+    """Smallest, optimal and largest shape of one input."""
+
+    min: Shape
+    opt: Shape
+    max: Shape
+
+
+Profile = Mapping[str, InputRange]
+"""One optimization profile: a range for each input, by name."""
+
+
+def component_profiles(model_dir: Path, config: BuildConfig) -> dict[str, Profile]:
+    """The optimization profile of every component.
+
+    Args:
+        model_dir: Directory with the components' configuration files.
+        config: What the engines must be able to draw.
+
+    Raises:
+        ConfigError: a requested size does not divide into the model's latents.
+    """
+    specs = component_specs(model_dir)
+    ranges = dimension_ranges(model_dir, specs, config)
+    return {name: profile_of(spec, ranges[name]) for name, spec in specs.items()}
+
+
+def dimension_ranges(
+    model_dir: Path, specs: Mapping[str, ComponentSpec], config: BuildConfig
+) -> dict[str, dict[str, ShapeRange]]:
+    """The range of every symbolic dimension, by component: the same symbol means another range in each.
+
+    The denoiser's batch starts at 1 (one image without guidance) and ends at twice the largest image batch; its
+    optimum is the guided one. The text encoder takes prompts and negative prompts in one call.
+    """
+    scale = vae_scale_factor(read_config(vae_config_path(model_dir)))
+    latents = {
+        axis: latent_range(axis, getattr(config, axis), model_dir, scale) for axis in ("height", "width")
+    }
+    batch = config.batch
+    guided = ShapeRange(min=batch.min, opt=2 * batch.opt, max=2 * batch.max)
+    tokens = _token_count(specs[TEXT_ENCODER])
+    return {
+        TEXT_ENCODER: {"batch": ShapeRange(min=1, opt=batch.opt, max=2 * batch.max)},
+        DENOISER: {
+            "batch": guided,
+            # The pipeline gives one timestep for the whole batch; a comparison may give one for each sample.
+            "steps": ShapeRange(min=1, opt=1, max=2 * batch.max),
+            "sequence": ShapeRange(min=tokens, opt=tokens, max=tokens),
+            **latents,
+        },
+        VAE_DECODER: {"batch": batch, **latents},
+    }
+
+
+def _token_count(text_encoder: ComponentSpec) -> int:
+    tokens = text_encoder.inputs[0].shape[1]
+    if not isinstance(tokens, int):
+        raise TypeError(f"text encoder takes a dynamic number of tokens ({tokens}), expected a fixed one")
+    return tokens
+
+
+def latent_range(axis: str, pixels: ShapeRange | None, model_dir: Path, scale: int) -> ShapeRange:
+    """The range of the latents' height or width for a range in pixels; None is the model's own size alone.
+
+    Raises:
+        ConfigError: a size is not a multiple of what the VAE and the U-Net halve.
+    """
+    if pixels is None:
+        size = default_image_size(model_dir)
+        pixels = ShapeRange(min=size, opt=size, max=size)
+    step = size_multiple(model_dir, scale)
+    bad = sorted({size for size in (pixels.min, pixels.opt, pixels.max) if size % step})
+    if bad:
+        below = bad[0] // step * step
+        near = f"{below} or {below + step}" if below else f"{step}"
+        raise ConfigError(
+            f"{axis}: got {', '.join(map(str, bad))} pixels, expected multiples of {step} (the VAE and the "
+            f"U-Net halve the image {int(math.log2(step))} times); choose {near}"
+        )
+    return ShapeRange(min=pixels.min // scale, opt=pixels.opt // scale, max=pixels.max // scale)
+
+
+def size_multiple(model_dir: Path, scale: int) -> int:
+    """The number of pixels that image sizes must be a multiple of.
+
+    An exported U-Net doubles what it halved: latents that leave a remainder no longer fit their skip connections.
+    """
+    blocks = read_config(model_dir / DENOISER / "config.json").get("block_out_channels", [0])
+    return int(scale * 2 ** (len(blocks) - 1))
+
+
+def profile_of(spec: ComponentSpec, ranges: Mapping[str, ShapeRange]) -> dict[str, InputRange]:
+    """The shapes of every input of `spec`, with `ranges` put in for its symbols."""
+
+    def shape(dimensions: Sequence[int | str], edge: str) -> Shape:
+        return tuple(size if isinstance(size, int) else getattr(ranges[size], edge) for size in dimensions)
+
+    return {
+        tensor.name: InputRange(
+            min=shape(tensor.shape, "min"), opt=shape(tensor.shape, "opt"), max=shape(tensor.shape, "max")
+        )
+        for tensor in spec.inputs
+    }
+
+
+def limits_of(spec: ComponentSpec, profiles: Sequence[Profile]) -> dict[str, tuple[int, int]]:
+    """Smallest and largest value of each symbolic dimension over all `profiles`."""
+    limits: dict[str, tuple[int, int]] = {}
+    for profile in profiles:
+        for tensor in spec.inputs:
+            allowed = profile[tensor.name]
+            for symbol, low, high in zip(tensor.shape, allowed.min, allowed.max, strict=True):
+                if isinstance(symbol, str):
+                    known = limits.get(symbol, (low, high))
+                    limits[symbol] = (min(known[0], low), max(known[1], high))
+    return limits
+
+
+def select_profile(component: str, profiles: Sequence[Profile], shapes: Mapping[str, Shape]) -> int:
+    """Index of the profile that holds `shapes` and whose optimum is nearest (summed |log ratio| of sizes).
+
+    Raises:
+        EngineInputError: no profile holds these shapes.
+    """
+    fitting = [index for index, profile in enumerate(profiles) if _holds(profile, shapes)]
+    if not fitting:
+        got = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
+        allowed = "; ".join(
+            ", ".join(f"{name} {list(a.min)}..{list(a.max)}" for name, a in profile.items())
+            for profile in profiles
+        )
+        raise EngineInputError(
+            f"{component}: got {got}, engine allows {allowed}; "
+            "rebuild it with `quest-deploy build-engine` and a profile that covers these shapes"
+        )
+    return min(fitting, key=lambda index: _distance(profiles[index], shapes))
+
+
+def _holds(profile: Profile, shapes: Mapping[str, Shape]) -> bool:
+    return all(
+        len(shape) == len(profile[name].min)
+        and all(
+            low <= size <= high
+            for low, size, high in zip(profile[name].min, shape, profile[name].max, strict=True)
+        )
+        for name, shape in shapes.items()
+    )
+
+
+def _distance(profile: Profile, shapes: Mapping[str, Shape]) -> float:
+    return sum(
+        abs(math.log(size / best))
+        for name, shape in shapes.items()
+        for size, best in zip(shape, profile[name].opt, strict=True)
+    )

@@ -1,0 +1,66 @@
+"""TensorRT's timing cache file: shared by processes, so read under a lock, merged and replaced whole.
+
+Polygraphy's own loaders rewrite the file in place (a killed process truncates it) and take a corrupt one for an
+empty one without a word; its lock file is used here too, so that its tools may share the cache.
+TensorRT for RTX times no kernels while it builds: it has no timing cache (its API for one does nothing).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+
+def load_timing_cache(config: Any, path: Path) -> bool:
+    """Give the builder configuration the timings in `path`; without usable ones, an empty cache.
+
+    Args:
+        config: A TensorRT IBuilderConfig.
+        path: The cache file, which need not exist.
+
+    Returns:
+        Whether timings were loaded.
+    """
+    content = _read(path)
+    if content:
+        cache = config.create_timing_cache(content)
+        if cache is not None and config.set_timing_cache(cache, ignore_mismatch=False):
+            return True
+        logger.warning(
+            "timing cache %s: %d bytes that this TensorRT and GPU cannot use (corrupt, or of another version "
+            "or device); building without it, and replacing it afterwards",
+            path,
+            len(content),
+        )
+    config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
+    return False
+
+
+def save_timing_cache(config: Any, path: Path) -> None:
+    """Add the timings of a finished build to `path`, keeping those that other processes have put there."""
+    from polygraphy import util
+
+    cache = config.get_timing_cache()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with util.LockFile(str(path)):
+        previous = config.create_timing_cache(path.read_bytes()) if path.exists() else None
+        if previous is not None and not cache.combine(previous, ignore_mismatch=False):
+            logger.warning("timing cache %s: its timings are of another TensorRT or GPU; replaced", path)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            temporary.write_bytes(memoryview(cache.serialize()))
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _read(path: Path) -> bytes:
+    # No lock: the file is only ever replaced whole.
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return b""

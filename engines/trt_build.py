@@ -1,0 +1,187 @@
+"""The `build-engine` stage: an ONNX directory becomes TensorRT engines, one plan for each component."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from quest_deploy.artifacts import Artifact, check_output, read_artifact, write_artifact
+from quest_deploy.config import BuildConfig, to_dict
+from quest_deploy.engines.libraries import check_tensorrt, gpus, title_of
+from quest_deploy.engines.profiles import Profile, component_profiles
+from quest_deploy.engines.trt_process import Progress, run_worker
+from quest_deploy.errors import ArtifactError, EngineBuildError, MissingDependencyError
+
+logger = logging.getLogger(__name__)
+
+ONNX_NAME = "model.onnx"
+PLAN_NAME = "model.plan"
+
+# By default TensorRT for RTX builds for Ampere and everything after it (NVIDIA's documentation).
+_AHEAD_OF_TIME = "any (ahead of time)"
+_AHEAD_OF_TIME_CAPABILITIES = "8.0 and later"
+
+
+def build_engine(
+    onnx_dir: Path,
+    output: Path,
+    config: BuildConfig,
+    *,
+    progress: Progress | None = None,
+    overwrite: bool = False,
+) -> Artifact:
+    """Build the engines of an exported model.
+
+    Args:
+        onnx_dir: An `onnx` artifact.
+        output: The `engines` artifact to write.
+        config: Backend and the shapes that the engines must accept.
+        progress: Called with 100 units for each component.
+        overwrite: Replace an engines artifact at `output`.
+
+    Raises:
+        MissingDependencyError: the library, or the GPU that TensorRT builds on, is absent.
+        ArtifactError: `onnx_dir` cannot be trusted, or `output` cannot be written.
+        ConfigError: a requested size does not fit the model.
+        EngineBuildError: TensorRT does not take a graph.
+    """
+    check_output(Path(output), stage="engines", overwrite=overwrite)
+    check_tensorrt(config.backend)
+    if config.backend == "tensorrt" and not gpus():
+        raise MissingDependencyError(
+            "TensorRT builds engines only on the GPU that will run them, and this machine offers none (no NVIDIA "
+            "driver); build there, or ahead of time with --backend tensorrt-rtx"
+        )
+    source = read_artifact(Path(onnx_dir), stage="onnx")
+    profiles = component_profiles(source.path, config)
+    for name in profiles:
+        check_graph(name, source.path / name / ONNX_NAME, config.backend)
+    with write_artifact(
+        output,
+        stage="engines",
+        config=to_dict(config),
+        inputs={"onnx": source.digest},
+        overwrite=overwrite,
+    ) as writer:
+        copy_companions(source, writer.path)
+        built = run_worker(make_job(source.path, writer.path, profiles, config), progress)
+        writer.details.update(make_details(source, profiles, config, built))
+    return read_artifact(output, stage="engines")
+
+
+def check_graph(component: str, path: Path, backend: str) -> None:
+    """Refuse a graph in the form made for ONNX Runtime that TensorRT does not take, before minutes are spent.
+
+    Raises:
+        ArtifactError: the file is missing or is not ONNX.
+        EngineBuildError: 4-bit weights are cast to 8 bits in the graph.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+    try:
+        graph = onnx.load(path, load_external_data=False).graph
+    except OSError as error:
+        raise ArtifactError(
+            f"'{path}': cannot be read ({error.strerror}); export the model again with `quest-deploy export`"
+        ) from error
+    except DecodeError as error:
+        raise ArtifactError(
+            f"'{path}' is not an ONNX file; export the model again with `quest-deploy export`"
+        ) from error
+    four_bit = {
+        tensor.name
+        for tensor in graph.initializer
+        if tensor.data_type in (onnx.TensorProto.INT4, onnx.TensorProto.UINT4)
+    }
+    cast = [node for node in graph.node if node.op_type == "Cast" and node.input[0] in four_bit]
+    if cast:
+        raise EngineBuildError(
+            f"{component}: {len(cast)} weights are stored in 4 bits and cast to 8 in the graph ('{cast[0].input[0]}' "
+            f"is the first), which ONNX Runtime takes and {title_of(backend)} does not; "
+            f"export the checkpoint again with `quest-deploy export --target {backend}`"
+        )
+
+
+def copy_companions(source: Artifact, output: Path) -> None:
+    """Copy what a pipeline needs beside the engines: tokenizer, scheduler and configuration files."""
+    for name in source.manifest.files:
+        if not Path(name).name.startswith(ONNX_NAME):
+            (output / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source.path / name, output / name)
+
+
+def make_job(
+    onnx_dir: Path, output: Path, profiles: Mapping[str, Profile], config: BuildConfig
+) -> dict[str, Any]:
+    """What the building process is told."""
+    timing_cache = config.timing_cache
+    if timing_cache is not None and config.backend == "tensorrt-rtx":
+        logger.warning(
+            "timing cache %s is ignored: TensorRT for RTX times no kernels while it builds, it chooses them on the GPU",
+            timing_cache,
+        )
+        timing_cache = None
+    return {
+        "backend": config.backend,
+        "timing_cache": None if timing_cache is None else str(Path(timing_cache).absolute()),
+        "components": [
+            {
+                "name": name,
+                "onnx": str((onnx_dir / name / ONNX_NAME).absolute()),
+                "plan": str((output / name / PLAN_NAME).absolute()),
+                "profile": profile_to_json(profile),
+            }
+            for name, profile in profiles.items()
+        ],
+    }
+
+
+def profile_to_json(profile: Profile) -> dict[str, dict[str, list[int]]]:
+    """A profile in JSON types."""
+    return {
+        name: {edge: list(shape) for edge, shape in dataclasses.asdict(ranges).items()}
+        for name, ranges in profile.items()
+    }
+
+
+def make_details(
+    source: Artifact,
+    profiles: Mapping[str, Profile],
+    config: BuildConfig,
+    built: Mapping[str, Mapping[str, Any]],
+) -> dict[str, Any]:
+    """What the manifest says about the engines: with what, for what, from what, how large, how long."""
+    ahead_of_time = config.backend == "tensorrt-rtx"
+    gpu = None if ahead_of_time else gpus()[0]
+    components = {
+        name: {
+            "plan": f"{name}/{PLAN_NAME}",
+            "onnx_sha256": source.manifest.files[f"{name}/{ONNX_NAME}"].sha256,
+            "profiles": [profile_to_json(profiles[name])],
+            **{key: value for key, value in report.items() if key != "tensorrt_version"},
+        }
+        for name, report in built.items()
+    }
+    return {
+        "library": title_of(config.backend),
+        "library_version": next(report["tensorrt_version"] for report in built.values()),
+        "strongly_typed": True,
+        "precision": precision_of(source),
+        "target_gpu": _AHEAD_OF_TIME if gpu is None else gpu.name,
+        "compute_capability": _AHEAD_OF_TIME_CAPABILITIES if gpu is None else gpu.compute_capability,
+        "verified": all(report["verified"] for report in built.values()),
+        "components": components,
+        "seconds": round(sum(report["seconds"] for report in built.values()), 3),
+        "size_bytes": sum(report["size_bytes"] for report in built.values()),
+    }
+
+
+def precision_of(source: Artifact) -> str:
+    """The arithmetic of the denoiser, as the export chose it: TensorRT follows the graph's types."""
+    mode = source.manifest.config.get("mode", "none")
+    return "fp32" if mode == "none" else f"{mode} (Q/DQ), fp32 elsewhere"

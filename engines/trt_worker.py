@@ -1,0 +1,235 @@
+"""The process that builds TensorRT engines: ``python -m quest_deploy.engines.trt_worker``.
+
+A process of its own, because Polygraphy binds to one TensorRT flavour when it is imported, because TensorRT cannot be
+interrupted, and because it may die. Standard input carries one line, the job, and then stays open for as long as
+anybody waits for the result: when it closes, the worker exits. Standard output carries one JSON event a line:
+``progress``, ``log``, ``built`` (one for each component) and ``failed`` (the last one).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from quest_deploy.engines.libraries import gpus, import_tensorrt
+from quest_deploy.engines.timing_cache import load_timing_cache, save_timing_cache
+from quest_deploy.errors import EngineBuildError
+
+_LOGGER_PREFIX = re.compile(r"^\s*\[[A-Z!]\]\s*")
+_SOURCE_PLACE = re.compile(r"\s*\bIn \S+ at /_src/\S+?:\d+")
+# What Polygraphy says after the error that matters.
+_CONSEQUENCES = (
+    "Invalid Engine",
+    "Could not parse ONNX correctly",
+    "Invalid network",
+    "Failed to parse ONNX",
+)
+
+
+class EventLog(logging.Handler):
+    """Sends what is logged as events, and keeps the errors."""
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__(logging.INFO)
+        self.stream = stream
+        self.errors: list[str] = []
+
+    def send(self, event: str, **fields: Any) -> None:
+        """Write one event; TensorRT may call from threads of its own."""
+        with self.lock or threading.Lock():
+            self.stream.write(json.dumps({"event": event, **fields}) + "\n")
+            self.stream.flush()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = _LOGGER_PREFIX.sub("", record.getMessage())
+        if record.levelno >= logging.ERROR:
+            self.errors.append(message)
+        self.send("log", level=record.levelno, name=record.name, message=message)
+
+    def cause(self, default: str) -> str:
+        """The first error that is not the consequence of another, as one line."""
+        causes = [error for error in self.errors if not error.startswith(_CONSEQUENCES)]
+        first = causes[0] if causes else default
+        return " ".join(_SOURCE_PLACE.sub("", first).split())
+
+
+class PhaseTree:
+    """TensorRT's nested phases as one fraction. A phase counts for one step of its parent."""
+
+    def __init__(self) -> None:
+        self.phases: dict[str, dict[str, Any]] = {}
+
+    def start(self, name: str, parent: str | None, steps: int) -> None:
+        """Begin a phase of `steps` steps inside `parent`."""
+        self.phases[name] = {"parent": parent, "steps": max(steps, 1), "done": 0}
+
+    def step(self, name: str, step: int) -> None:
+        """Note that the phase has finished its step number `step`, counted from 0."""
+        if name in self.phases:
+            self.phases[name]["done"] = step + 1
+
+    def finish(self, name: str) -> None:
+        """End a phase."""
+        self.phases.pop(name, None)
+
+    def fraction(self, name: str | None = None) -> float:
+        """Part of the phase `name` (None for the whole build) that is done, in [0, 1]."""
+        children = [key for key, phase in self.phases.items() if phase["parent"] == name]
+        inner = max((self.fraction(key) for key in children), default=0.0)
+        if name is None:
+            return inner
+        phase = self.phases[name]
+        return float(min(1.0, (phase["done"] + inner) / phase["steps"]))
+
+
+def progress_monitor(trt: Any, component: str, log: EventLog) -> Any:
+    """A TensorRT progress monitor that sends an event for each new phase and each new percent."""
+    tree = PhaseTree()
+    last = [-1]
+
+    def send(phase: str, *, always: bool) -> None:
+        percent = max(int(100 * tree.fraction()), last[0])
+        if always or percent > last[0]:
+            last[0] = percent
+            log.send("progress", component=component, phase=phase, percent=percent)
+
+    class Monitor(trt.IProgressMonitor):
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            new = phase_name not in tree.phases
+            tree.start(phase_name, parent_phase, num_steps)
+            send(phase_name, always=new)
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            tree.step(phase_name, step)
+            send(phase_name, always=False)
+            return True
+
+        def phase_finish(self, phase_name: str) -> None:
+            tree.finish(phase_name)
+
+    return Monitor()
+
+
+def build_component(trt: Any, job: Mapping[str, Any], component: Mapping[str, Any], log: EventLog) -> None:
+    """Build one engine from its ONNX file, write its plan and send the ``built`` event."""
+    from polygraphy.backend.trt import engine_bytes_from_network, network_from_onnx_path
+
+    start = time.monotonic()
+    typed = hasattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED")
+    builder, network, _parser = network_from_onnx_path(component["onnx"], strongly_typed=typed)
+    check_inputs_of(network, component)
+    config = builder_config(trt, job, component, builder, network, log)
+    plan = engine_bytes_from_network((builder, network), config)
+    if job["timing_cache"]:
+        save_timing_cache(config, Path(job["timing_cache"]))
+    with open(component["plan"], "wb") as stream:
+        stream.write(plan)
+    log.send(
+        "built",
+        component=component["name"],
+        seconds=round(time.monotonic() - start, 3),
+        size_bytes=Path(component["plan"]).stat().st_size,
+        layers=network.num_layers,
+        builder_flags=[name for name, flag in trt.BuilderFlag.__members__.items() if config.get_flag(flag)],
+        tensorrt_version=trt.__version__,
+        verified=can_deserialize(trt, plan),
+    )
+
+
+def check_inputs_of(network: Any, component: Mapping[str, Any]) -> None:
+    """Check that the parsed graph takes the inputs that the profile is for.
+
+    Raises:
+        EngineBuildError: names the inputs got and expected.
+    """
+    got = sorted(network.get_input(index).name for index in range(network.num_inputs))
+    expected = sorted(component["profile"])
+    if got != expected:
+        raise EngineBuildError(f"the graph takes {got}, expected {expected}")
+
+
+def builder_config(
+    trt: Any, job: Mapping[str, Any], component: Mapping[str, Any], builder: Any, network: Any, log: EventLog
+) -> Any:
+    """The IBuilderConfig: one profile, strict fp32 arithmetic, progress, timings of earlier builds."""
+    from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
+    from polygraphy.backend.trt import CreateConfig, Profile
+
+    profile = Profile()
+    for name, shapes in component["profile"].items():
+        profile.add(name, min=shapes["min"], opt=shapes["opt"], max=shapes["max"])
+    create = CreateConfigRTX if job["backend"] == "tensorrt-rtx" else CreateConfig
+    monitor = progress_monitor(trt, component["name"], log)
+    config = create(profiles=[profile], progress_monitor=monitor)(builder, network)
+    # TF32 keeps 10 bits of what stays in float: enough to flip int8 codes and miss the parity gate.
+    config.clear_flag(trt.BuilderFlag.TF32)
+    if job["timing_cache"]:
+        load_timing_cache(config, Path(job["timing_cache"]))
+    return config
+
+
+def can_deserialize(trt: Any, plan: Any) -> bool:
+    """Whether this machine's own GPU loads the plan; False where there is none."""
+    from polygraphy.backend.trt import get_trt_logger
+
+    if not gpus():
+        return False
+    return trt.Runtime(get_trt_logger()).deserialize_cuda_engine(plan) is not None
+
+
+def run_job(job: Mapping[str, Any], log: EventLog) -> int:
+    """Build every component of `job`; the exit status."""
+    from polygraphy.exception import PolygraphyException
+
+    trt = import_tensorrt(job["backend"])
+    for component in job["components"]:
+        log.errors.clear()
+        failed: dict[str, Any] = {"component": component["name"], "tensorrt_version": trt.__version__}
+        try:
+            build_component(trt, job, component, log)
+        except OSError as error:
+            where = error.filename or component["plan"]
+            log.send("failed", kind="storage", errno=error.errno, filename=str(where), **failed)
+            return 1
+        except (PolygraphyException, EngineBuildError, RuntimeError, TypeError, ValueError) as error:
+            log.send("failed", kind="build", message=log.cause(str(error)), **failed)
+            return 1
+    return 0
+
+
+def exit_with_parent() -> None:
+    """Exit as soon as standard input closes: nobody is left who wants the engines."""
+    sys.stdin.read()
+    os._exit(1)
+
+
+def main() -> int:
+    """Read the job, build, report."""
+    # Whatever libraries print must not end up among the events.
+    events = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    job = json.loads(sys.stdin.readline())
+    threading.Thread(target=exit_with_parent, daemon=True).start()
+
+    log = EventLog(events)
+    logging.getLogger().addHandler(log)
+    logging.getLogger().setLevel(logging.INFO)
+    from polygraphy.logger import G_LOGGER
+
+    G_LOGGER.use_python_logging_system = True
+    return run_job(job, log)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
