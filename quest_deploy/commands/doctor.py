@@ -1,0 +1,251 @@
+"""`quest-deploy doctor`: what this machine can finetune, export, build and run, found out by trying."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
+from typing import Any
+
+import click
+
+from quest_deploy.commands.verb import Result, format_size, format_table, verb
+
+# Import name -> what the package is for; in the order of the path from a model to an image.
+PACKAGES = {
+    "torch": "finetune, export, generate --backend torch",
+    "diffusers": "models and schedulers",
+    "transformers": "text encoders",
+    "safetensors": "weights",
+    "onnx": "export",
+    "onnxscript": "export",
+    "onnxruntime": "generate --backend onnxruntime, parity",
+    "polygraphy": "build-engine",
+    "tensorrt_rtx": "build-engine and generate --backend tensorrt-rtx",
+    "tensorrt": "build-engine and generate --backend tensorrt",
+}
+PROBE_SECONDS = 60
+
+# A fresh interpreter, so that a broken library can do no more than fail: import it and make a builder.
+_TENSORRT_PROBE = """
+import sys, importlib
+trt = importlib.import_module(sys.argv[1])
+builder = trt.Builder(trt.Logger(trt.Logger.ERROR))
+builder.create_network(0)
+"""
+_PACKAGE_PROBE = """
+import sys, importlib
+module = importlib.import_module(sys.argv[1])
+if sys.argv[1] == "onnxruntime":
+    print(",".join(module.get_available_providers()))
+elif sys.argv[1] == "torch":
+    print(module.cuda.get_device_name() if module.cuda.is_available() else "")
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Package:
+    """An installed or missing library. `problem` is empty where it can be imported."""
+
+    name: str
+    version: str | None
+    purpose: str
+    problem: str = ""
+    note: str = ""
+
+    @property
+    def usable(self) -> bool:
+        return self.version is not None and not self.problem
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ability:
+    """One thing that this machine can or cannot do, and why."""
+
+    name: str
+    possible: bool
+    sentence: str
+
+
+@click.command(short_help="What this machine can build and run.")
+@verb()
+def doctor() -> Result:
+    """Say which libraries and GPU were found, and what this machine can finetune, export, build and run."""
+    from quest_deploy import __version__
+
+    packages = {name: probe_package(name) for name in PACKAGES}
+    gpus, driver_problem = find_gpus()
+    abilities = find_abilities(packages, driver_problem)
+    machine = describe_machine()
+    data = {
+        "quest_deploy": __version__,
+        "machine": machine,
+        "gpus": gpus,
+        "driver_problem": driver_problem,
+        "packages": {
+            name: asdict(package) | {"usable": package.usable} for name, package in packages.items()
+        },
+        "abilities": [asdict(ability) for ability in abilities],
+    }
+    return Result(data=data, text=render(data))
+
+
+def describe_machine() -> dict[str, Any]:
+    """Interpreter, system, cores and memory."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        "memory_bytes": memory,
+    }
+
+
+def run_probe(code: str, *arguments: str) -> tuple[str, str]:
+    """Run `code` in a fresh interpreter: what it printed, and what went wrong (one line, empty if nothing)."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=PROBE_SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        return "", f"gave no answer within {PROBE_SECONDS} s"
+    if done.returncode == 0:
+        return (done.stdout.strip().splitlines() or [""])[-1], ""
+    last_line = (done.stderr.strip().splitlines() or [f"ended with code {done.returncode}"])[-1]
+    return "", last_line
+
+
+def probe_package(name: str) -> Package:
+    """Find a library's version and whether it works."""
+    distributions = packages_distributions().get(name, [])
+    found: str | None = None
+    for distribution in distributions:
+        try:
+            found = version(distribution)
+        except PackageNotFoundError:
+            continue
+        # The stubs alone install a `tensorrt` directory that holds no library.
+        if not distribution.endswith("-stubs"):
+            break
+    else:
+        found = None
+    if found is None:
+        return Package(name=name, version=None, purpose=PACKAGES[name])
+    note, problem = run_probe(_TENSORRT_PROBE if name.startswith("tensorrt") else _PACKAGE_PROBE, name)
+    return Package(name=name, version=found, purpose=PACKAGES[name], problem=problem, note=note)
+
+
+def find_gpus() -> tuple[list[str], str]:
+    """The NVIDIA GPUs by name, and why there is none that a program can use (empty if there is one).
+
+    The driver itself is asked through ``libcuda``: a GPU that only nvidia-smi sees runs nothing.
+    """
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return [], "no NVIDIA driver"
+    count = ctypes.c_int(0)
+    if cuda.cuInit(0) != 0 or cuda.cuDeviceGetCount(ctypes.byref(count)) != 0 or count.value == 0:
+        return [], "an NVIDIA driver but no GPU that it can use"
+    return _gpu_names() or [f"{count.value} unnamed NVIDIA GPU(s)"], ""
+
+
+def _gpu_names() -> list[str]:
+    if shutil.which("nvidia-smi") is None:
+        return []
+    command = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_SECONDS)
+    except subprocess.TimeoutExpired:
+        return []
+    return done.stdout.strip().splitlines() if done.returncode == 0 else []
+
+
+def find_abilities(packages: dict[str, Package], driver_problem: str) -> list[Ability]:
+    """What can be done with these libraries and this driver."""
+    torch = packages["torch"]
+    model_missing = _missing(packages, "torch", "diffusers", "transformers", "safetensors")
+    where = f"on {torch.note}" if torch.note else "on the CPU; large models take long there"
+    abilities = [
+        _ability("finetune", model_missing, f"torch {torch.version}, {where}"),
+        _ability("generate --backend torch", model_missing, f"torch {torch.version}, {where}"),
+        _ability(
+            "export",
+            model_missing or _missing(packages, "onnx", "onnxscript"),
+            f"onnx {packages['onnx'].version}, no GPU needed",
+        ),
+        _ability(
+            "generate --backend onnxruntime",
+            _missing(packages, "onnxruntime"),
+            f"onnxruntime {packages['onnxruntime'].version} with {packages['onnxruntime'].note}",
+        ),
+    ]
+    for name, title, builds_without_gpu in (
+        ("tensorrt_rtx", "TensorRT for RTX", True),
+        ("tensorrt", "TensorRT", False),
+    ):
+        backend = name.replace("_", "-")
+        missing = _missing(packages, name, "polygraphy")
+        if packages[name].version is None:
+            missing += f"; pip install 'quest-deploy[{backend}]'"
+        found = f"{title} {packages[name].version}"
+        build_problem = missing or (
+            "" if builds_without_gpu or not driver_problem else f"{found}: {driver_problem}"
+        )
+        run_problem = missing or (
+            f"{found} cannot run engines here: {driver_problem}" if driver_problem else ""
+        )
+        abilities += [
+            _ability(f"build-engine --backend {backend}", build_problem, f"{found} can build engines here"),
+            _ability(f"generate --backend {backend}", run_problem, f"{found} can run engines here"),
+        ]
+    return abilities
+
+
+def _missing(packages: dict[str, Package], *names: str) -> str:
+    """Why these packages cannot be used together; empty if they can."""
+    reasons = []
+    for name in names:
+        if packages[name].version is None:
+            reasons.append(f"{name} is not installed")
+        elif packages[name].problem:
+            reasons.append(f"{name} {packages[name].version} does not work: {packages[name].problem}")
+    return "; ".join(reasons)
+
+
+def _ability(name: str, problem: str, success: str) -> Ability:
+    return Ability(name=name, possible=not problem, sentence=problem or success)
+
+
+def render(data: dict[str, Any]) -> str:
+    """The findings as text."""
+    machine = data["machine"]
+    rows = [
+        (
+            name,
+            package["version"] or "-",
+            package["problem"] or package["note"] if package["version"] else "not installed",
+        )
+        for name, package in data["packages"].items()
+    ]
+    abilities = [
+        ("yes" if ability["possible"] else "no", ability["name"], ability["sentence"])
+        for ability in data["abilities"]
+    ]
+    return "\n".join(
+        [
+            f"quest-deploy {data['quest_deploy']}, Python {machine['python']}, {machine['system']}, "
+            f"{machine['cores']} cores, {format_size(machine['memory_bytes'])} memory",
+            f"GPU: {', '.join(data['gpus']) or data['driver_problem']}",
+            "",
+            format_table(rows),
+            "",
+            "This machine can:",
+            format_table(abilities),
+        ]
+    )

@@ -1,0 +1,46 @@
+"""`quest-deploy export`: a model or checkpoint in, ONNX out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from quest_deploy.commands.progress import show_progress
+from quest_deploy.commands.verb import Result, artifact_result, output_option, overwrite_option, verb
+from quest_deploy.config import MODES, TARGETS, ExportConfig
+
+
+@click.command(short_help="A model or checkpoint to ONNX.")
+@click.argument("source", metavar="MODEL|CHECKPOINT", type=click.Path(path_type=Path))
+@output_option
+@click.option("--target", type=click.Choice(TARGETS), default=ExportConfig.target, show_default=True)
+@click.option(
+    "--mode",
+    type=click.Choice(MODES),
+    help="int8: Q/DQ nodes; none: full precision.  [default: int8 for a checkpoint, none for a model]",
+)
+@click.option("--opset", type=int, default=ExportConfig.opset, show_default=True)
+@overwrite_option
+@verb()
+def export(
+    *, source: Path, output: Path, target: str, mode: str | None, opset: int, overwrite: bool
+) -> Result:
+    """Write MODEL (full precision) or CHECKPOINT (quantized) as ONNX, one graph per component.
+
+    Batch and image size stay dynamic. The target decides how quantizers are written, so that the runtime fuses them.
+    """
+    from quest_deploy.artifacts import check_output, stage_of
+
+    check_output(output, stage="onnx", overwrite=overwrite)
+    if mode is None:
+        mode = "int8" if source.exists() and stage_of(source) == "checkpoint" else "none"
+    config = ExportConfig(target=target, mode=mode, opset=opset)  # type: ignore[arg-type]
+
+    from quest_deploy.export.to_onnx import export as run
+
+    with show_progress() as progress:
+        artifact = run(source, output, config, progress=progress, overwrite=overwrite)
+    build = f"quest-deploy build-engine {output} -o DIR --backend {target}"
+    draw = f"quest-deploy generate {output} PROMPT -o DIR"
+    return artifact_result(artifact, draw if target == "onnxruntime" else build)

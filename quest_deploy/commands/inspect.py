@@ -1,0 +1,177 @@
+"""`quest-deploy inspect`: what an artifact or model holds, without running it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from quest_deploy.commands.verb import Result, format_size, format_table, verb
+
+if TYPE_CHECKING:
+    from quest_deploy.model.spec import TensorSpec
+
+_SHOWN_OPERATORS = 8
+
+
+@click.command(short_help="What an artifact or model holds.")
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--verify", is_flag=True, help="Hash every file again, also those known to be unchanged.")
+@verb()
+def inspect(*, path: Path, verify: bool) -> Result:
+    """Show what PATH (a model or any artifact) holds: sizes, inputs, outputs, quantizers, operators.
+
+    The hashes of an artifact are verified on the way.
+    """
+    data = describe(path, verify=verify)
+    return Result(data=data, text=render(data))
+
+
+def describe(path: Path, *, verify: bool = False) -> dict[str, Any]:
+    """Everything that `inspect` knows about `path`, as JSON types."""
+    from quest_deploy.artifacts import hash_directory, read_artifact, stage_of
+
+    stage = stage_of(path)
+    data: dict[str, Any] = {"path": str(path), "stage": stage}
+    if stage == "model":
+        data["digest"] = hash_directory(path)
+        files = _sizes(path)
+    else:
+        artifact = read_artifact(path, verify=verify)
+        manifest = artifact.manifest
+        files = {name: entry.size_bytes for name, entry in manifest.files.items()}
+        data |= {
+            "digest": artifact.digest,
+            "config": manifest.config,
+            "details": manifest.details,
+            "inputs": manifest.inputs,
+            "tools": manifest.tools,
+        }
+    data["size_bytes"] = sum(files.values())
+    data["files"] = len(files)
+    if stage in ("model", "checkpoint", "onnx", "engines") and path.is_dir():
+        data["components"] = _components(path, files)
+    if stage == "onnx":
+        for name, component in data["components"].items():
+            component["graph"] = describe_graph(path / name / "model.onnx")
+    if (path / "quest.json").is_file():
+        data["quantization"] = summarize_layers(path / "quest.json")
+    return data
+
+
+def _sizes(path: Path) -> dict[str, int]:
+    from quest_deploy.files import is_hidden, list_files
+
+    if path.is_file():
+        return {path.name: path.stat().st_size}
+    return {name: (path / name).stat().st_size for name in list_files(path) if not is_hidden(name)}
+
+
+def _components(path: Path, files: dict[str, int]) -> dict[str, dict[str, Any]]:
+    from quest_deploy.model.spec import component_specs
+
+    components = {}
+    for name, spec in component_specs(path).items():
+        # Models and checkpoints keep the whole autoencoder in vae/.
+        folder = name if (path / name).is_dir() else name.removesuffix("_decoder")
+        components[name] = {
+            "size_bytes": sum(size for file, size in files.items() if file.startswith(f"{folder}/")),
+            "inputs": [_tensor(tensor) for tensor in spec.inputs],
+            "outputs": [_tensor(tensor) for tensor in spec.outputs],
+        }
+    return components
+
+
+def _tensor(tensor: TensorSpec) -> dict[str, Any]:
+    return {"name": tensor.name, "dtype": tensor.dtype, "shape": list(tensor.shape)}
+
+
+def describe_graph(path: Path) -> dict[str, Any]:
+    """Operators, opset and weights by type of an ONNX file; external data is not read.
+
+    Raises:
+        ArtifactError: the file is not ONNX.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    from quest_deploy.errors import ArtifactError
+
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except DecodeError as error:
+        raise ArtifactError(
+            f"'{path}' is not an ONNX file ({error}); run `quest-deploy export` again"
+        ) from error
+    weights: Counter[str] = Counter()
+    for initializer in model.graph.initializer:
+        kind = onnx.TensorProto.DataType.Name(initializer.data_type).lower()
+        weights[kind] += math.prod(initializer.dims)
+    return {
+        "opset": {entry.domain or "ai.onnx": entry.version for entry in model.opset_import},
+        "nodes": len(model.graph.node),
+        "operators": dict(Counter(node.op_type for node in model.graph.node).most_common()),
+        "initializer_elements": dict(weights.most_common()),
+    }
+
+
+def summarize_layers(path: Path) -> dict[str, Any]:
+    """How many layers of the denoiser have which bits, from ``quest.json``."""
+    from quest_deploy.artifacts import read_json
+
+    content = read_json(path)
+    return content
+
+
+def render(data: dict[str, Any]) -> str:
+    """The description as text."""
+    blocks = [
+        f"{data['path']}: {data['stage']}, {data['files']} files, {format_size(data['size_bytes'])}, "
+        f"digest {data['digest'][:12]}"
+    ]
+    if data.get("config"):
+        blocks.append(
+            _block("Configuration", [(key, _short(value)) for key, value in data["config"].items()])
+        )
+    if data.get("components"):
+        rows = []
+        for name, component in data["components"].items():
+            rows.append((name, format_size(component["size_bytes"])))
+            rows += [("", f"{tensor['name']} {_shape(tensor)}") for tensor in component["inputs"]]
+            rows += [("", f"-> {tensor['name']} {_shape(tensor)}") for tensor in component["outputs"]]
+        blocks.append(_block("Components", rows))
+        graphs = [(name, item["graph"]) for name, item in data["components"].items() if "graph" in item]
+        if graphs:
+            blocks.append(_block("Graphs", [(name, *_graph_cells(graph)) for name, graph in graphs]))
+    if data.get("details"):
+        blocks.append(_block("Details", [(key, _short(value)) for key, value in data["details"].items()]))
+    if data.get("tools"):
+        blocks.append("Made with " + ", ".join(f"{name} {number}" for name, number in data["tools"].items()))
+    return "\n\n".join(blocks)
+
+
+def _block(title: str, rows: Sequence[tuple[str, ...]]) -> str:
+    table = format_table(rows).replace("\n", "\n  ")
+    return f"{title}\n  {table}"
+
+
+def _short(value: Any, limit: int = 90) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def _shape(tensor: dict[str, Any]) -> str:
+    return f"{tensor['dtype']}[{', '.join(map(str, tensor['shape']))}]"
+
+
+def _graph_cells(graph: dict[str, Any]) -> tuple[str, str, str]:
+    operators = list(graph["operators"].items())
+    shown = ", ".join(f"{count} {name}" for name, count in operators[:_SHOWN_OPERATORS])
+    rest = f", {len(operators) - _SHOWN_OPERATORS} more kinds" if len(operators) > _SHOWN_OPERATORS else ""
+    weights = ", ".join(f"{count:,} {kind}" for kind, count in graph["initializer_elements"].items())
+    return f"{graph['nodes']} nodes", shown + rest, f"weights: {weights}"

@@ -1,0 +1,88 @@
+"""Progress on standard error: a bar with ETA and loss on a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from datetime import timedelta
+
+from quest_deploy.config import ProgressEvent
+
+logger = logging.getLogger(__name__)
+
+SECONDS_BETWEEN_LINES = 5.0
+
+Progress = Callable[[ProgressEvent], None]
+
+
+def format_metrics(metrics: Mapping[str, float]) -> str:
+    """`loss 0.0123, snr_db 24.1`."""
+    return ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+
+
+class LineProgress:
+    """Log lines: the first and last of each stage, and between them one every few seconds."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.clock = clock
+        self.stage = ""
+        self.started = 0.0
+        self.started_at = 0
+        self.last_line = 0.0
+
+    def __call__(self, event: ProgressEvent) -> None:
+        now = self.clock()
+        new_stage = event.stage != self.stage
+        if new_stage:
+            self.stage, self.started, self.started_at = event.stage, now, event.completed
+        if not new_stage and event.completed < event.total and now - self.last_line < SECONDS_BETWEEN_LINES:
+            return
+        self.last_line = now
+        parts = [f"{event.stage} {event.completed}/{event.total}"]
+        if self.started_at < event.completed < event.total:
+            pace = (now - self.started) / (event.completed - self.started_at)
+            left = timedelta(seconds=round(pace * (event.total - event.completed)))
+            parts.append(f"ETA {left}")
+        parts += [text for text in (format_metrics(event.metrics), event.message) if text]
+        logger.info("%s", ", ".join(parts))
+
+
+@contextlib.contextmanager
+def show_progress() -> Iterator[Progress]:
+    """A progress callback for the stages, shown while the body runs."""
+    if not sys.stderr.isatty():
+        yield LineProgress()
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        TaskID,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+    from rich.progress import Progress as Bars
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=30),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}", markup=False),
+    )
+    with Bars(*columns, console=Console(stderr=True)) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def update(event: ProgressEvent) -> None:
+            if event.stage not in tasks:
+                tasks[event.stage] = bars.add_task(event.stage, total=event.total, note="")
+            note = ", ".join(text for text in (format_metrics(event.metrics), event.message) if text)
+            bars.update(tasks[event.stage], completed=event.completed, total=event.total, note=note)
+
+        yield update

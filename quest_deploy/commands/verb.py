@@ -1,0 +1,207 @@
+"""What every verb shares: --json and --verbose, results on standard output, and errors as messages."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import click
+
+from quest_deploy.artifacts import Artifact
+from quest_deploy.errors import QuestDeployError
+from quest_deploy.files import storage_error
+
+DONE = 0
+ERROR = 1
+OVER_BUDGET = 3
+INTERRUPTED = 130
+TERMINATED = 143
+
+NOTHING_LEFT = "nothing half-written was left; run the same command again"
+
+logger = logging.getLogger("quest_deploy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What a verb found: `data` for --json, `text` for people."""
+
+    data: dict[str, Any]
+    text: str
+    exit_code: int = DONE
+
+
+class Terminated(BaseException):
+    """SIGTERM, raised where the process is, so that unfinished artifacts are removed on the way out."""
+
+
+output_option = click.option(
+    "-o", "--output", type=click.Path(path_type=Path), required=True, metavar="DIR", help="Directory to make."
+)
+overwrite_option = click.option(
+    "--overwrite", is_flag=True, help="Replace an artifact of the same kind that is there already."
+)
+
+
+def verb(*, when_interrupted: str = NOTHING_LEFT) -> Callable[[Callable[..., Result]], Callable[..., None]]:
+    """Decorate the body of a command: it returns a :class:`Result` and raises :class:`QuestDeployError`.
+
+    Args:
+        when_interrupted: What to tell somebody who pressed Ctrl-C.
+    """
+
+    def decorate(body: Callable[..., Result]) -> Callable[..., None]:
+        @click.option(
+            "--json", "as_json", is_flag=True, help="Print one JSON object; all else goes to stderr."
+        )
+        @click.option("-v", "--verbose", is_flag=True, help="Debug messages, and the traceback of an error.")
+        @functools.wraps(body)
+        def command(*, as_json: bool, verbose: bool, **options: Any) -> None:
+            started = time.monotonic()
+            failure: tuple[str, str, int] | None = None
+            with _standard_output_for_the_result(), _terminated_as_exception(), _logs_on_stderr(verbose):
+                try:
+                    result = body(**options)
+                except click.ClickException:
+                    raise
+                except (Exception, KeyboardInterrupt, Terminated) as error:
+                    failure = _explain(error, when_interrupted)
+                    if verbose:
+                        traceback.print_exc()
+            if failure is not None:
+                kind, message, code = failure
+                click.echo(f"Error: {message}" if code == ERROR else message, err=True)
+                if as_json:
+                    click.echo(json.dumps({"error": {"type": kind, "message": message}}))
+                sys.exit(code)
+            if as_json:
+                seconds = round(time.monotonic() - started, 3)
+                click.echo(json.dumps({**result.data, "seconds": seconds}, ensure_ascii=False))
+            else:
+                click.echo(result.text)
+            sys.exit(result.exit_code)
+
+        return command
+
+    return decorate
+
+
+def _explain(error: BaseException, when_interrupted: str) -> tuple[str, str, int]:
+    """Type, one message and exit code for whatever ended a verb."""
+    if isinstance(error, KeyboardInterrupt):
+        return "Interrupted", f"Interrupted: {when_interrupted}", INTERRUPTED
+    if isinstance(error, Terminated):
+        return "Terminated", f"Terminated: {when_interrupted}", TERMINATED
+    known = error if isinstance(error, QuestDeployError) else storage_error(error, Path.cwd())
+    if known is not None:
+        return type(known).__name__, str(known), ERROR
+    first_line = (str(error).strip().splitlines() or ["no message"])[0]
+    message = (
+        f"unexpected {type(error).__name__}: {first_line}. This is a fault of quest-deploy: "
+        "run the command again with -v for the traceback, and report it with the output of `quest-deploy doctor`"
+    )
+    return type(error).__name__, message, ERROR
+
+
+@contextlib.contextmanager
+def _standard_output_for_the_result() -> Iterator[None]:
+    """Send what libraries print, from Python or from C++, to standard error."""
+    with contextlib.ExitStack() as restore:
+        restore.enter_context(contextlib.redirect_stdout(sys.stderr))
+        with contextlib.suppress(OSError):  # standard output is closed: nothing to protect
+            saved = os.dup(1)
+            restore.callback(os.close, saved)
+            restore.callback(os.dup2, saved, 1)
+            os.dup2(2, 1)
+        yield
+
+
+@contextlib.contextmanager
+def _terminated_as_exception() -> Iterator[None]:
+    def terminate(number: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class _StderrHandler(logging.Handler):
+    """Writes to whatever sys.stderr is at the time: a progress bar puts itself in its place."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        sys.stderr.write(self.format(record) + "\n")
+
+
+@contextlib.contextmanager
+def _logs_on_stderr(verbose: bool) -> Iterator[None]:
+    """Show this package's log; the libraries' warnings are for developers and appear with --verbose."""
+    handler = _StderrHandler()
+    handler.setFormatter(
+        logging.Formatter("%(levelname)s %(name)s: %(message)s" if verbose else "%(message)s")
+    )
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG if verbose else logging.INFO)
+    try:
+        with warnings.catch_warnings():
+            if not verbose:
+                warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+def artifact_result(artifact: Artifact, next_step: str = "", **data: Any) -> Result:
+    """The result of a verb that wrote `artifact`."""
+    manifest = artifact.manifest
+    size_bytes = sum(entry.size_bytes for entry in manifest.files.values())
+    text = f"{artifact.path}: {manifest.stage}, {len(manifest.files)} files, {format_size(size_bytes)}"
+    return Result(
+        data={
+            "path": str(artifact.path),
+            "stage": manifest.stage,
+            "digest": artifact.digest,
+            "size_bytes": size_bytes,
+            "details": manifest.details,
+            **data,
+        },
+        text=f"{text}\nNext: {next_step}" if next_step else text,
+    )
+
+
+def format_size(size_bytes: int) -> str:
+    """`size_bytes` in the unit that reads best; decimal units, as disks are sold."""
+    size = float(size_bytes)
+    for unit in ("bytes", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} GB"
+
+
+def format_table(rows: Sequence[tuple[str, ...]]) -> str:
+    """Columns aligned on the left, two spaces apart."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))] if rows else []
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)

@@ -1,0 +1,72 @@
+"""The group: what it offers, and that asking for help is quick."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import subprocess
+import sys
+import time
+
+import pytest
+from click.testing import CliRunner
+
+from quest_deploy import __version__
+from quest_deploy.commands import VERBS, main
+
+HEAVY = ("torch", "onnx", "onnxruntime", "numpy", "diffusers", "transformers", "polygraphy", "rich")
+LIGHT = "import sys; from quest_deploy.commands import main; sys.argv[1:] = {arguments!r}\ntry:\n    main()\nfinally:\n"
+LIST = f"    print('LOADED', *[name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)\n"
+
+
+def loaded_by(arguments: list[str]) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", LIGHT.format(arguments=arguments) + LIST], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stderr.strip()
+
+
+def test_version() -> None:
+    done = CliRunner().invoke(main, ["--version"])
+    assert done.output == f"quest-deploy, version {__version__}\n"
+
+
+def test_version_is_the_installed_one() -> None:
+    assert importlib.metadata.version("quest-deploy") == __version__
+
+
+def test_help_lists_every_verb() -> None:
+    output = CliRunner().invoke(main, ["--help"]).output
+    assert [name for name in VERBS if f"\n  {name} " in output] == list(VERBS)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], *([verb, "--help"] for verb in VERBS)])
+def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
+    assert loaded_by(arguments) == "LOADED"
+
+
+def test_help_takes_less_than_half_a_second() -> None:
+    """The fastest of five, since other processes share the machine."""
+    seconds = []
+    for _ in range(5):
+        started = time.perf_counter()
+        subprocess.run(
+            [sys.executable, "-c", "from quest_deploy.commands import main; main(['--help'])"],
+            stdout=subprocess.DEVNULL,
+            check=True,
+        )
+        seconds.append(time.perf_counter() - started)
+    assert min(seconds) < 0.5
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help_and_json(verb: str) -> None:
+    output = CliRunner().invoke(main, [verb, "--help"]).output
+    assert "--json" in output
+    assert "--verbose" in output
+
+
+def test_unknown_verb_is_a_usage_error() -> None:
+    done = CliRunner().invoke(main, ["finetun"])
+    assert done.exit_code == 2
+    assert "No such command 'finetun'" in done.stderr

@@ -1,0 +1,137 @@
+"""What every verb does with results, errors, signals and the output of libraries."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+
+from quest_deploy.commands.verb import Result as VerbResult
+from quest_deploy.commands.verb import format_size, format_table, verb
+from quest_deploy.errors import ConfigError
+
+
+def run(body: object, *arguments: str) -> Result:
+    command = click.command()(verb(when_interrupted="go on with --resume")(body))  # type: ignore[arg-type]
+    return CliRunner().invoke(command, list(arguments))
+
+
+def succeed() -> VerbResult:
+    return VerbResult(data={"path": "x"}, text="x: done")
+
+
+def fail_with(error: BaseException) -> object:
+    def body() -> VerbResult:
+        raise error
+
+    return body
+
+
+def test_text_goes_to_standard_output() -> None:
+    done = run(succeed)
+    assert (done.exit_code, done.stdout, done.stderr) == (0, "x: done\n", "")
+
+
+def test_json_is_one_object() -> None:
+    done = run(succeed, "--json")
+    assert json.loads(done.stdout)["path"] == "x"
+    assert json.loads(done.stdout)["seconds"] >= 0
+
+
+def test_exit_code_of_the_result_is_used() -> None:
+    assert run(lambda: VerbResult(data={}, text="", exit_code=3)).exit_code == 3
+
+
+def test_error_is_a_message_without_traceback() -> None:
+    done = run(fail_with(ConfigError("steps is 0, expected at least 1")))
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert done.stderr == "Error: steps is 0, expected at least 1\n"
+
+
+def test_error_with_json_is_on_both_streams() -> None:
+    done = run(fail_with(ConfigError("steps is 0")), "--json")
+    assert json.loads(done.stdout) == {"error": {"type": "ConfigError", "message": "steps is 0"}}
+    assert done.stderr == "Error: steps is 0\n"
+
+
+def test_verbose_adds_the_traceback() -> None:
+    assert "Traceback" in run(fail_with(ConfigError("x")), "-v").stderr
+
+
+def test_unexpected_error_says_how_to_report_it() -> None:
+    done = run(fail_with(ZeroDivisionError("division by zero\nmore")))
+    assert done.exit_code == 1
+    assert done.stderr.startswith("Error: unexpected ZeroDivisionError: division by zero. ")
+    assert "-v for the traceback" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_storage_error_outside_artifacts_is_explained() -> None:
+    done = run(fail_with(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/tmp/x")))
+    assert (done.exit_code, done.stderr.count("\n")) == (1, 1)
+    assert "'/tmp/x': the disk is full" in done.stderr
+
+
+def test_ctrl_c_is_130_and_says_how_to_go_on() -> None:
+    done = run(fail_with(KeyboardInterrupt()))
+    assert (done.exit_code, done.stderr) == (130, "Interrupted: go on with --resume\n")
+
+
+def test_usage_error_is_2() -> None:
+    assert run(fail_with(click.UsageError("give one"))).exit_code == 2
+    assert run(succeed, "--nonsense").exit_code == 2
+
+
+def test_what_libraries_print_goes_to_standard_error() -> None:
+    """From Python and from below Python; in a process of its own, since pytest owns the streams here."""
+    code = (
+        "import os, click\nfrom quest_deploy.commands.verb import Result, verb\n"
+        "def body():\n    print('python')\n    os.write(1, b'native\\n')\n"
+        "    return Result(data={'a': 1}, text='result')\nclick.command()(verb()(body))()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "result\n")
+    assert "python\n" in done.stderr and "native\n" in done.stderr
+
+
+def test_log_of_this_package_is_on_standard_error() -> None:
+    def body() -> VerbResult:
+        logging.getLogger("quest_deploy.x").info("exporting unet")
+        logging.getLogger("quest_deploy.x").debug("detail")
+        return succeed()
+
+    assert run(body).stderr == "exporting unet\n"
+    assert "detail" in run(body, "-v").stderr
+
+
+def test_sigterm_unwinds_the_verb() -> None:
+    """In a process of its own: the context manager must be left, and the exit code is 128 + 15."""
+    code = (
+        "import os, signal, click\nfrom contextlib import ExitStack\n"
+        "from quest_deploy.commands.verb import Result, verb\n"
+        "def body():\n    with ExitStack() as stack:\n"
+        "        stack.callback(os.write, 2, b'cleaned\\n')\n        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "click.command()(verb()(body))()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 128 + signal.SIGTERM
+    assert done.stderr.startswith("cleaned\nTerminated: nothing half-written was left")
+
+
+@pytest.mark.parametrize(
+    ("size_bytes", "text"), [(0, "0 bytes"), (999, "999 bytes"), (1000, "1.0 kB"), (2_500_000_000, "2.5 GB")]
+)
+def test_format_size(size_bytes: int, text: str) -> None:
+    assert format_size(size_bytes) == text
+
+
+def test_format_table_aligns_columns() -> None:
+    assert format_table([("a", "bb"), ("ccc", "d")]) == "a    bb\nccc  d"
