@@ -1,4 +1,4 @@
-"""From a model or checkpoint to ONNX.
+"""From torch to ONNX: lowering, graph passes and checks.
 
 ``quest_deploy.export`` is both this package and the verb of the Python API (``quest_deploy.export(source, output,
 config)``). Importing any module of a subpackage makes Python bind the package to that name in its parent, so a function of
