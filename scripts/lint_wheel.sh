@@ -17,5 +17,9 @@ mkdir "$work/source" "$work/site"
 "$bin/pip" install -q --no-deps --target "$work/site" "$work"/quest_deploy-*.whl
 
 cd "$work/site"
-PYTHONPATH=$work/site "$bin/lint-imports" --no-logo --config "$root/.importlinter" --cache-dir "$root/.import_linter_cache"
-MYPYPATH=$work/site "$bin/mypy" --config-file "$root/pyproject.toml" --cache-dir "$root/.mypy_cache" -p quest_deploy
+status=0
+PYTHONPATH=$work/site "$bin/lint-imports" --no-logo --config "$root/.importlinter" \
+    --cache-dir "$root/.import_linter_cache" >"$work/imports" || { status=1; cat "$work/imports"; }
+MYPYPATH=$work/site "$bin/mypy" --config-file "$root/pyproject.toml" --cache-dir "$root/.mypy_cache" \
+    --no-error-summary -p quest_deploy || status=1
+exit "$status"

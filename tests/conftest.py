@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-# Before torch or ONNX Runtime are imported: two threads are as fast as many on models this small, and give the same bits
-# on every machine.
+# Before torch or ONNX Runtime are imported: two threads are as fast as many on models this small, and give the same
+# bits on every machine.
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
