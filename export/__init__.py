@@ -1,8 +1,8 @@
 """From torch to ONNX: lowering, graph passes and checks.
 
 ``quest_deploy.export`` is both this package and the verb of the Python API (``quest_deploy.export(source, output,
-config)``). Importing any module of a subpackage makes Python bind the package to that name in its parent, so a function of
-the same name would be lost by then; hence the package itself can be called.
+config)``). Importing any module of a subpackage makes Python bind the package to that name in its parent, so a
+function of the same name would be lost by then; hence the package itself can be called.
 """
 
 from __future__ import annotations

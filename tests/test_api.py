@@ -11,12 +11,10 @@ import quest_deploy
 
 IMPORTS = [
     pytest.param("import quest_deploy", id="package"),
-    pytest.param("import quest_deploy.export", id="subpackage"),
     pytest.param("import quest_deploy.export.to_onnx", id="module below"),
     pytest.param(
-        "import quest_deploy; quest_deploy.export; import quest_deploy.export.to_onnx", id="both, verb first"
+        "import quest_deploy; quest_deploy.export; import quest_deploy.export.to_onnx", id="verb first"
     ),
-    pytest.param("from quest_deploy.export.to_onnx import export; import quest_deploy", id="function first"),
 ]
 
 

@@ -1,0 +1,82 @@
+"""What doctor concludes from what it found."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from quest_deploy.commands import main
+from quest_deploy.commands.doctor import PACKAGES, Ability, Package, find_abilities, probe_package, run_probe
+
+
+def installed(**changes: Package) -> dict[str, Package]:
+    """Every library at version 1.0, but for `changes`."""
+    return {name: changes.get(name, package(name)) for name in PACKAGES}
+
+
+def package(name: str, version: str | None = "1.0", problem: str = "") -> Package:
+    return Package(name=name, version=version, purpose=PACKAGES[name], problem=problem)
+
+
+def ability(name: str, packages: dict[str, Package], driver_problem: str = "") -> Ability:
+    return next(item for item in find_abilities(packages, driver_problem) if item.name == name)
+
+
+def test_tensorrt_rtx_builds_without_a_gpu_but_does_not_run() -> None:
+    build = ability("build-engine --backend tensorrt-rtx", installed(), "no NVIDIA driver")
+    run = ability("generate --backend tensorrt-rtx", installed(), "no NVIDIA driver")
+    assert (build.possible, run.possible) == (True, False)
+    assert build.sentence == "TensorRT for RTX 1.0 can build engines here"
+    assert run.sentence == "TensorRT for RTX 1.0 cannot run engines here: no NVIDIA driver"
+
+
+def test_tensorrt_needs_the_gpu_to_build() -> None:
+    assert not ability("build-engine --backend tensorrt", installed(), "no NVIDIA driver").possible
+    assert ability("build-engine --backend tensorrt", installed()).possible
+
+
+@pytest.mark.parametrize("backend", ["tensorrt", "tensorrt-rtx"])
+def test_missing_library_names_the_extra(backend: str) -> None:
+    name = backend.replace("-", "_")
+    found = ability(f"build-engine --backend {backend}", installed(**{name: package(name, version=None)}))
+    assert not found.possible
+    assert f"{name} is not installed; pip install 'quest-deploy[{backend}]'" in found.sentence
+
+
+def test_library_that_does_not_import_is_not_promised() -> None:
+    broken = package("onnxruntime", problem="ImportError: libfoo.so.1: cannot open shared object file")
+    found = ability("generate --backend onnxruntime", installed(onnxruntime=broken))
+    assert not found.possible
+    assert "libfoo.so.1" in found.sentence
+
+
+@pytest.mark.parametrize("verb", ["finetune", "export", "generate --backend torch"])
+def test_no_torch_no_model(verb: str) -> None:
+    found = ability(verb, installed(torch=package("torch", version=None)))
+    assert (found.possible, found.sentence) == (False, "torch is not installed")
+
+
+def test_library_that_crashes_is_a_problem_and_not_a_crash() -> None:
+    note, problem = run_probe("import os; os.abort()")
+    assert (note, problem) == ("", "ended with code -6")
+
+
+def test_stubs_are_not_the_library() -> None:
+    """tensorrt-stubs, which the type checker needs, installs no tensorrt."""
+    pytest.importorskip("tensorrt_rtx")
+    try:
+        import tensorrt  # noqa: F401
+    except ImportError:
+        assert probe_package("tensorrt").version is None
+
+
+@pytest.mark.timeout(300)
+def test_doctor_on_this_machine() -> None:
+    done = CliRunner().invoke(main, ["doctor", "--json"])
+    found = json.loads(done.stdout)
+    assert done.exit_code == 0
+    assert found["packages"]["torch"]["usable"]
+    assert {item["name"]: item["possible"] for item in found["abilities"]}["export"]
+    assert bool(found["gpus"]) != bool(found["driver_problem"])
