@@ -120,10 +120,11 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
-def psnr_per_rung(report: Any) -> dict[str, float | None]:
-    """Mean image PSNR against the full-precision model, in dB, by rung of the parity report."""
+def psnr_per_rung(report: Any) -> dict[str, float | str | None]:
+    """Mean image PSNR against the full-precision model, in dB, of each rung in the parity report that was run."""
     rungs = report["rungs"] if report else []
-    return {rung["name"]: rung.get("image_psnr_db") for rung in rungs}
+    measured = {rung["name"]: rung["against_reference"] for rung in rungs}
+    return {name: figures["image_psnr_db"]["mean"] for name, figures in measured.items() if figures}
 
 
 def summarize(
