@@ -159,6 +159,10 @@ def _logs_on_stderr(verbose: bool) -> Iterator[None]:
     handler.setFormatter(
         logging.Formatter("%(levelname)s %(name)s: %(message)s" if verbose else "%(message)s")
     )
+    if not verbose:
+        # Both libraries read these once, when they are imported, which happens inside the verb.
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     level = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.DEBUG if verbose else logging.INFO)

@@ -59,6 +59,7 @@ def load_model(source: str | Path) -> LoadedModel:
         else:
             directory = path if path.is_dir() else _snapshot(str(source))
             component_specs(directory)
+            _hide_loading_bars()
             _refuse_pickled_weights(directory)
             pipeline = StableDiffusionPipeline.from_pretrained(
                 str(directory), use_safetensors=True, **options
@@ -92,6 +93,15 @@ def wrap_components(model: LoadedModel) -> dict[str, nn.Module]:
         DENOISER: parameters_frozen(Denoiser(model.unet)),
         VAE_DECODER: parameters_frozen(VaeDecoder(model.vae)),
     }
+
+
+def _hide_loading_bars() -> None:
+    """Loading takes seconds, and these bars would break into the progress of the stage; downloads keep theirs."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
 
 
 def _refuse_pickled_weights(directory: Path) -> None:
