@@ -7,6 +7,7 @@ valid manifest is always whole. A reader trusts no file whose hash differs from 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import logging
 import os
@@ -168,9 +169,10 @@ def check_output(output: Path, *, stage: str, overwrite: bool = False) -> None:
     """Refuse an output directory that must not be replaced, before any work is done.
 
     Raises:
-        ArtifactError: it is a file, holds files that are not of an artifact of this stage, or exists without
-            `overwrite`.
+        ArtifactError: it is a file, holds files that are not of an artifact of this stage, exists without
+            `overwrite`, or lies where nothing can be written.
     """
+    _check_writable(Path(output))
     with storage_errors(output):
         if not os.path.lexists(output) or (output.is_dir() and not any(output.iterdir())):
             return
@@ -196,6 +198,22 @@ def check_output(output: Path, *, stage: str, overwrite: bool = False) -> None:
             f"output '{output}' also holds '{foreign[0]}', which is not part of the artifact; move it away "
             "first, so that --overwrite deletes nothing of yours"
         )
+
+
+def _check_writable(output: Path) -> None:
+    """Find out before hours of work, and not after, that the result cannot be written."""
+    resolved = output.resolve()
+    folder = next(parent for parent in resolved.parents if parent.exists())
+    if not folder.is_dir():
+        code = errno.ENOTDIR
+    elif os.statvfs(folder).f_flag & os.ST_RDONLY:
+        code = errno.EROFS
+    elif not os.access(folder, os.W_OK | os.X_OK):
+        code = errno.EACCES
+    else:
+        return
+    with storage_errors(folder):
+        raise OSError(code, os.strerror(code), str(folder))
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ import pytest
 from quest_deploy import files
 from quest_deploy.artifacts import (
     MANIFEST_NAME,
+    check_output,
     read_artifact,
     refuse_pickle,
     stage_of,
@@ -295,6 +296,13 @@ def test_output_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("x")
     with pytest.raises(ArtifactError, match="is a file"):
         make(tmp_path / "a", overwrite=True)
+
+
+@pytest.mark.parametrize("output", ["file/a", "file/x/a"])
+def test_output_below_a_file_is_refused_before_the_body_runs(tmp_path: Path, output: str) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ArtifactError, match=r"file': a part of the path is a file, expected a directory"):
+        check_output(tmp_path / output, stage="onnx")
 
 
 def test_output_is_checked_before_the_body_runs(tmp_path: Path) -> None:
