@@ -1,0 +1,113 @@
+"""What inspect says about models and artifacts."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx
+import pytest
+from click.testing import CliRunner
+from onnx import TensorProto, helper
+
+from quest_deploy.artifacts import write_artifact
+from quest_deploy.commands import main
+
+COMPONENTS = ("text_encoder", "unet", "vae_decoder")
+
+
+def inspect(path: Path, *arguments: str) -> dict:
+    done = CliRunner().invoke(main, ["inspect", str(path), "--json", *arguments])
+    assert done.exit_code == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def tiny_graph() -> onnx.ModelProto:
+    """y = DequantizeLinear(int8 [2, 3]) + x."""
+    nodes = [
+        helper.make_node("DequantizeLinear", ["codes", "scale"], ["w"]),
+        helper.make_node("Add", ["x", "w"], ["y"]),
+    ]
+    value = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [2, 3]) for name in "xy"]
+    weights = [
+        helper.make_tensor("codes", TensorProto.INT8, [2, 3], [1] * 6),
+        helper.make_tensor("scale", TensorProto.FLOAT, [], [0.5]),
+    ]
+    graph = helper.make_graph(nodes, "tiny", value[:1], value[1:], weights)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)])
+
+
+@pytest.fixture
+def onnx_dir(tmp_path: Path, reference_model: Path) -> Path:
+    """An ONNX artifact in the usual layout, with the same tiny graph for each component."""
+    with write_artifact(tmp_path / "onnx", stage="onnx", config={"target": "onnxruntime"}) as writer:
+        shutil.copy(reference_model / "model_index.json", writer.path)
+        for name in COMPONENTS:
+            (writer.path / name).mkdir()
+            source = reference_model / name.removesuffix("_decoder") / "config.json"
+            shutil.copy(source, writer.path / name)
+            onnx.save(tiny_graph(), writer.path / name / "model.onnx")
+    return tmp_path / "onnx"
+
+
+def test_model_has_components_with_shapes(reference_model: Path) -> None:
+    found = inspect(reference_model)
+    assert (found["stage"], sorted(found["components"])) == ("model", sorted(COMPONENTS))
+    sample = found["components"]["unet"]["inputs"][0]
+    assert sample == {"name": "sample", "dtype": "float32", "shape": ["batch", 4, "height", "width"]}
+
+
+def test_sizes_add_up(reference_model: Path) -> None:
+    found = inspect(reference_model)
+    sizes = [file.stat().st_size for file in reference_model.rglob("*") if file.is_file()]
+    assert (found["files"], found["size_bytes"]) == (len(sizes), sum(sizes))
+    unet = sum(file.stat().st_size for file in (reference_model / "unet").iterdir())
+    assert found["components"]["unet"]["size_bytes"] == unet
+
+
+def test_graph_is_counted(onnx_dir: Path) -> None:
+    graph = inspect(onnx_dir)["components"]["unet"]["graph"]
+    assert graph["operators"] == {"DequantizeLinear": 1, "Add": 1}
+    assert graph["initializer_elements"] == {"int8": 6, "float": 1}
+    assert graph["opset"] == {"ai.onnx": 21}
+
+
+def test_text_names_every_component(onnx_dir: Path) -> None:
+    done = CliRunner().invoke(main, ["inspect", str(onnx_dir)])
+    for text in (*COMPONENTS, "out_sample float32[batch, 4, height, width]", "1 DequantizeLinear"):
+        assert text in done.stdout
+
+
+def test_single_safetensors_file_is_a_model(tmp_path: Path, reference_model: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    shutil.copy(reference_model / "unet" / "diffusion_pytorch_model.safetensors", file)
+    assert inspect(file)["size_bytes"] == file.stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda d: (d / "unet" / "model.onnx").unlink(), "unet/model.onnx is missing"),
+        (lambda d: (d / "manifest.json").write_text("{"), "not valid JSON"),
+        (shutil.rmtree, "does not exist"),
+    ],
+    ids=["missing file", "corrupt manifest", "missing directory"],
+)
+def test_damage_is_an_error(onnx_dir: Path, damage: Callable[[Path], None], message: str) -> None:
+    damage(onnx_dir)
+    done = CliRunner().invoke(main, ["inspect", str(onnx_dir)])
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert message in done.stderr
+
+
+def test_file_that_is_not_onnx_is_an_error(tmp_path: Path, onnx_dir: Path) -> None:
+    """Its hash is right: the artifact was made with it."""
+    with write_artifact(tmp_path / "bad", stage="onnx", config={}) as writer:
+        shutil.copytree(onnx_dir, writer.path, dirs_exist_ok=True)
+        (writer.path / "manifest.json").unlink()
+        (writer.path / "unet" / "model.onnx").write_bytes(b"\xff" * 64)
+    done = CliRunner().invoke(main, ["inspect", str(tmp_path / "bad")])
+    assert done.exit_code == 1
+    assert "unet/model.onnx' is not an ONNX file" in done.stderr
