@@ -45,8 +45,8 @@ class OrtEngine:
         except _runtime_errors() as error:
             shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in inputs.items())
             raise EngineInputError(
-                f"{self.spec.name}: ONNX Runtime cannot run it on {shapes}: {_first_line(error)}; choose a height "
-                "and width that the model's halvings divide"
+                f"{self.spec.name}: ONNX Runtime cannot run it on {shapes}: {_first_line(error)}; "
+                "check the values, and that the model can halve the image sizes as often as it does"
             ) from error
         return {name: torch.from_numpy(array) for name, array in zip(self.output_names, outputs, strict=True)}
 

@@ -34,8 +34,9 @@ PLAN_NAME = "model.plan"
 class TensorRTEngine:
     """One component in one execution context."""
 
-    def __init__(self, spec: ComponentSpec, engine: CudaEngine) -> None:
+    def __init__(self, spec: ComponentSpec, engine: CudaEngine, runtime: Runtime | None = None) -> None:
         self.spec = spec
+        self.runtime = runtime  # must outlive the engine
         self.profiles = read_profiles(spec, engine)
         self.limits = limits_of(spec, self.profiles)
         self.engine: CudaEngine | None = engine
@@ -72,9 +73,10 @@ class TensorRTEngine:
         return outputs
 
     def close(self) -> None:
-        # The context uses the engine's memory: it goes first.
+        # Each uses the next one's memory.
         self.context = None
         self.engine = None
+        self.runtime = None
 
     def __enter__(self) -> TensorRTEngine:
         return self
@@ -124,7 +126,7 @@ def load_tensorrt_engines(engine_dir: Path, *, backend: TensorRTBackend) -> dict
         engine = runtime.deserialize_cuda_engine(plan)
         if engine is None:
             raise stale(name, source.path, source.manifest.details, backend, str(library.__version__))
-        engines[name] = TensorRTEngine(spec, engine)
+        engines[name] = TensorRTEngine(spec, engine, runtime)
     return engines
 
 

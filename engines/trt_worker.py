@@ -25,12 +25,14 @@ from quest_deploy.errors import EngineBuildError
 
 _LOGGER_PREFIX = re.compile(r"^\s*\[[A-Z!]\]\s*")
 _SOURCE_PLACE = re.compile(r"\s*\bIn \S+ at /_src/\S+?:\d+")
-# What Polygraphy says after the error that matters.
-_CONSEQUENCES = (
+# Errors that say nothing by themselves: what Polygraphy adds after the one that matters, and the parser's dump of a
+# node before it.
+_EMPTY = (
     "Invalid Engine",
-    "Could not parse ONNX correctly",
     "Invalid network",
+    "Could not parse ONNX correctly",
     "Failed to parse ONNX",
+    "ModelImporter.cpp",
 )
 
 
@@ -55,8 +57,8 @@ class EventLog(logging.Handler):
         self.send("log", level=record.levelno, name=record.name, message=message)
 
     def cause(self, default: str) -> str:
-        """The first error that is not the consequence of another, as one line."""
-        causes = [error for error in self.errors if not error.startswith(_CONSEQUENCES)]
+        """The first error that says what is wrong, as one line."""
+        causes = [error for error in self.errors if not error.startswith(_EMPTY)]
         first = causes[0] if causes else default
         return " ".join(_SOURCE_PLACE.sub("", first).split())
 

@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import ctypes
+import sys
+from pathlib import Path
+
+import pytest
+
+from quest_deploy.engines import libraries
+from quest_deploy.errors import ConfigError, MissingDependencyError
+
+
+@pytest.mark.parametrize(("backend", "module"), [("tensorrt", "tensorrt"), ("tensorrt-rtx", "tensorrt_rtx")])
+def test_missing_library_names_the_extra(monkeypatch: pytest.MonkeyPatch, backend: str, module: str) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(MissingDependencyError, match=rf"pip install 'quest-deploy\[{backend}\]'"):
+        libraries.check_tensorrt(backend)
+
+
+def test_type_stubs_alone_are_not_the_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "only_stubs").mkdir()
+    (tmp_path / "only_stubs" / "__init__.pyi").write_text("x: int\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setitem(libraries._MODULES, "tensorrt", "only_stubs")
+    with pytest.raises(MissingDependencyError, match="only_stubs"):
+        libraries.check_tensorrt("tensorrt")
+
+
+def test_library_whose_shared_objects_are_broken_says_so(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "broken_trt.py").write_text(
+        "raise OSError('libnvinfer.so.10: cannot open shared object file')\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setitem(libraries._MODULES, "tensorrt", "broken_trt")
+    with pytest.raises(MissingDependencyError, match=r"cannot be imported \(libnvinfer"):
+        libraries.import_tensorrt("tensorrt")
+
+
+def test_other_backends_are_refused() -> None:
+    with pytest.raises(ConfigError, match="expected one of tensorrt, tensorrt-rtx"):
+        libraries.check_tensorrt("onnxruntime")
+
+
+def test_no_driver_means_no_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(name: str) -> None:
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(ctypes, "CDLL", refuse)
+    assert libraries.gpus() == []
+
+
+class Driver:
+    """A driver that knows one GPU."""
+
+    def cuInit(self, flags: int) -> int:
+        return 0
+
+    def cuDeviceGetCount(self, count: object) -> int:
+        count._obj.value = 1
+        return 0
+
+    def cuDeviceGet(self, device: object, index: int) -> int:
+        return 0
+
+    def cuDeviceGetName(self, name: ctypes.Array, size: int, device: object) -> int:
+        name.value = b"NVIDIA RTX 5090"
+        return 0
+
+    def cuDeviceGetAttribute(self, value: object, attribute: int, device: object) -> int:
+        value._obj.value = {75: 12, 76: 0}[attribute]
+        return 0
+
+
+def test_gpu_is_described_by_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver())
+    assert libraries.gpus() == [libraries.Gpu(name="NVIDIA RTX 5090", compute_capability="12.0")]
+
+
+def test_driver_that_does_not_start_offers_no_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Failing(Driver):
+        def cuInit(self, flags: int) -> int:
+            return 100
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: Failing())
+    assert libraries.gpus() == []

@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from quest_deploy.engines.timing_cache import load_timing_cache, save_timing_cache
+
+
+class Cache:
+    """A timing cache whose content is a set of words; another device's starts with '!'."""
+
+    def __init__(self, content: bytes) -> None:
+        self.words = set(content.decode().split())
+
+    def combine(self, other: Cache, ignore_mismatch: bool) -> bool:
+        if "!" in other.words and not ignore_mismatch:
+            return False
+        self.words |= other.words
+        return True
+
+    def serialize(self) -> bytes:
+        return " ".join(sorted(self.words)).encode()
+
+
+class Config:
+    """The part of IBuilderConfig that deals with timing caches."""
+
+    def __init__(self, content: bytes = b"") -> None:
+        self.cache = Cache(content)
+
+    def create_timing_cache(self, content: bytes) -> Cache | None:
+        return None if content.startswith(b"corrupt") else Cache(content)
+
+    def set_timing_cache(self, cache: Cache, ignore_mismatch: bool) -> bool:
+        if "!" in cache.words and not ignore_mismatch:
+            return False
+        self.cache = cache
+        return True
+
+    def get_timing_cache(self) -> Cache:
+        return self.cache
+
+
+def test_saved_timings_are_loaded_by_the_next_build(tmp_path: Path) -> None:
+    save_timing_cache(Config(b"conv gemm"), tmp_path / "cache")
+    config = Config()
+    assert load_timing_cache(config, tmp_path / "cache")
+    assert config.cache.words == {"conv", "gemm"}
+
+
+def test_timings_of_another_process_are_kept(tmp_path: Path) -> None:
+    path = tmp_path / "cache"
+    save_timing_cache(Config(b"conv"), path)
+    save_timing_cache(Config(b"gemm"), path)
+    assert Cache(path.read_bytes()).words == {"conv", "gemm"}
+
+
+def test_missing_file_gives_an_empty_cache_without_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = Config(b"old")
+    assert not load_timing_cache(config, tmp_path / "cache")
+    assert config.cache.words == set()
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("content", [b"corrupt bytes", b"! conv"], ids=["corrupt", "other device"])
+def test_unusable_file_is_warned_about_and_replaced(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, content: bytes
+) -> None:
+    path = tmp_path / "cache"
+    path.write_bytes(content)
+    config = Config()
+    with caplog.at_level(logging.WARNING):
+        assert not load_timing_cache(config, path)
+    assert "cannot use" in caplog.text
+    config.cache.words.add("new")
+    save_timing_cache(config, path)
+    assert path.read_bytes() == b"new"
+
+
+def test_write_that_fails_leaves_the_old_file_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "cache"
+    save_timing_cache(Config(b"conv"), path)
+
+    def full(self: Path, data: bytes) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space"):
+        save_timing_cache(Config(b"gemm"), path)
+    monkeypatch.undo()
+    assert path.read_bytes() == b"conv"
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["cache", "cache.lock"]

@@ -1,0 +1,302 @@
+"""Real TensorRT for RTX engines, built without a GPU."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from quest_deploy.artifacts import Artifact, read_artifact
+from quest_deploy.config import BuildConfig, ProgressEvent, ShapeRange
+from quest_deploy.engines import trt_build
+from quest_deploy.engines.libraries import gpus
+from quest_deploy.engines.trt_build import build_engine
+from quest_deploy.errors import ArtifactError, ConfigError, EngineBuildError, MissingDependencyError
+
+pytest.importorskip("tensorrt_rtx")
+
+COMPONENTS = {"text_encoder", "unet", "vae_decoder"}
+
+
+@pytest.fixture(scope="module")
+def built(tiny_onnx: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Artifact, list[ProgressEvent]]:
+    """Engines of the tiny pipeline, and the progress that was reported meanwhile."""
+    events: list[ProgressEvent] = []
+    output = tmp_path_factory.mktemp("built") / "engines"
+    return build_engine(tiny_onnx, output, BuildConfig(), progress=events.append), events
+
+
+def workers() -> list[psutil.Process]:
+    """Building processes that live."""
+    return [
+        process
+        for process in psutil.process_iter(["cmdline", "status"])
+        if "quest_deploy.engines.trt_worker" in (process.info["cmdline"] or [])
+        and process.info["status"] != psutil.STATUS_ZOMBIE
+    ]
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def started_workers() -> Callable[[], list[psutil.Process]]:
+    """Building processes that this test started."""
+    before = {process.pid for process in workers()}
+    return lambda: [process for process in workers() if process.pid not in before]
+
+
+def test_every_component_has_a_plan(built: tuple[Artifact, list[ProgressEvent]]) -> None:
+    plans = [name for name in built[0].manifest.files if name.endswith("model.plan")]
+    assert {Path(name).parent.name for name in plans} == COMPONENTS
+    assert all(built[0].manifest.files[name].size_bytes > 1000 for name in plans)
+
+
+def test_manifest_says_with_what_and_for_what(built: tuple[Artifact, list[ProgressEvent]]) -> None:
+    import tensorrt_rtx
+
+    details = built[0].manifest.details
+    assert details["library"] == "TensorRT for RTX"
+    assert details["library_version"] == tensorrt_rtx.__version__
+    assert details["target_gpu"] == "any (ahead of time)"
+    assert details["precision"] == "int8 (Q/DQ), fp32 elsewhere"
+
+
+def test_manifest_ties_each_plan_to_its_onnx_file(
+    built: tuple[Artifact, list[ProgressEvent]], tiny_onnx: Path
+) -> None:
+    source = read_artifact(tiny_onnx)
+    assert built[0].manifest.inputs == {"onnx": source.digest}
+    for name, component in built[0].manifest.details["components"].items():
+        assert component["onnx_sha256"] == source.manifest.files[f"{name}/model.onnx"].sha256
+
+
+def test_manifest_lists_profiles_and_flags(built: tuple[Artifact, list[ProgressEvent]]) -> None:
+    unet = built[0].manifest.details["components"]["unet"]
+    assert unet["profiles"][0]["sample"] == {"min": [1, 4, 8, 8], "opt": [2, 4, 8, 8], "max": [8, 4, 8, 8]}
+    assert "TF32" not in unet["builder_flags"]
+
+
+@pytest.mark.skipif(bool(gpus()), reason="this machine can verify its engines")
+def test_engines_that_no_gpu_has_loaded_are_not_called_verified(
+    built: tuple[Artifact, list[ProgressEvent]],
+) -> None:
+    assert built[0].manifest.details["verified"] is False
+
+
+def test_companions_are_copied_and_graphs_are_not(built: tuple[Artifact, list[ProgressEvent]]) -> None:
+    names = set(built[0].manifest.files)
+    assert {"model_index.json", "quest.json", "unet/config.json", "tokenizer/vocab.json"} <= names
+    assert not [name for name in names if "onnx" in name]
+
+
+def test_progress_rises_to_its_total(built: tuple[Artifact, list[ProgressEvent]]) -> None:
+    completed = [event.completed for event in built[1]]
+    assert completed == sorted(completed)
+    assert completed[-1] == built[1][-1].total == 300
+
+
+def test_dynamic_sizes_build(tiny_onnx: Path, tmp_path: Path) -> None:
+    sizes = ShapeRange(min=8, opt=16, max=64)
+    artifact = build_engine(tiny_onnx, tmp_path / "engines", BuildConfig(height=sizes, width=sizes))
+    profile = artifact.manifest.details["components"]["vae_decoder"]["profiles"][0]
+    assert profile["latent_sample"]["max"] == [4, 4, 32, 32]
+
+
+def refused(error: type[Exception], match: str, source: Path, output: Path, **options: object) -> None:
+    """Check that building fails with a message and leaves nothing beside `output`."""
+    before = sorted(output.parent.iterdir())
+    with pytest.raises(error, match=match):
+        build_engine(source, output, BuildConfig(**options))
+    assert sorted(output.parent.iterdir()) == before
+
+
+def test_weights_cast_from_four_bits_are_refused_before_building(
+    make_onnx: Callable[..., Path], four_bit_unet: Callable[..., bytes], tmp_path: Path
+) -> None:
+    source = make_onnx(unet=four_bit_unet(cast=True))
+    match = r"unet: 1 weights are stored in 4 bits .*'conv'.* export --target tensorrt-rtx"
+    refused(EngineBuildError, match, source, tmp_path / "engines")
+
+
+def test_graph_that_does_not_parse_is_refused_in_tensorrt_s_own_words(
+    make_onnx: Callable[..., Path], asymmetric_unet: bytes, tmp_path: Path
+) -> None:
+    match = "unet: TensorRT for RTX .* cannot build .*zero.?point"
+    refused(EngineBuildError, match, make_onnx(unet=asymmetric_unet), tmp_path / "engines")
+
+
+def test_graph_that_parses_but_does_not_build_is_refused_in_tensorrt_s_own_words(
+    make_onnx: Callable[..., Path],
+    four_bit_unet: Callable[..., bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(trt_build, "check_graph", lambda *args: None)
+    source = make_onnx(unet=four_bit_unet(cast=True))
+    refused(EngineBuildError, "unet: .* cannot build .*datatype Int4", source, tmp_path / "engines")
+
+
+def test_graph_with_other_inputs_is_refused(
+    make_onnx: Callable[..., Path], tiny_onnx: Path, tmp_path: Path
+) -> None:
+    source = make_onnx(unet=(tiny_onnx / "vae_decoder" / "model.onnx").read_bytes())
+    match = r"unet: .*takes \['latent_sample'\], expected \['encoder_hidden_states', 'sample', 'timestep'\]"
+    refused(EngineBuildError, match, source, tmp_path / "engines")
+
+
+def test_file_that_is_not_onnx_is_an_artifact_error(make_onnx: Callable[..., Path], tmp_path: Path) -> None:
+    source = make_onnx(vae_decoder=b"\xff" * 100)
+    refused(ArtifactError, "model.onnx' is not an ONNX file", source, tmp_path / "engines")
+
+
+def test_truncated_graph_is_named(make_onnx: Callable[..., Path], tmp_path: Path) -> None:
+    source = make_onnx()
+    graph = source / "unet" / "model.onnx"
+    graph.write_bytes(graph.read_bytes()[:-10])
+    refused(ArtifactError, "unet/model.onnx is truncated", source, tmp_path / "engines")
+
+
+def test_model_directory_is_refused_with_the_command_to_run(model_dir: Path, tmp_path: Path) -> None:
+    refused(ArtifactError, "quest-deploy export", model_dir, tmp_path / "engines")
+
+
+def test_size_that_does_not_divide_is_refused(tiny_onnx: Path, tmp_path: Path) -> None:
+    height = ShapeRange(min=18, opt=18, max=18)
+    refused(ConfigError, "height: got 18 pixels", tiny_onnx, tmp_path / "engines", height=height)
+
+
+def test_missing_library_is_refused_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
+    refused(
+        MissingDependencyError, r"quest-deploy\[tensorrt-rtx\]", tmp_path / "nothing", tmp_path / "engines"
+    )
+
+
+def test_tensorrt_without_a_gpu_points_to_the_flavour_that_needs_none(
+    monkeypatch: pytest.MonkeyPatch, tiny_onnx: Path, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(trt_build, "check_tensorrt", lambda backend: None)
+    monkeypatch.setattr(trt_build, "gpus", list)
+    refused(
+        MissingDependencyError, "--backend tensorrt-rtx", tiny_onnx, tmp_path / "engines", backend="tensorrt"
+    )
+
+
+def test_existing_engines_stay_when_a_new_build_fails(
+    built: tuple[Artifact, list[ProgressEvent]],
+    make_onnx: Callable[..., Path],
+    four_bit_unet: Callable[..., bytes],
+) -> None:
+    output = built[0].path
+    with pytest.raises(EngineBuildError):
+        build_engine(make_onnx(unet=four_bit_unet(cast=True)), output, BuildConfig(), overwrite=True)
+    assert read_artifact(output, verify=True).digest == built[0].digest
+
+
+def test_timing_cache_is_ignored_aloud_where_there_is_none(
+    tiny_onnx: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = BuildConfig(timing_cache=str(tmp_path / "cache"))
+    with caplog.at_level(logging.WARNING):
+        job = trt_build.make_job(tiny_onnx, tmp_path, {}, config)
+    assert job["timing_cache"] is None
+    assert "is ignored" in caplog.text
+
+
+def test_timing_cache_of_tensorrt_is_an_absolute_path(tmp_path: Path) -> None:
+    config = BuildConfig(backend="tensorrt", timing_cache="cache")
+    assert trt_build.make_job(tmp_path, tmp_path, {}, config)["timing_cache"] == str(Path("cache").absolute())
+
+
+def test_killed_worker_is_an_error_that_leaves_nothing(
+    tiny_onnx: Path, tmp_path: Path, started_workers: Callable[[], list[psutil.Process]]
+) -> None:
+    def kill(event: ProgressEvent) -> None:
+        for process in started_workers():
+            process.kill()
+
+    with pytest.raises(EngineBuildError, match="SIGKILL"):
+        build_engine(tiny_onnx, tmp_path / "engines", BuildConfig(), progress=kill)
+    assert not [path for path in tmp_path.iterdir() if "engines" in path.name]
+
+
+BUILD = """
+import json, sys
+from pathlib import Path
+from quest_deploy.config import BuildConfig
+from quest_deploy.engines.trt_build import build_engine
+
+def report(event):
+    print(event.completed, flush=True)
+    sys.stdin.readline()  # holds the build where it is
+
+build_engine(Path(sys.argv[1]), Path(sys.argv[2]), BuildConfig(), progress=report)
+"""
+
+
+@pytest.fixture
+def held_build(tiny_onnx: Path, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process in the middle of a build into tmp_path/engines."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", BUILD, str(tiny_onnx), str(tmp_path / "engines")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")},
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline()
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_interrupt_leaves_neither_files_nor_processes(
+    held_build: subprocess.Popen[str], tmp_path: Path, started_workers: Callable[[], list[psutil.Process]]
+) -> None:
+    children = psutil.Process(held_build.pid).children()
+    assert [path for path in tmp_path.iterdir() if "partial" in path.name]
+    held_build.send_signal(signal.SIGINT)
+    held_build.communicate(timeout=20)
+    assert held_build.returncode != 0
+    assert not [child for child in children if child.is_running()]
+    assert not [path for path in tmp_path.iterdir() if "engines" in path.name]
+
+
+def test_worker_exits_when_its_parent_is_killed(held_build: subprocess.Popen[str]) -> None:
+    children = psutil.Process(held_build.pid).children()
+    assert children
+    held_build.kill()
+    held_build.communicate(timeout=20)
+    wait_until(lambda: not [c for c in children if c.is_running() and c.status() != psutil.STATUS_ZOMBIE])
+
+
+@pytest.mark.slow
+def test_same_input_gives_the_same_profiles_and_layers(
+    built: tuple[Artifact, list[ProgressEvent]], tiny_onnx: Path, tmp_path: Path
+) -> None:
+    again = build_engine(tiny_onnx, tmp_path / "engines", BuildConfig())
+    volatile = ("seconds", "size_bytes")
+
+    def stable(artifact: Artifact) -> str:
+        components = artifact.manifest.details["components"]
+        return json.dumps(
+            {n: {k: v for k, v in c.items() if k not in volatile} for n, c in components.items()}
+        )
+
+    assert stable(again) == stable(built[0])

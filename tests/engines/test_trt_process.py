@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from quest_deploy.config import ProgressEvent
+from quest_deploy.engines.trt_process import run_worker
+from quest_deploy.errors import EngineBuildError
+
+JOB = {
+    "backend": "tensorrt-rtx",
+    "timing_cache": None,
+    "components": [{"name": name, "onnx": f"/x/{name}", "plan": "p", "profile": {}} for name in ("a", "b")],
+}
+
+
+def worker(*lines: str) -> list[str]:
+    """A worker that reads the job, then runs these lines."""
+    setup = ["import sys, json, os, time", "job = json.loads(sys.stdin.readline())"]
+    send = "send = lambda **event: print(json.dumps(event), flush=True)"
+    return [sys.executable, "-c", "\n".join([*setup, send, *lines])]
+
+
+def test_results_are_by_component() -> None:
+    command = worker("for c in job['components']: send(event='built', component=c['name'], seconds=1.5)")
+    assert run_worker(JOB, command=command) == {"a": {"seconds": 1.5}, "b": {"seconds": 1.5}}
+
+
+def test_progress_counts_a_hundred_units_a_component() -> None:
+    events: list[ProgressEvent] = []
+    command = worker(
+        "send(event='progress', component='a', percent=40, phase='tuning')",
+        "send(event='built', component='a')",
+        "send(event='progress', component='b', percent=5, phase='tuning')",
+        "send(event='built', component='b')",
+    )
+    run_worker(JOB, events.append, command)
+    assert [event.completed for event in events] == [40, 100, 105, 200]
+    assert {event.total for event in events} == {200}
+    assert events[0].message == "a: tuning"
+
+
+def test_refused_graph_is_an_error_that_says_what_and_what_next() -> None:
+    command = worker(
+        "send(event='failed', kind='build', component='b', message='no Int4', tensorrt_version='1.7')",
+        "sys.exit(1)",
+    )
+    expected = r"b: TensorRT for RTX 1\.7 cannot build '/x/b': no Int4; export the model again .*--target tensorrt-rtx"
+    with pytest.raises(EngineBuildError, match=expected):
+        run_worker(JOB, command=command)
+
+
+def test_plan_that_cannot_be_written_is_an_os_error() -> None:
+    command = worker(
+        "send(event='failed', kind='storage', component='a', errno=28, filename='/full/p', tensorrt_version='')",
+        "sys.exit(1)",
+    )
+    with pytest.raises(OSError, match="No space left on device: '/full/p'"):
+        run_worker(JOB, command=command)
+
+
+def test_crash_is_an_error_with_the_signal() -> None:
+    with pytest.raises(EngineBuildError, match="died .SIGSEGV"):
+        run_worker(JOB, command=worker("os.kill(os.getpid(), 11)"))
+
+
+def test_kill_points_at_memory() -> None:
+    with pytest.raises(EngineBuildError, match="SIGKILL.*out of memory"):
+        run_worker(JOB, command=worker("os.kill(os.getpid(), 9)"))
+
+
+def test_exit_tells_the_last_line_of_its_errors() -> None:
+    with pytest.raises(EngineBuildError, match="exit status 3.*last words: bad_alloc"):
+        run_worker(JOB, command=worker("print('x\\nbad_alloc', file=sys.stderr)", "sys.exit(3)"))
+
+
+def test_worker_that_dies_before_it_reads_is_an_error() -> None:
+    with pytest.raises(EngineBuildError, match="exit status 2"):
+        run_worker(JOB, command=[sys.executable, "-c", "import os; os.close(0); os._exit(2)"])
