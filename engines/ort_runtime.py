@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 ONNX_NAME = "model.onnx"
 _ERRORS_ONLY = 3
+_CODE = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ")
 
 
 class OrtEngine:
@@ -153,5 +155,5 @@ def _runtime_errors() -> tuple[type[Exception], ...]:
 
 
 def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].strip().removesuffix(":") if lines else type(error).__name__
+    lines = _CODE.sub("", str(error)).strip().splitlines()
+    return lines[0].strip().rstrip(":.") if lines else type(error).__name__

@@ -108,7 +108,12 @@ def vae_decoder(rng: np.random.Generator) -> onnx.ModelProto:
         [
             helper.make_node("Conv", ["latent_sample", "weight"], ["rgb"], pads=[1, 1, 1, 1]),
             helper.make_node(
-                "Resize", ["rgb", "", "scales"], ["sample"], mode="nearest", nearest_mode="floor"
+                "Resize",
+                ["rgb", "", "scales"],
+                ["sample"],
+                mode="nearest",
+                nearest_mode="floor",
+                coordinate_transformation_mode="asymmetric",
             ),
         ],
         [value("latent_sample", ["batch", CHANNELS, "height", "width"])],

@@ -122,7 +122,9 @@ def test_flipped_bit_is_refused_before_loading(make_onnx: Callable[..., Path]) -
 
 
 def test_file_that_is_not_onnx_says_what_to_run(make_onnx: Callable[..., Path]) -> None:
-    with pytest.raises(ArtifactError, match=r"text_encoder/model.onnx': ONNX Runtime .* quest-deploy export"):
+    with pytest.raises(
+        ArtifactError, match=r"text_encoder/model.onnx': ONNX Runtime .*parsing failed.*`quest-deploy export"
+    ):
         load_ort_engines(make_onnx(text_encoder=b"\xff" * 64))
 
 
