@@ -67,6 +67,8 @@ logger = logging.getLogger(__name__)
 
 MODEL_INDEX_NAME = "model_index.json"
 _MAX_PROBLEMS = 5
+# An artifact that lost its manifest must not pass for a model.
+_GRAPH_PATTERNS = ("*/model.onnx", "*/model.plan", "quest.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,11 +155,16 @@ def stage_of(path: Path) -> str:
         if path.suffix == ".safetensors":
             return "model"
     elif path.is_dir() and not (path / MANIFEST_NAME).exists():
-        if (path / MODEL_INDEX_NAME).is_file():
+        graphs = [file for pattern in _GRAPH_PATTERNS for file in path.glob(pattern)]
+        if (path / MODEL_INDEX_NAME).is_file() and not graphs:
             return "model"
+        what = (
+            f"no {MANIFEST_NAME}, only files that look like an artifact's"
+            if graphs
+            else f"neither a {MANIFEST_NAME} (artifact of quest-deploy) nor a {MODEL_INDEX_NAME} (diffusers model)"
+        )
         raise ArtifactError(
-            f"'{path}' has neither a {MANIFEST_NAME} (artifact of quest-deploy) nor a {MODEL_INDEX_NAME} "
-            "(diffusers model); check the path, or run the stage that should have made it again"
+            f"'{path}' has {what}; check the path, or run the stage that should have made it again"
         )
     return read_manifest(path).stage
 

@@ -247,6 +247,15 @@ def test_what_is_no_artifact_says_so(tmp_path: Path, prepare: object, message: s
             read(path)
 
 
+@pytest.mark.parametrize("file", ["unet/model.onnx", "unet/model.plan", "quest.json"])
+def test_artifact_that_lost_its_manifest_does_not_pass_for_a_model(tmp_path: Path, file: str) -> None:
+    (tmp_path / "unet").mkdir()
+    for name in ("model_index.json", file):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(ArtifactError, match="has no manifest.json, only files that look like an artifact's"):
+        stage_of(tmp_path)
+
+
 @pytest.mark.parametrize("suffix", [".ckpt", ".pth", ".pt", ".bin", ".PT"])
 def test_pickles_are_refused_with_a_conversion_hint(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"model{suffix}"

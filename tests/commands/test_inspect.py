@@ -40,7 +40,7 @@ def tiny_graph() -> onnx.ModelProto:
 
 
 @pytest.fixture
-def onnx_dir(tmp_path: Path, reference_model: Path) -> Path:
+def small_onnx(tmp_path: Path, reference_model: Path) -> Path:
     """An ONNX artifact in the usual layout, with the same tiny graph for each component."""
     with write_artifact(tmp_path / "onnx", stage="onnx", config={"target": "onnxruntime"}) as writer:
         shutil.copy(reference_model / "model_index.json", writer.path)
@@ -67,15 +67,15 @@ def test_sizes_add_up(reference_model: Path) -> None:
     assert found["components"]["unet"]["size_bytes"] == unet
 
 
-def test_graph_is_counted(onnx_dir: Path) -> None:
-    graph = inspect(onnx_dir)["components"]["unet"]["graph"]
+def test_graph_is_counted(small_onnx: Path) -> None:
+    graph = inspect(small_onnx)["components"]["unet"]["graph"]
     assert graph["operators"] == {"DequantizeLinear": 1, "Add": 1}
     assert graph["initializer_elements"] == {"int8": 6, "float": 1}
     assert graph["opset"] == {"ai.onnx": 21}
 
 
-def test_text_names_every_component(onnx_dir: Path) -> None:
-    done = CliRunner().invoke(main, ["inspect", str(onnx_dir)])
+def test_text_names_every_component(small_onnx: Path) -> None:
+    done = CliRunner().invoke(main, ["inspect", str(small_onnx)])
     for text in (*COMPONENTS, "out_sample float32[batch, 4, height, width]", "1 DequantizeLinear"):
         assert text in done.stdout
 
@@ -95,17 +95,17 @@ def test_single_safetensors_file_is_a_model(tmp_path: Path, reference_model: Pat
     ],
     ids=["missing file", "corrupt manifest", "missing directory"],
 )
-def test_damage_is_an_error(onnx_dir: Path, damage: Callable[[Path], None], message: str) -> None:
-    damage(onnx_dir)
-    done = CliRunner().invoke(main, ["inspect", str(onnx_dir)])
+def test_damage_is_an_error(small_onnx: Path, damage: Callable[[Path], None], message: str) -> None:
+    damage(small_onnx)
+    done = CliRunner().invoke(main, ["inspect", str(small_onnx)])
     assert (done.exit_code, done.stdout) == (1, "")
     assert message in done.stderr
 
 
-def test_file_that_is_not_onnx_is_an_error(tmp_path: Path, onnx_dir: Path) -> None:
+def test_file_that_is_not_onnx_is_an_error(tmp_path: Path, small_onnx: Path) -> None:
     """Its hash is right: the artifact was made with it."""
     with write_artifact(tmp_path / "bad", stage="onnx", config={}) as writer:
-        shutil.copytree(onnx_dir, writer.path, dirs_exist_ok=True)
+        shutil.copytree(small_onnx, writer.path, dirs_exist_ok=True)
         (writer.path / "manifest.json").unlink()
         (writer.path / "unet" / "model.onnx").write_bytes(b"\xff" * 64)
     done = CliRunner().invoke(main, ["inspect", str(tmp_path / "bad")])
