@@ -1,0 +1,141 @@
+"""From calibration inputs to a starting point: the scales of every layer before anything is finetuned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from quest_deploy.errors import CalibrationError
+from quest_deploy.quantize import affine
+from quest_deploy.quantize.grid import channel_shape, weight_bounds
+from quest_deploy.quantize.insert import LayerQParams, quantizable_layers, role_of
+
+Method = Literal["minmax", "search"]
+BOUNDARY_BITS = 8
+MIGRATION_EXPONENTS = (0.25, 0.5, 0.75)
+COARSE_SEARCH_STEPS = 16
+MAX_ERROR_ROWS = 512
+
+
+def bits_of(name: str, weight_bits: int, activation_bits: int) -> tuple[int, int]:
+    """Weight and activation bits of one layer: first and last convolution have 8 of both."""
+    return (BOUNDARY_BITS, BOUNDARY_BITS) if role_of(name) == "boundary" else (weight_bits, activation_bits)
+
+
+def initialize_layer(
+    layer: nn.Module,
+    inputs: Tensor,
+    weight_bits: int,
+    activation_bits: int,
+    *,
+    method: Method,
+    time_aware: bool,
+    channel_wise: bool,
+) -> LayerQParams:
+    """Scales of one layer.
+
+    Args:
+        layer: `nn.Linear` or `nn.Conv2d`, full precision.
+        inputs: float32 [G, s, c_in], samples of its input at each timestep group.
+        weight_bits: 4 or 8.
+        activation_bits: 4 or 8.
+        method: "minmax" covers every value; "search" takes the ranges of least error.
+        time_aware: Whether each group gets a scale of its own (otherwise all start equal).
+        channel_wise: Whether a migration row is tried for activations of fewer than 8 bits.
+    """
+    weight = layer.weight.detach()
+    groups = inputs.shape[0]
+    if method == "minmax":
+        grid = affine.minmax_grid(inputs, activation_bits)
+        scale = affine.minmax_weight_scale(weight, weight_bits)
+        return _qparams(scale, weight_bits, activation_bits, grid, torch.full((groups,), grid.scale), None)
+    row = None
+    if channel_wise and activation_bits < 8 and getattr(layer, "groups", 1) == 1:
+        row = choose_row(weight, inputs, weight_bits, activation_bits)
+    scaled_inputs = inputs if row is None else inputs / row
+    scaled_weight = weight if row is None else weight * channel_shape(row, weight.ndim, 1)
+    grid = affine.search_grid(scaled_inputs, activation_bits)
+    group_scale = torch.full((groups,), grid.scale)
+    if time_aware:
+        group_scale = affine.search_group_scale(scaled_inputs, grid)
+    scale = affine.search_weight_scale(scaled_weight, weight_bits)
+    return _qparams(scale, weight_bits, activation_bits, grid, group_scale, row)
+
+
+def _qparams(
+    weight_scale: Tensor,
+    weight_bits: int,
+    activation_bits: int,
+    grid: affine.Grid,
+    group_scale: Tensor,
+    row: Tensor | None,
+) -> LayerQParams:
+    return LayerQParams(
+        weight_bits=weight_bits,
+        weight_scale=weight_scale,
+        activation_bits=activation_bits,
+        group_scale=group_scale,
+        qmin=grid.qmin,
+        qmax=grid.qmax,
+        row=row,
+    )
+
+
+def choose_row(weight: Tensor, inputs: Tensor, weight_bits: int, activation_bits: int) -> Tensor | None:
+    """The migration row whose quantized product is nearest to the true one; None where no row beats having none.
+
+    A convolution is judged as the 1x1 convolutions of its taps, which needs no neighbouring pixels.
+
+    Args:
+        weight: [c_out, c_in, ...].
+        inputs: [G, s, c_in].
+        weight_bits: 4 or 8.
+        activation_bits: Fewer than 8.
+    """
+    rows = inputs.flatten(0, 1)
+    rows = rows[:: max(1, rows.shape[0] // MAX_ERROR_ROWS)]
+    taps = weight.flatten(2).movedim(-1, 0).flatten(0, 1) if weight.ndim > 2 else weight
+    true = rows @ taps.T
+    candidates: list[Tensor | None] = [None]
+    candidates += [affine.migration_row(inputs, weight, exponent) for exponent in MIGRATION_EXPONENTS]
+    errors = []
+    for row in candidates:
+        x = rows if row is None else rows / row
+        w = weight if row is None else weight * channel_shape(row, weight.ndim, 1)
+        grid = affine.search_grid(x, activation_bits)
+        scale = channel_shape(affine.search_weight_scale(w, weight_bits, steps=COARSE_SEARCH_STEPS), w.ndim, 0)
+        w = affine.fake_quantize(w, scale, *weight_bounds(weight_bits))
+        w = w.flatten(2).movedim(-1, 0).flatten(0, 1) if w.ndim > 2 else w
+        x = affine.fake_quantize(x, grid.scale, grid.qmin, grid.qmax)
+        errors.append(float((x @ w.T - true).square().mean()))
+    return candidates[errors.index(min(errors))]
+
+
+@torch.no_grad()
+def initialize(
+    denoiser: nn.Module,
+    inputs: Mapping[str, Tensor],
+    weight_bits: int,
+    activation_bits: int,
+    *,
+    method: Method = "search",
+    time_aware: bool = True,
+    channel_wise: bool = True,
+) -> dict[str, LayerQParams]:
+    """Scales of every quantizable layer of `denoiser`, by name. `inputs` come from `collect_inputs`.
+
+    Raises:
+        CalibrationError: a layer was never run during calibration.
+    """
+    result = {}
+    for name, layer in quantizable_layers(denoiser).items():
+        if name not in inputs:
+            raise CalibrationError(f"layer {name!r} was not run during calibration; leave it out of the recipe")
+        bits = bits_of(name, weight_bits, activation_bits)
+        result[name] = initialize_layer(
+            layer, inputs[name], *bits, method=method, time_aware=time_aware, channel_wise=channel_wise
+        )
+    return result

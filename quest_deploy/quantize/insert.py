@@ -1,0 +1,116 @@
+"""Which layers of a denoiser are quantized, what part each plays, and how quantized layers take their place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from quest_deploy.errors import CalibrationError
+from quest_deploy.quantize.layers import (
+    ActivationQuantizer,
+    QuantizedConv2d,
+    QuantizedLayer,
+    TimestepContext,
+    quantized_layer,
+)
+
+Role = Literal["boundary", "temporal", "other"]
+BOUNDARY_LAYERS = ("conv_in", "conv_out")
+TEMPORAL_PARTS = ("time_embedding", "time_emb_proj")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerQParams:
+    """Everything that quantizes one layer.
+
+    Attributes:
+        weight_bits: 4 or 8.
+        weight_scale: float32 [c_out].
+        activation_bits: 4 or 8; None leaves the input in float.
+        group_scale: float32 [G], or None with a float input.
+        qmin: Smallest activation code.
+        qmax: Largest activation code.
+        row: float32 [c_in], or None.
+    """
+
+    weight_bits: int
+    weight_scale: Tensor
+    activation_bits: int | None
+    group_scale: Tensor | None
+    qmin: int = -128
+    qmax: int = 127
+    row: Tensor | None = None
+
+
+def role_of(name: str) -> Role:
+    """The part that the layer `name` plays: first or last convolution, carrier of time, or other."""
+    if name in BOUNDARY_LAYERS:
+        return "boundary"
+    return "temporal" if any(part in TEMPORAL_PARTS for part in name.split(".")) else "other"
+
+
+def quantizable_layers(denoiser: nn.Module) -> dict[str, nn.Module]:
+    """Every `nn.Linear` and zero-padded `nn.Conv2d`, by name, in module order."""
+    return {
+        name: module
+        for name, module in denoiser.named_modules()
+        if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.padding_mode == "zeros")
+    }
+
+
+def quantized_layers(denoiser: nn.Module) -> dict[str, QuantizedLayer]:
+    """Every quantized layer, by name, in module order."""
+    return {name: module for name, module in denoiser.named_modules() if isinstance(module, QuantizedLayer)}
+
+
+def channel_axis(layer: nn.Module) -> int:
+    """The axis of the channels in a layer's input."""
+    return 1 if isinstance(layer, nn.Conv2d | QuantizedConv2d) else -1
+
+
+def replace_module(root: nn.Module, name: str, new: nn.Module) -> None:
+    """Put `new` where the submodule `name` of `root` is."""
+    parent, _, child = name.rpartition(".")
+    setattr(root.get_submodule(parent), child, new)
+
+
+def insert(denoiser: nn.Module, qparams: Mapping[str, LayerQParams], context: TimestepContext) -> None:
+    """Replace the layers named in `qparams` by quantized ones and keep `context` up to date.
+
+    Raises:
+        CalibrationError: a name that the denoiser does not have.
+    """
+    layers = quantizable_layers(denoiser)
+    unknown = sorted(qparams.keys() - layers.keys())
+    if unknown:
+        raise CalibrationError(f"{len(unknown)} layers are not in the denoiser, the first is {unknown[0]!r}")
+    for name, layer in layers.items():
+        if name in qparams:
+            new = quantized_layer(layer, *_arguments(layer, qparams[name]), context)
+            replace_module(denoiser, name, new)
+    denoiser.register_forward_pre_hook(_timestep_hook(context), with_kwargs=True)
+
+
+def _arguments(layer: nn.Module, qparams: LayerQParams) -> tuple[Tensor, int, ActivationQuantizer | None]:
+    quantizer = None
+    if qparams.group_scale is not None:
+        quantizer = ActivationQuantizer(
+            qparams.group_scale,
+            qparams.qmin,
+            qparams.qmax,
+            row=qparams.row,
+            channel_axis=channel_axis(layer),
+        )
+    return qparams.weight_scale, qparams.weight_bits, quantizer
+
+
+def _timestep_hook(context: TimestepContext) -> Any:
+    def set_group(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
+        context.set_timestep(torch.as_tensor(timestep))
+
+    return set_group
