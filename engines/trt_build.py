@@ -81,7 +81,7 @@ def check_graph(component: str, path: Path, backend: str) -> None:
         EngineBuildError: 4-bit weights are cast to 8 bits in the graph.
     """
     import onnx
-    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+    from google.protobuf.message import DecodeError
 
     try:
         graph = onnx.load(path, load_external_data=False).graph
