@@ -280,7 +280,7 @@ def write_artifact(
                 raise known from error
             raise
         made.clear()
-    logger.info("wrote %s to %s", stage, output)
+    logger.debug("wrote %s to %s", stage, output)
 
 
 def _make_parents(path: Path, made: list[Path]) -> None:

@@ -278,6 +278,18 @@ def test_existing_artifact_needs_overwrite(tmp_path: Path) -> None:
     assert names(tmp_path) == ["a"]
 
 
+@pytest.mark.parametrize("overwrite", [False, True], ids=["new", "overwrite"])
+def test_output_appears_by_renaming(tmp_path: Path, overwrite: bool) -> None:
+    """A copy would be half there for a while, and would keep files of the older artifact."""
+    if overwrite:
+        make(tmp_path / "a")
+    with write_artifact(tmp_path / "a", stage="onnx", config=CONFIG, overwrite=overwrite) as writer:
+        (writer.path / "x").write_text("x")
+        inode = writer.path.stat().st_ino
+    assert (tmp_path / "a").stat().st_ino == inode
+    assert names(tmp_path / "a") == ["manifest.json", "x"]
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_user_files_are_never_deleted(tmp_path: Path, overwrite: bool) -> None:
     (tmp_path / "a").mkdir()
@@ -518,6 +530,11 @@ def test_change_right_after_a_read_is_seen(tmp_path: Path) -> None:
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
     with pytest.raises(ArtifactError, match="has changed"):
         read_artifact(path)
+
+
+def test_digest_of_a_young_file_is_not_remembered(tmp_path: Path) -> None:
+    read_artifact(make(tmp_path / "a"))
+    assert not files.digest_cache_path().exists()
 
 
 @pytest.mark.parametrize("content", ["{", "[1]", '{"1:2:3:4:5": 7}', "\x00"])
