@@ -1,0 +1,150 @@
+"""One torch component -> one clean ONNX graph in memory."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from onnx_ir.passes.common import RemoveUnusedNodesPass, TopologicalSortPass
+from torch import Tensor, nn
+from torch.export import Dim
+
+from quest_deploy.errors import ExportError
+from quest_deploy.export.passes.canonical_names import CanonicalNames
+from quest_deploy.export.passes.expand_timestep import ExpandTimestep
+from quest_deploy.export.passes.fold_weight_transpose import FoldWeightTranspose
+from quest_deploy.export.passes.name_dimensions import NameDimensions
+from quest_deploy.export.passes.pack_int4 import PackInt4
+from quest_deploy.export.passes.remove_no_ops import RemoveNoOps
+from quest_deploy.export.passes.strip_metadata import StripMetadata
+from quest_deploy.export.passes.unshare_dequantize import UnshareDequantize
+from quest_deploy.export.qdq import translation_table
+from quest_deploy.export.wrap import traceable
+from quest_deploy.model.spec import ComponentSpec, TensorSpec
+
+logger = logging.getLogger(__name__)
+
+# diffusers branches on batch >= 64 to copy a tensor (a workaround that changes no value), so torch wants to know on which
+# side of it the batch lies. The graph has no trace of it, and takes any batch.
+MAX_TRACED_BATCH = 63
+EXAMPLE_BATCH = 2
+# Multiples of the latent's granularity; distinct, so that no two dimensions can be mistaken for one.
+EXAMPLE_HEIGHT, EXAMPLE_WIDTH = 4, 6
+MAX_GRANULES = 1024
+
+NOISY_LOGGERS = ("torch.onnx", "onnx_ir", "onnxscript")
+
+
+def component_graph(
+    module: nn.Module, spec: ComponentSpec, *, granularity: int, opset: int, target: str
+) -> ir.Model:
+    """Trace a component and clean its graph.
+
+    Args:
+        module: The component; takes and gives the tensors of `spec`, in its order.
+        spec: Names, types and dimensions.
+        granularity: What latent height and width are multiples of (a U-Net halves them at every level).
+        opset: ONNX operator set.
+        target: Which runtime's form to write ("onnxruntime" packs 4-bit weights).
+
+    Raises:
+        ExportError: torch cannot trace or translate the module.
+    """
+    with quiet_torch(), traceable(module):
+        try:
+            program = torch.export.export(
+                module,
+                tuple(_example(tensor, granularity) for tensor in spec.inputs),
+                dynamic_shapes=_dynamic_shapes(spec, granularity),
+                strict=False,
+            )
+            exported = torch.onnx.export(
+                program,
+                dynamo=True,
+                opset_version=opset,
+                input_names=[tensor.name for tensor in spec.inputs],
+                output_names=[tensor.name for tensor in spec.outputs],
+                custom_translation_table=translation_table(),
+                optimize=True,
+                verbose=False,
+            )
+        except (RuntimeError, TypeError, ValueError, torch.onnx.OnnxExporterError) as error:
+            raise ExportError(
+                f"{spec.name}: torch cannot export it ({_summary(error)}); "
+                "run with --verbose for the full message, and report it with the model's configuration"
+            ) from error
+    if exported is None:
+        raise ExportError(f"{spec.name}: torch returned no ONNX program; expected one, report this")
+    return clean(exported.model, spec, target)
+
+
+def clean(model: ir.Model, spec: ComponentSpec, target: str) -> ir.Model:
+    """Apply the passes of `target` to a freshly exported graph, in place."""
+    passes: list[ir.passes.PassBase] = [
+        ExpandTimestep(),
+        FoldWeightTranspose(),
+        RemoveNoOps(),
+        UnshareDequantize(),
+        RemoveUnusedNodesPass(),
+    ]
+    if target == "onnxruntime":
+        passes.append(PackInt4())
+    passes += [TopologicalSortPass(), NameDimensions(spec), CanonicalNames(), StripMetadata()]
+    result = ir.passes.Sequential(*passes)(model)
+    result.model.graph.name = spec.name
+    return result.model
+
+
+def _example(tensor: TensorSpec, granularity: int) -> Tensor:
+    sizes = {
+        "batch": EXAMPLE_BATCH,
+        # The timestep is traced with the batch's dimension; ExpandTimestep widens it afterwards.
+        "steps": EXAMPLE_BATCH,
+        "height": EXAMPLE_HEIGHT * granularity,
+        "width": EXAMPLE_WIDTH * granularity,
+        "sequence": 8,
+    }
+    shape = [size if isinstance(size, int) else sizes[size] for size in tensor.shape]
+    return torch.zeros(shape, dtype=getattr(torch, tensor.dtype))
+
+
+def _dynamic_shapes(spec: ComponentSpec, granularity: int) -> tuple[dict[int, Any], ...]:
+    batch = Dim("batch", max=MAX_TRACED_BATCH)
+    symbols = {
+        "batch": batch,
+        "steps": batch,
+        "height": granularity * Dim("height_granules", max=MAX_GRANULES),
+        "width": granularity * Dim("width_granules", max=MAX_GRANULES),
+        "sequence": Dim("sequence"),
+    }
+    return tuple(
+        {axis: symbols[size] for axis, size in enumerate(tensor.shape) if isinstance(size, str)}
+        for tensor in spec.inputs
+    )
+
+
+@contextlib.contextmanager
+def quiet_torch() -> Iterator[None]:
+    """Send what the exporter warns about to this module's logger, at debug level."""
+    levels = {name: logging.getLogger(name).level for name in NOISY_LOGGERS}
+    for name in levels:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+    for warning in caught:
+        logger.debug("%s: %s", warning.category.__name__, warning.message)
+
+
+def _summary(error: Exception) -> str:
+    logger.debug("torch could not export", exc_info=error)
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

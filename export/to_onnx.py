@@ -1,0 +1,189 @@
+"""The export stage: a model or a quantized checkpoint -> a directory of ONNX files."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+from torch import nn
+
+from quest_deploy.artifacts import Artifact, hash_directory, read_artifact, stage_of, write_artifact
+from quest_deploy.config import ExportConfig, ProgressEvent, to_dict
+from quest_deploy.errors import ExportError
+from quest_deploy.export.check import GraphSummary, check_file
+from quest_deploy.export.graph import component_graph
+from quest_deploy.model.load import LoadedModel, load_model, wrap_components
+from quest_deploy.model.spec import (
+    DENOISER,
+    VAE_DECODER,
+    ComponentSpec,
+    component_specs,
+    read_config,
+    vae_config_path,
+)
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[ProgressEvent], None]
+
+STAGE = "onnx"
+MODEL_FILE = "model.onnx"
+EXTERNAL_DATA_FILE = "model.onnx_data"
+# protobuf ends at 2 GB; the graph itself needs a little of it.
+INLINE_LIMIT_BYTES = 1_800_000_000
+COPIED_FOLDERS = ("scheduler", "tokenizer")
+COPIED_FILES = ("model_index.json", "quest.json", "README.md")
+LICENCE_PATTERN = "LICEN[CS]E*"
+
+
+def export(
+    source: Path,
+    output: Path,
+    config: ExportConfig,
+    *,
+    progress: Progress | None = None,
+    overwrite: bool = False,
+) -> Artifact:
+    """Write text encoder, denoiser and VAE decoder as ONNX, in optimum-onnx's layout.
+
+    Args:
+        source: A diffusers model (mode "none") or a checkpoint of `finetune` (mode "int8").
+        output: The directory to make.
+        config: Target, mode and operator set.
+        progress: Told after each component.
+        overwrite: Replace an existing ONNX directory.
+
+    Raises:
+        ArtifactError: `source` or `output` cannot be used.
+        ExportError: mode and source do not go together, or a component cannot be exported.
+    """
+    source, output = Path(source), Path(output)
+    stage = _check_mode(source, config)
+    if stage == "checkpoint":
+        digest = read_artifact(source, stage="checkpoint").digest
+    else:
+        digest = hash_directory(source)
+    with write_artifact(
+        output, stage=STAGE, config=to_dict(config), inputs={"source": digest}, overwrite=overwrite
+    ) as writer:
+        model = _load(source, stage)
+        specs = component_specs(model.path)
+        modules = wrap_components(model)
+        components: dict[str, Any] = {}
+        for done, (name, spec) in enumerate(specs.items()):
+            _report(progress, done, len(specs), name)
+            quantized = quantized_layer_names(modules[name])
+            summary = export_component(
+                modules[name],
+                spec,
+                writer.path / name / MODEL_FILE,
+                config,
+                granularity=_granularity(model.path) if name == DENOISER else 1,
+                quantized_layers=len(quantized),
+            )
+            logger.info("%s: %d nodes, %d bytes", name, summary.nodes, summary.size_bytes)
+            components[name] = {**asdict(summary), "quantized_layers": quantized}
+        copy_configuration(model.path, writer.path)
+        writer.details.update(
+            components=components, opset=config.opset, target=config.target, lowering=config.mode
+        )
+        _report(progress, len(specs), len(specs), "done")
+    return read_artifact(output, stage=STAGE)
+
+
+def export_component(
+    module: nn.Module,
+    spec: ComponentSpec,
+    path: Path,
+    config: ExportConfig,
+    *,
+    granularity: int,
+    quantized_layers: int,
+) -> GraphSummary:
+    """Export one component to `path` and check the result."""
+    graph = component_graph(module, spec, granularity=granularity, opset=config.opset, target=config.target)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save(graph, path)
+    return check_file(path, spec, opset=config.opset, quantized_layers=quantized_layers)
+
+
+def save(model: ir.Model, path: Path, *, inline_limit_bytes: int = INLINE_LIMIT_BYTES) -> None:
+    """Write `model`; weights of more than `inline_limit_bytes` in total go to a file next to it."""
+    weights = (value.const_value for value in model.graph.initializers.values())
+    size_bytes = sum(weight.nbytes for weight in weights if weight is not None)
+    external = EXTERNAL_DATA_FILE if size_bytes > inline_limit_bytes else None
+    ir.save(model, path, external_data=external)
+
+
+def quantized_layer_names(module: nn.Module) -> list[str]:
+    """Paths of the layers of a component whose weights and activations are both quantized."""
+    from quest_deploy.quantize.layers import QuantizedLayer
+
+    return [
+        name
+        for name, layer in module.named_modules()
+        if isinstance(layer, QuantizedLayer) and layer.quantizer is not None
+    ]
+
+
+def copy_configuration(source: Path, output: Path) -> None:
+    """Copy what makes an ONNX directory self-contained: configurations, tokenizer, scheduler, model card, licence."""
+    for folder in COPIED_FOLDERS:
+        shutil.copytree(source / folder, output / folder)
+    for name in COPIED_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, output / name)
+    for licence in sorted(source.glob(LICENCE_PATTERN)):
+        if licence.is_file():
+            shutil.copyfile(licence, output / licence.name)
+    for name in component_specs(source):
+        config = vae_config_path(source) if name == VAE_DECODER else source / name / "config.json"
+        (output / name).mkdir(exist_ok=True)
+        shutil.copyfile(config, output / name / "config.json")
+
+
+def _check_mode(source: Path, config: ExportConfig) -> str:
+    stage = stage_of(source)
+    if stage not in ("model", "checkpoint"):
+        raise ExportError(
+            f"{source}: got an artifact of stage '{stage}', expected a diffusers model or a checkpoint; "
+            "give the directory that `quest-deploy finetune` wrote"
+        )
+    if config.mode == "int8" and stage == "model":
+        raise ExportError(
+            f"{source}: got a model without quantizers, mode 'int8' expects a checkpoint; "
+            "run `quest-deploy finetune` first, or export in full precision with --mode none"
+        )
+    if config.mode == "none" and stage == "checkpoint":
+        raise ExportError(
+            f"{source}: got a quantized checkpoint, mode 'none' expects the full-precision model; "
+            "export the model that it was made from, or use --mode int8"
+        )
+    return stage
+
+
+def _load(source: Path, stage: str) -> LoadedModel:
+    if stage == "model":
+        return load_model(source)
+    from quest_deploy.quantize.checkpoint import load_checkpoint
+
+    return load_checkpoint(source)
+
+
+def _granularity(model_dir: Path) -> int:
+    """What the denoiser's height and width are multiples of: every level but the last halves them.
+
+    For other sizes diffusers resizes by a size computed at run time, which is another graph.
+    """
+    levels = len(read_config(model_dir / DENOISER / "config.json")["block_out_channels"])
+    return int(2 ** (levels - 1))
+
+
+def _report(progress: Progress | None, completed: int, total: int, message: str) -> None:
+    if progress is not None:
+        progress(ProgressEvent(stage="export", completed=completed, total=total, message=message))
