@@ -65,13 +65,27 @@ def make_scheduler(name: str | None, config: Any) -> Any:
     """
     import diffusers
 
-    class_name = config["_class_name"] if name is None else SCHEDULERS.get(name.lower(), name)
-    if class_name not in {*SCHEDULERS.values(), config["_class_name"]}:
+    own = config.get("_class_name")
+    class_name = own if name is None else SCHEDULERS.get(name.lower(), name)
+    if class_name not in {*SCHEDULERS.values(), own} or not hasattr(diffusers, str(class_name)):
         known = ", ".join(SCHEDULERS)
         raise ConfigError(
-            f"scheduler {name!r} is unknown; choose one of {known} or the diffusers class name of one"
+            f"scheduler {class_name!r} is unknown; choose one of {known} or the diffusers class name of one"
         )
-    return getattr(diffusers, class_name).from_config(config)
+    return getattr(diffusers, str(class_name)).from_config(config)
+
+
+def timesteps(scheduler: Any, steps: int, device: torch.device | None = None) -> Tensor:
+    """Set a scheduler's timesteps and return them; some schedulers visit more than `steps`.
+
+    Raises:
+        ConfigError: the scheduler cannot do that many.
+    """
+    try:
+        scheduler.set_timesteps(steps, device=device)
+    except (ValueError, IndexError) as error:
+        raise ConfigError(f"{type(scheduler).__name__} with {steps} steps: {error}") from error
+    return torch.as_tensor(scheduler.timesteps)
 
 
 def initial_noise(seeds: Sequence[int], shape: tuple[int, int, int]) -> Tensor:
@@ -84,8 +98,20 @@ def initial_noise(seeds: Sequence[int], shape: tuple[int, int, int]) -> Tensor:
     Returns:
         float32 [n, c, h, w].
     """
-    draws = [torch.randn((1, *shape), generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    return torch.cat(draws)
+    return draw_noise(generators_of(seeds), shape)
+
+
+def generators_of(seeds: Sequence[int]) -> list[torch.Generator]:
+    """One CPU generator a seed."""
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def draw_noise(generators: Sequence[torch.Generator], shape: tuple[int, int, int]) -> Tensor:
+    """Unit Gaussian noise, [n, c, h, w].
+
+    The generators move on, and schedulers that draw noise at every step go on with them, as in diffusers.
+    """
+    return torch.cat([torch.randn((1, *shape), generator=generator) for generator in generators])
 
 
 def guide(noise_pred: Tensor, guidance_scale: float) -> Tensor:
@@ -141,15 +167,12 @@ def denoise(
     Returns:
         Latents, [n, c, h, w].
     """
-    try:
-        scheduler.set_timesteps(steps, device=noise.device)
-    except ValueError as error:
-        raise ConfigError(f"{type(scheduler).__name__} with {steps} steps: {error}") from error
+    schedule = timesteps(scheduler, steps, noise.device)
     extra = {}
     if generators is not None and "generator" in inspect.signature(scheduler.step).parameters:
         extra["generator"] = list(generators)
     latents = noise * scheduler.init_noise_sigma
-    for index, timestep in enumerate(scheduler.timesteps):
+    for index, timestep in enumerate(schedule):
         scaled = scheduler.scale_model_input(latents, timestep)
         noise_pred = predict_noise(denoise_fn, scaled, timestep, positive, negative, guidance_scale)
         latents = scheduler.step(noise_pred, timestep, latents, **extra, return_dict=False)[0]

@@ -1,0 +1,119 @@
+"""Image files: PNGs that carry their parameters, and contact sheets."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+CELL = 192
+MARGIN = 16
+FONT_SIZE = 15
+LINE_HEIGHT = 20
+MAX_LINES = 3
+MAX_COLUMNS = 8
+MAX_CELLS = 96
+INK, FAINT, PAPER = (32, 33, 36), (120, 124, 130), (255, 255, 255)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One image of a contact sheet, with its caption and a fainter note below."""
+
+    image: Image.Image
+    caption: str
+    note: str = ""
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """Float [3, h, w] in [0, 1] -> 8-bit RGB, rounded as diffusers does."""
+    pixels = (image.float() * 255).round().to(torch.uint8)
+    return Image.fromarray(pixels.permute(1, 2, 0).cpu().contiguous().numpy())
+
+
+def save_png(image: Image.Image, path: Path, metadata: Mapping[str, str]) -> None:
+    """Write a PNG with `metadata` as text chunks."""
+    chunks = PngInfo()
+    for key, value in metadata.items():
+        chunks.add_itxt(key, value)
+    image.save(path, pnginfo=chunks)
+
+
+def thumbnail(image: Image.Image, side: int = CELL) -> Image.Image:
+    """`image` fitted into a square of `side` pixels: small ones enlarged by whole pixels, large ones shrunk."""
+    scale = side / max(image.size)
+    size = tuple(max(1, round(length * scale)) for length in image.size)
+    enlarged_exactly = scale >= 1 and float(scale).is_integer()
+    method = Image.Resampling.NEAREST if enlarged_exactly else Image.Resampling.LANCZOS
+    return image.resize((size[0], size[1]), method)
+
+
+def wrap(
+    text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, max_lines: int
+) -> list[str]:
+    """Break `text` into at most `max_lines` lines that are no wider than `width`; what is cut ends in an ellipsis."""
+    lines: list[str] = []
+    rest = " ".join(text.split())
+    while rest and len(lines) < max_lines:
+        end = _fitting(rest, font, width)
+        if end < len(rest):
+            space = rest.rfind(" ", 0, end + 1)
+            end = space if space > 0 else end
+        lines.append(rest[:end].rstrip())
+        rest = rest[end:].lstrip()
+    if rest:
+        last = lines[-1]
+        while last and font.getlength(last + "…") > width:
+            last = last[:-1].rstrip()
+        lines[-1] = last + "…"
+    return lines
+
+
+def _fitting(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> int:
+    """How many characters of `text` fit, at least one."""
+    low, high = 1, len(text)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if font.getlength(text[:middle]) <= width:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def contact_sheet(cells: Sequence[Cell], *, columns: int | None = None) -> Image.Image:
+    """Lay out `cells` in rows; None columns makes the sheet about as wide as high."""
+    columns = columns or min(MAX_COLUMNS, math.ceil(math.sqrt(len(cells))))
+    rows = [cells[start : start + columns] for start in range(0, len(cells), columns)]
+    font = ImageFont.load_default(FONT_SIZE)
+    small = ImageFont.load_default(FONT_SIZE - 3)
+    captions = [[wrap(cell.caption, font, CELL, MAX_LINES) for cell in row] for row in rows]
+    pictures = [[thumbnail(cell.image) for cell in row] for row in rows]
+    picture_heights = [max(picture.height for picture in row) for row in pictures]
+    noted = any(cell.note for cell in cells)
+    text_heights = [
+        LINE_HEIGHT * (max(len(lines) for lines in row) + noted) + MARGIN // 2 for row in captions
+    ]
+    width = columns * (CELL + MARGIN) + MARGIN
+    height = sum(picture_heights) + sum(text_heights) + MARGIN * (len(rows) + 1)
+    sheet = Image.new("RGB", (width, height), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    top = MARGIN
+    for index, row in enumerate(rows):
+        for column, cell in enumerate(row):
+            left = MARGIN + column * (CELL + MARGIN)
+            picture = pictures[index][column]
+            sheet.paste(picture, (left + (CELL - picture.width) // 2, top))
+            y = top + picture_heights[index] + MARGIN // 2
+            for line in captions[index][column]:
+                draw.text((left, y), line, INK, font)
+                y += LINE_HEIGHT
+            draw.text((left, y), cell.note, FAINT, small)
+        top += picture_heights[index] + text_heights[index] + MARGIN
+    return sheet

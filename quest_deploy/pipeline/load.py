@@ -1,0 +1,112 @@
+"""Opening any artifact as a pipeline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quest_deploy import sampling
+from quest_deploy.artifacts import stage_of
+from quest_deploy.config import TENSORRT_BACKENDS
+from quest_deploy.engines import load_engines, resolve_backend
+from quest_deploy.engines.torch_runtime import TorchEngine, load_torch_model, torch_engines
+from quest_deploy.errors import ArtifactError, ConfigError
+from quest_deploy.model.load import LoadedModel
+from quest_deploy.model.spec import (
+    DENOISER,
+    TEXT_ENCODER,
+    VAE_DECODER,
+    component_specs,
+    read_config,
+    vae_config_path,
+)
+from quest_deploy.pipeline.text_to_image import Pipeline
+
+TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
+
+
+def load_pipeline(path: str | Path, *, backend: str | None = None, threads: int | None = None) -> Pipeline:
+    """Open whatever lies at `path`, ready to draw.
+
+    Args:
+        path: A model, checkpoint, `onnx` or `engines` directory.
+        backend: What runs it; None chooses by what it is.
+        threads: CPU threads; None leaves the choice to the runtime.
+
+    Raises:
+        ArtifactError: the directory cannot be trusted or cannot be run.
+        ConfigError: the backend does not fit the directory.
+        MissingDependencyError: a library or a GPU is absent.
+        ModelLoadError: the model cannot be loaded.
+    """
+    path = Path(path)
+    if threads is not None and threads < 1:
+        raise ConfigError(f"threads is {threads}, expected at least 1")
+    chosen = resolve_backend(path, backend)
+    if chosen == "torch":
+        return _torch_pipeline(path, load_torch_model(path), threads)
+    engines = load_engines(path, backend=chosen, threads=threads)
+    return Pipeline(
+        path=path,
+        stage=stage_of(path),
+        backend=chosen,
+        device=torch.device("cuda" if chosen in TENSORRT_BACKENDS else "cpu"),
+        engines=engines,
+        tokenizer=_load_tokenizer(path),
+        scheduler=_load_scheduler(path),
+        configs=_component_configs(path),
+    )
+
+
+def _torch_pipeline(path: Path, model: LoadedModel, threads: int | None) -> Pipeline:
+    engines = torch_engines(model, component_specs(model.path), threads=threads)
+    denoiser = engines[DENOISER]
+    assert isinstance(denoiser, TorchEngine)
+    return Pipeline(
+        path=path,
+        stage=stage_of(path),
+        backend="torch",
+        device=denoiser.device,
+        engines=engines,
+        tokenizer=model.tokenizer,
+        scheduler=model.scheduler,
+        configs=_component_configs(model.path),
+    )
+
+
+def _component_configs(path: Path) -> dict[str, dict[str, Any]]:
+    return {
+        TEXT_ENCODER: read_config(path / TEXT_ENCODER / "config.json"),
+        DENOISER: read_config(path / DENOISER / "config.json"),
+        VAE_DECODER: read_config(vae_config_path(path)),
+    }
+
+
+def _load_tokenizer(path: Path) -> Any:
+    import transformers
+
+    kind = _class_in_index(path, "tokenizer")
+    if kind not in TOKENIZERS:
+        raise ArtifactError(f"'{path}': the tokenizer is a {kind}, expected one of {', '.join(TOKENIZERS)}")
+    try:
+        return getattr(transformers, kind).from_pretrained(path / "tokenizer")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(
+            f"'{path / 'tokenizer'}' cannot be loaded ({error}); restore the directory from its source"
+        ) from error
+
+
+def _load_scheduler(path: Path) -> Any:
+    return sampling.make_scheduler(None, read_config(path / "scheduler" / "scheduler_config.json"))
+
+
+def _class_in_index(path: Path, component: str) -> str:
+    entry = read_config(path / "model_index.json").get(component)
+    if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str)):
+        raise ArtifactError(
+            f"'{path / 'model_index.json'}': '{component}' is {entry!r}, expected a library and a class; "
+            "restore the directory from its source"
+        )
+    return entry[1]

@@ -1,0 +1,219 @@
+"""From prompts to images on any backend.
+
+Tokens, guidance, schedule and loop are the same code for every backend; only the three components differ.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quest_deploy import sampling
+from quest_deploy.engines.base import Engine
+from quest_deploy.errors import ConfigError
+from quest_deploy.model.spec import (
+    DENOISER,
+    TEXT_ENCODER,
+    VAE_DECODER,
+    vae_scale_factor,
+)
+from quest_deploy.sampling import Step
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class Pipeline:
+    """Three engines and what joins them. A context manager that frees the engines.
+
+    Tensors may be given on any device; those returned lie on `device`.
+
+    Attributes:
+        path: The artifact or model it was loaded from.
+        stage: What that is: "model", "checkpoint", "onnx" or "engines".
+        backend: What runs the engines.
+        device: Where tensors go in and come out.
+        engines: By component name.
+        tokenizer: `CLIPTokenizer`.
+        scheduler: The model's own scheduler; never stepped, only copied.
+        configs: The configuration of each component, by its name.
+    """
+
+    path: Path
+    stage: str
+    backend: str
+    device: torch.device
+    engines: dict[str, Engine]
+    tokenizer: Any
+    scheduler: Any
+    configs: Mapping[str, Mapping[str, Any]]
+    _told: set[str] = field(default_factory=set, repr=False)
+
+    @property
+    def pixels_per_latent(self) -> int:
+        """Along one axis."""
+        return vae_scale_factor(dict(self.configs[VAE_DECODER]))
+
+    def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
+        """Channels, height and width of the latents of an image of the given pixels (None: the model's own size).
+
+        Raises:
+            ConfigError: the size is not a multiple of the pixels of one latent.
+        """
+        config, scale = self.configs[DENOISER], self.pixels_per_latent
+        size = config["sample_size"]
+        default = (size, size) if isinstance(size, int) else tuple(size)
+        sides = []
+        for name, pixels, side in (("height", height, default[0]), ("width", width, default[1])):
+            if pixels is not None and (pixels < scale or pixels % scale):
+                raise ConfigError(
+                    f"{name} is {pixels} pixels, expected a multiple of {scale}, the pixels of one latent of this model; "
+                    f"use {max(1, round(pixels / scale)) * scale}"
+                )
+            sides.append(side if pixels is None else pixels // scale)
+        return (int(config["in_channels"]), sides[0], sides[1])
+
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        """Prompt embeddings, float32 [n, l, d]; a prompt that is too long is cut, with a warning."""
+        for prompt in prompts:
+            self._tell_if_cut(prompt)
+        tokens = self.tokenizer(
+            list(prompts),
+            padding="max_length",
+            max_length=self.tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        ).input_ids
+        return self.engines[TEXT_ENCODER](input_ids=tokens.to(self.device))["last_hidden_state"]
+
+    def _tell_if_cut(self, prompt: str) -> None:
+        if prompt in self._told:
+            return
+        self._told.add(prompt)
+        limit = self.tokenizer.model_max_length
+        tokens = self.tokenizer([prompt], truncation=False, verbose=False).input_ids[0]
+        if len(tokens) > limit:
+            dropped = self.tokenizer.decode(tokens[limit - 1 : -1]).strip()
+            logger.warning(
+                "prompt %r has %d tokens, the model reads %d: it does not see %r",
+                prompt, len(tokens) - 2, limit - 2, dropped,
+            )  # fmt: skip
+
+    def initial_noise(
+        self, seeds: Sequence[int], height: int | None = None, width: int | None = None
+    ) -> Tensor:
+        """Unit Gaussian noise, float32 [n, c, h, w]: a seed means the same noise at any batch size."""
+        return sampling.initial_noise(seeds, self.latent_shape(height, width)).to(self.device)
+
+    def make_scheduler(self, name: str | None = None) -> Any:
+        """A fresh scheduler of that name (None: the model's own kind) with the model's noise schedule.
+
+        Raises:
+            ConfigError: the name is unknown.
+        """
+        return sampling.make_scheduler(name, self.scheduler.config)
+
+    @torch.no_grad()
+    def denoise(
+        self,
+        noise: Tensor,
+        positive: Tensor,
+        negative: Tensor,
+        *,
+        steps: int,
+        guidance_scale: float,
+        scheduler: str | None = None,
+        generators: Sequence[torch.Generator] | None = None,
+        callback: Callable[[Step], None] | None = None,
+    ) -> Tensor:
+        """Run the denoising loop.
+
+        Args:
+            noise: Unit Gaussian noise, [n, c, h, w].
+            positive: Prompt embeddings, [n, l, d].
+            negative: Embeddings of the negative prompts, [n, l, d].
+            steps: Number of denoising steps.
+            guidance_scale: Up to 1 means no guidance.
+            scheduler: A name; None takes the model's own.
+            generators: One for each image, for schedulers that draw noise at every step; None seeds one for each
+                image with its position in the batch.
+            callback: Called once each step.
+
+        Returns:
+            Latents, [n, c, h, w].
+
+        Raises:
+            ConfigError: the scheduler is unknown or cannot do that many steps.
+        """
+        if generators is None:
+            generators = [torch.Generator().manual_seed(position) for position in range(len(noise))]
+        return sampling.denoise(
+            self._denoiser,
+            self.make_scheduler(scheduler),
+            noise.to(self.device),
+            positive.to(self.device),
+            negative.to(self.device),
+            steps=steps,
+            guidance_scale=guidance_scale,
+            generators=generators,
+            callback=callback,
+        )
+
+    @torch.no_grad()
+    def predict_noise(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        positive: Tensor,
+        negative: Tensor,
+        *,
+        guidance_scale: float,
+    ) -> Tensor:
+        """The guided noise prediction on `latents` [n, c, h, w], which are already scaled for the timestep."""
+        return sampling.predict_noise(
+            self._denoiser,
+            latents.to(self.device),
+            timestep.to(self.device),
+            positive.to(self.device),
+            negative.to(self.device),
+            guidance_scale,
+        )
+
+    def _denoiser(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+        outputs = self.engines[DENOISER](
+            sample=sample, timestep=timestep.float(), encoder_hidden_states=encoder_hidden_states
+        )
+        return outputs["out_sample"]
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents [n, c, h, w] -> images, float32 [n, 3, H, W] in [0, 1]."""
+        config = self.configs[VAE_DECODER]
+        unscaled = latents.to(self.device) / config["scaling_factor"]
+        if config.get("shift_factor") is not None:
+            unscaled = unscaled + config["shift_factor"]
+        pixels = self.engines[VAE_DECODER](latent_sample=unscaled)["sample"]
+        return (pixels * 0.5 + 0.5).clamp(0, 1)
+
+    def close(self) -> None:
+        """Free the engines; calling it again does nothing."""
+        for engine in self.engines.values():
+            engine.close()
+
+    def __enter__(self) -> Pipeline:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
