@@ -1,0 +1,194 @@
+"""Integer codes that enter each quantized operation, compared between two runtimes.
+
+The upper rung runs as it is. The lower one is given the upper rung's codes for every product and says which codes it
+would have chosen itself, so that a flip is counted where it happens and does not cascade into the layers behind it.
+Latents, timestep and embeddings are the upper rung's, for a few prompts (without guidance, which only doubles the
+batch) at the first, the middle and the last step: codes take as much memory as all activations of the denoiser.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from quest_deploy.metrics import CodeFlips, code_flips
+from quest_deploy.model.components import first_device
+from quest_deploy.model.spec import DENOISER
+from quest_deploy.parity.measure import Trace
+from quest_deploy.quantize.grid import dequantize
+from quest_deploy.quantize.layers import ActivationQuantizer
+
+if TYPE_CHECKING:
+    from quest_deploy.pipeline import Pipeline
+
+CODE_PROMPTS = 2
+CODES_SUFFIX = "/codes"
+
+Codes = Mapping[str, Tensor]
+"""int8 codes by the module path of their quantizer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """The denoiser's inputs in its order: `sample` [n, c, h, w], `timestep` [1], `encoder_hidden_states` [n, l, d]."""
+
+    sample: Tensor
+    timestep: Tensor
+    encoder_hidden_states: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerFlips:
+    """What differs in front of one layer."""
+
+    layer: str
+    flips: CodeFlips
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlipReport:
+    """All layers, in the order of the denoiser's modules.
+
+    Attributes:
+        layers: Those whose codes both runtimes show.
+        unmatched: Names that only one of them shows (a graph shows a quantizer that layers share once).
+    """
+
+    layers: tuple[LayerFlips, ...]
+    unmatched: tuple[str, ...] = ()
+
+    @property
+    def total(self) -> CodeFlips:
+        """Over all layers."""
+        return sum((layer.flips for layer in self.layers), CodeFlips(places=0, differing=0, max_difference=0))
+
+    @property
+    def worst(self) -> LayerFlips:
+        """The layer with the largest share of differing codes."""
+        return max(self.layers, key=lambda layer: layer.flips.fraction)
+
+
+def make_probes(trace: Trace) -> tuple[Probe, ...]:
+    """Inputs at the first, middle and last step of `trace`, for its first prompts."""
+    last = len(trace.timesteps) - 1
+    return tuple(
+        Probe(
+            sample=trace.latents[step][:CODE_PROMPTS],
+            timestep=trace.timesteps[step].reshape(1).float(),
+            encoder_hidden_states=trace.positive[:CODE_PROMPTS],
+        )
+        for step in sorted({0, last // 2, last})
+    )
+
+
+def compare_codes(upper: Sequence[Codes], lower: Sequence[Codes]) -> FlipReport | str:
+    """Compare the codes of two runtimes, one mapping for each probe; says why where they have no layer in common."""
+    totals: dict[str, CodeFlips] = {}
+    unmatched: set[str] = set()
+    for above, below in zip(upper, lower, strict=True):
+        unmatched |= above.keys() ^ below.keys()
+        for layer, codes in above.items():
+            if layer in below:
+                flips = code_flips(codes, below[layer])
+                totals[layer] = totals[layer] + flips if layer in totals else flips
+    if not totals:
+        return "the two runtimes show no quantizer of the same name"
+    return FlipReport(
+        layers=tuple(LayerFlips(layer=layer, flips=flips) for layer, flips in totals.items()),
+        unmatched=tuple(sorted(unmatched)),
+    )
+
+
+def take_codes(
+    pipeline: Pipeline, probes: Sequence[Probe], forced: Sequence[Codes] | None = None
+) -> tuple[Codes, ...] | str:
+    """The codes that a rung's denoiser chooses on each probe, or why this runtime does not show them.
+
+    Args:
+        pipeline: The rung.
+        probes: Inputs of the denoiser.
+        forced: Codes that every product uses instead of the chosen ones, one mapping for each probe.
+    """
+    given: Sequence[Codes | None] = [None] * len(probes) if forced is None else forced
+    if pipeline.backend == "torch":
+        engine: Any = pipeline.engines[DENOISER]
+        return tuple(
+            torch_codes(engine.module, probe, codes) for probe, codes in zip(probes, given, strict=True)
+        )
+    if pipeline.backend == "onnxruntime":
+        return onnxruntime_codes(pipeline.path / DENOISER / "model.onnx", probes, forced)
+    return f"{pipeline.backend} quantizes inside fused kernels and shows no codes"
+
+
+@torch.no_grad()
+def torch_codes(denoiser: nn.Module, probe: Probe, forced: Codes | None = None) -> Codes:
+    """Run `denoiser` once and read the codes off its quantizers' outputs, which are scale times code."""
+    chosen: dict[str, Tensor] = {}
+
+    def watch(path: str, quantizer: ActivationQuantizer) -> Any:
+        def hook(module: nn.Module, inputs: Any, outputs: tuple[Tensor, Tensor | None]) -> Any:
+            values, unscale = outputs
+            scale = quantizer.tables()[0]
+            # A quotient of scale * code and scale is within half a unit in the last place of the code.
+            chosen[path] = (values / scale).round().to(torch.int8).cpu()
+            if forced is None or path not in forced:
+                return None
+            return dequantize(forced[path].to(values.device), scale), unscale
+
+        return quantizer.register_forward_hook(hook)
+
+    quantizers = [
+        (path, module) for path, module in denoiser.named_modules() if isinstance(module, ActivationQuantizer)
+    ]
+    handles = [watch(path, quantizer) for path, quantizer in quantizers]
+    try:
+        device = first_device(denoiser)
+        denoiser(*(tensor.to(device) for tensor in vars(probe).values()))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return chosen
+
+
+def onnxruntime_codes(
+    onnx_path: Path, probes: Sequence[Probe], forced: Sequence[Codes] | None = None
+) -> tuple[Codes, ...] | str:
+    """Run the denoiser's graph with the output of every QuantizeLinear as an output of the graph."""
+    import onnx
+    import onnxruntime
+
+    from quest_deploy.export.codes import code_names, force_codes, forced_name, mark_codes
+
+    # Weights beyond 2 GB stay in the file next to the graph, where the session is told to look for them.
+    graph = onnx.load(onnx_path, load_external_data=False)
+    names = code_names(graph)
+    paths = [name.removesuffix(CODES_SUFFIX) for name in names]
+    given = {} if forced is None else forced[0]
+    unknown = [path for path in paths if forced is not None and path not in given]
+    if unknown:
+        return f"the graph quantizes at {unknown[0]}, where the rung above does not"
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.add_session_config_entry(
+        "session.model_external_initializers_file_folder_path", str(onnx_path.parent.resolve())
+    )
+    graph = mark_codes(graph) if forced is None else force_codes(graph)
+    session = onnxruntime.InferenceSession(
+        graph.SerializeToString(), sess_options=options, providers=["CPUExecutionProvider"]
+    )
+    runs = []
+    for index, probe in enumerate(probes):
+        inputs = {name: value.numpy() for name, value in vars(probe).items()}
+        if forced is not None:
+            inputs |= {
+                forced_name(name): forced[index][path].numpy()
+                for name, path in zip(names, paths, strict=True)
+            }
+        outputs = session.run(names, inputs)
+        runs.append({path: torch.from_numpy(output) for path, output in zip(paths, outputs, strict=True)})
+    return tuple(runs)

@@ -1,0 +1,139 @@
+"""Run every rung of a ladder once, compare each with the reference and with the rung above it, write the report."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quest_deploy.artifacts import check_output, write_artifact, write_json
+from quest_deploy.config import ParityConfig, to_dict
+from quest_deploy.parity.budgets import Budget, load_budget
+from quest_deploy.parity.document import make_document
+from quest_deploy.parity.figures import Outcome, deployment_figures, quantization_figures
+from quest_deploy.parity.gates import Gate, deployment_gates, finite_gate, quantization_gates
+from quest_deploy.parity.ladder import Edge, make_ladder
+from quest_deploy.parity.run import Progress, run_ladder
+from quest_deploy.prompts import load_prompts
+from quest_deploy.report import RungImages, write_report
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParityResult:
+    """The outcome of a comparison; true when every rung was run and every gate passed.
+
+    Attributes:
+        verdict: "passed", "failed", or "incomplete" (no gate failed, but a rung was not run).
+        gates: Every requirement and how it came out.
+        report: The content of ``report.json``.
+        path: The parity artifact.
+    """
+
+    verdict: str
+    gates: tuple[Gate, ...]
+    report: dict[str, Any]
+    path: Path
+
+    def __bool__(self) -> bool:
+        return self.verdict == "passed"
+
+
+def compare(
+    reference: Path,
+    candidate: Path,
+    output: Path,
+    config: ParityConfig,
+    *,
+    via: Sequence[Path] = (),
+    progress: Progress | None = None,
+    overwrite: bool = False,
+) -> ParityResult:
+    """Compare `candidate` with `reference`: same noise, same schedule, same prompts.
+
+    Args:
+        reference: A model, checkpoint, ONNX or engine directory, usually the full-precision model.
+        candidate: The directory to judge.
+        output: Where the parity artifact is written: ``report.json`` and ``report.html``.
+        config: Prompts, steps, guidance, seed and the budget file.
+        via: Rungs in between, from the reference down, for example the quantized checkpoint.
+        progress: Called after each denoising step.
+        overwrite: Replace an older parity artifact at `output`.
+
+    Raises:
+        ParityError: the artifacts cannot be compared.
+        ArtifactError: one of them is missing or damaged, or `output` may not be written.
+        ConfigError: the budget, the prompts or the scheduler cannot be used.
+    """
+    check_output(output, stage="parity", overwrite=overwrite)
+    rungs, edges = make_ladder(reference, via, candidate)
+    budget_path = None if config.budget is None else Path(config.budget)
+    # All budgets are read before the work starts: a typing mistake should not cost an hour.
+    budgets = {rung.name: load_budget(budget_path, rung.recipe) for rung in rungs}
+    prompts = (config.prompts or load_prompts(default="heldout"))[: config.num_prompts]
+    outcomes = run_ladder(rungs, edges, prompts, config, progress)
+    gates = make_gates(outcomes, edges, budgets)
+    verdict = judge(gates, outcomes)
+    document = make_document(
+        outcomes=outcomes,
+        edges=edges,
+        gates=gates,
+        budgets=budgets,
+        verdict=verdict,
+        config=to_dict(config),
+        prompts=prompts,
+    )
+    inputs = {rung.name: rung.digest for rung in rungs}
+    with write_artifact(
+        output, stage="parity", config=to_dict(config), inputs=inputs, overwrite=overwrite
+    ) as writer:
+        write_json(writer.path / "report.json", document)
+        write_report(writer.path / "report.html", document, _report_images(outcomes))
+        writer.details = {"verdict": verdict}
+    for gate in gates:
+        logger.log(logging.WARNING if gate.passed is False else logging.INFO, "%s", gate.describe())
+    return ParityResult(verdict=verdict, gates=tuple(gates), report=document, path=Path(output))
+
+
+def make_gates(
+    outcomes: Sequence[Outcome], edges: Sequence[Edge], budgets: Mapping[str, Budget]
+) -> list[Gate]:
+    """All gates of all rungs that were run."""
+    gates = [
+        finite_gate(outcome.rung.name, outcome.problem) for outcome in outcomes if outcome.trace is not None
+    ]
+    reference = outcomes[0]
+    for edge in edges:
+        upper, lower, anchor = (outcomes[index] for index in (edge.upper, edge.lower, edge.anchor))
+        if lower.trace is None or reference.trace is None:
+            continue
+        if edge.kind == "quantization" and reference.rung.grid is None:
+            budget = budgets[lower.rung.name]
+            figures = quantization_figures(lower, reference.trace, budget.noise_snr_db_min)
+            gates += quantization_gates(lower.rung.name, figures, budget)
+        elif edge.kind == "deployment" and lower.against is not None:
+            gates += deployment_gates(
+                lower.rung.name,
+                deployment_figures(lower, upper, anchor),
+                quantized=lower.rung.grid is not None,
+            )
+    return gates
+
+
+def judge(gates: Sequence[Gate], outcomes: Sequence[Outcome]) -> str:
+    """One word for the whole comparison."""
+    if any(gate.passed is False for gate in gates):
+        return "failed"
+    return "incomplete" if any(outcome.reason for outcome in outcomes) else "passed"
+
+
+def _report_images(outcomes: Sequence[Outcome]) -> list[RungImages]:
+    """The images of every rung that was run, for the grid of the report."""
+    return [
+        RungImages(name=outcome.rung.name, images=outcome.trace.images)
+        for outcome in outcomes
+        if outcome.trace is not None
+    ]

@@ -1,0 +1,153 @@
+"""What was measured on each rung, and the figures that its gates look at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quest_deploy.metrics import IDENTICAL_DB, mean_db, paired_interval
+from quest_deploy.parity.codes import FlipReport
+from quest_deploy.parity.gates import DEPLOYMENT_SNR_DB_MIN, DeploymentFigures, QuantizationFigures
+from quest_deploy.parity.ladder import Rung
+from quest_deploy.parity.measure import Forced, Trace
+
+
+@dataclass(frozen=True, kw_only=True)
+class Against:
+    """One rung against the one above it, on that one's own inputs.
+
+    Attributes:
+        forced: Noise prediction on the upper rung's trajectory.
+        text_encoder_snr_db: [n].
+        vae_decoder_snr_db: The upper rung's final latents decoded, [n].
+        codes: Integer codes in front of each layer; None where they were not compared.
+        codes_reason: Why they were not compared.
+    """
+
+    forced: Forced
+    text_encoder_snr_db: Tensor
+    vae_decoder_snr_db: Tensor
+    codes: FlipReport | None
+    codes_reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """Everything measured on one rung.
+
+    Attributes:
+        rung: The artifact.
+        reason: Why it was not run; empty if it was.
+        backend: What ran it.
+        seconds: Drawing all images freely, decoding included.
+        trace: Its own free run.
+        forced: Noise prediction on the reference's trajectory; None for the reference.
+        image_psnr_db: Of its images against the reference's, [n].
+        image_ssim: The same, [n].
+        against: Against the rung above; None for the reference and where that one was not run.
+    """
+
+    rung: Rung
+    reason: str = ""
+    backend: str = ""
+    seconds: float = 0.0
+    trace: Trace | None = None
+    forced: Forced | None = None
+    image_psnr_db: Tensor | None = None
+    image_ssim: Tensor | None = None
+    against: Against | None = None
+
+    @property
+    def problem(self) -> str | None:
+        """The first tensor that is not finite, in any of this rung's runs."""
+        forced = self.against.forced if self.against is not None else None
+        found = (part.problem for part in (self.trace, self.forced, forced) if part is not None)
+        return next((problem for problem in found if problem is not None), None)
+
+
+def step_medians(snr_db: Tensor) -> Tensor:
+    """Median over prompts at each step: [steps, n] -> [steps]. A NaN makes its step NaN."""
+    # The lower of two middle values would be torch.median's; the mean of +inf and a number has no use either, so
+    # interpolation counts an exact match as its ceiling and restores it where all prompts match.
+    capped = snr_db.clamp(max=IDENTICAL_DB)
+    medians = capped.quantile(0.5, dim=1)
+    return torch.where(torch.isposinf(snr_db).all(1), torch.full_like(medians, torch.inf), medians)
+
+
+def first_step_below(snr_db: Tensor, timesteps: tuple[Tensor, ...], limit: float) -> tuple[int, str] | None:
+    """Index and description of the first step whose median over prompts is below `limit` (a NaN is below)."""
+    for index, median in enumerate(step_medians(snr_db).tolist()):
+        if not median >= limit:
+            timestep = timesteps[index].item()
+            return (
+                index,
+                f"first at step {index + 1} of {len(timesteps)} (timestep {timestep:g}): {median:.1f} dB",
+            )
+    return None
+
+
+def quantization_figures(
+    outcome: Outcome, reference: Trace, noise_floor_db: float | None
+) -> QuantizationFigures:
+    """Means over prompts and steps of a rung that was compared with the reference."""
+    assert outcome.forced is not None and outcome.image_psnr_db is not None and outcome.image_ssim is not None
+    snr = outcome.forced.snr_db
+    below = None if noise_floor_db is None else first_step_below(snr, reference.timesteps, noise_floor_db)
+    return QuantizationFigures(
+        noise_snr_db=mean_db(snr),
+        image_psnr_db=mean_db(outcome.image_psnr_db),
+        image_ssim=float(outcome.image_ssim.mean()),
+        first_divergence="" if below is None else below[1],
+    )
+
+
+def psnr_change(outcome: Outcome, anchor: Outcome) -> tuple[float, float, float] | None:
+    """Low end, mean and high end of what deployment changed in the image PSNR, paired by prompt.
+
+    None where the anchor is the reference itself (nothing to be compared with) or a figure is not finite.
+    """
+    above, below = anchor.image_psnr_db, outcome.image_psnr_db
+    if above is None or below is None:
+        return None
+    differences = below.clamp(max=IDENTICAL_DB) - above.clamp(max=IDENTICAL_DB)
+    return paired_interval(differences) if bool(torch.isfinite(differences).all()) else None
+
+
+def deployment_figures(outcome: Outcome, upper: Outcome, anchor: Outcome) -> DeploymentFigures:
+    """What another runtime changed, on the upper rung's own inputs."""
+    against = outcome.against
+    assert against is not None and upper.trace is not None
+    snr = against.forced.snr_db
+    below = first_step_below(snr, upper.trace.timesteps, DEPLOYMENT_SNR_DB_MIN)
+    total = None if against.codes is None else against.codes.total
+    change = psnr_change(outcome, anchor)
+    if change is None and anchor.image_psnr_db is not None:
+        change = (torch.nan, torch.nan, torch.nan)
+    return DeploymentFigures(
+        noise_snr_db=_lowest(step_medians(snr)),
+        text_encoder_snr_db=_lowest(step_medians(against.text_encoder_snr_db[None])),
+        vae_decoder_snr_db=_lowest(step_medians(against.vae_decoder_snr_db[None])),
+        flip_fraction=None if total is None else total.fraction,
+        flip_max=None if total is None else total.max_difference,
+        flip_detail=_flip_detail(against),
+        psnr_change_db=None if change is None else change[1],
+        psnr_interval=None if change is None else (change[0], change[2]),
+        first_divergence="" if below is None else below[1],
+    )
+
+
+def _lowest(values: Tensor) -> float:
+    # Tensor.min() hands on a NaN, which min() of floats may lose.
+    return float(values.min())
+
+
+def _flip_detail(against: Against) -> str:
+    if against.codes is None:
+        return against.codes_reason
+    total, worst = against.codes.total, against.codes.worst
+    counts = f"{total.differing:,} of {total.places:,} codes in {len(against.codes.layers)} layers"
+    if against.codes.unmatched:
+        counts += f", {len(against.codes.unmatched)} names unmatched"
+    return f"{counts}; most in {worst.layer}" if worst.flips.differing else counts

@@ -1,0 +1,192 @@
+"""Gates: measured figures against their limits.
+
+Deployment (same weights, another runtime) has fixed limits, DESIGN §7; quantization has a budget.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from quest_deploy.parity.budgets import Budget
+
+DEPLOYMENT_SNR_DB_MIN = 50.0
+CODE_FLIP_FRACTION_MAX = 1e-4
+CODE_DIFFERENCE_MAX = 1
+IMAGE_PSNR_CHANGE_DB_MAX = 0.3
+
+GateKind = Literal["quantization", "deployment", "finite"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gate:
+    """One requirement and how it came out.
+
+    Attributes:
+        rung: Name of the rung that has to meet it.
+        kind: Whose cost it limits.
+        quantity: What was measured, in words.
+        measured: The figure; +inf for an exact match, NaN where it could not be formed, None where it was not measured.
+        limit: The bound.
+        at_least: Whether `limit` is a floor (else a ceiling).
+        unit: Of both figures; empty for a pure number.
+        detail: Where it first failed, or why it was not measured.
+    """
+
+    rung: str
+    kind: GateKind
+    quantity: str
+    measured: float | None
+    limit: float
+    at_least: bool
+    unit: str = ""
+    detail: str = ""
+
+    @property
+    def passed(self) -> bool | None:
+        """None where nothing was measured. A NaN fails."""
+        if self.measured is None:
+            return None
+        return self.measured >= self.limit if self.at_least else self.measured <= self.limit
+
+    def describe(self) -> str:
+        """One line for logs and terminals."""
+        sign = ">=" if self.at_least else "<="
+        got = "not measured" if self.measured is None else f"{self.measured:.4g} {self.unit}".strip()
+        got = "identical" if self.measured == math.inf else got
+        verdict = {True: "ok", False: "FAILED", None: "open"}[self.passed]
+        detail = f" ({self.detail})" if self.detail else ""
+        limit = f"{sign} {self.limit:g} {self.unit}".rstrip()
+        return f"{self.rung}: {self.quantity} {got}, limit {limit}: {verdict}{detail}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizationFigures:
+    """Against the full-precision reference: means over prompts (and steps, for the noise)."""
+
+    noise_snr_db: float
+    image_psnr_db: float
+    image_ssim: float
+    first_divergence: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeploymentFigures:
+    """Against the upper rung, on its own inputs.
+
+    Attributes:
+        noise_snr_db: The worst step's median over prompts.
+        text_encoder_snr_db: Median over prompts.
+        vae_decoder_snr_db: Median over prompts, the same latents decoded.
+        flip_fraction: Share of the integer codes that differ; None where codes were not compared.
+        flip_max: Largest difference of a code.
+        flip_detail: The layer with the most flips, or why codes were not compared.
+        psnr_change_db: Mean change of image PSNR against the reference; None without a quantized anchor.
+        psnr_interval: Its 95 % interval.
+        first_divergence: First step below the limit, or empty.
+    """
+
+    noise_snr_db: float
+    text_encoder_snr_db: float
+    vae_decoder_snr_db: float
+    flip_fraction: float | None
+    flip_max: int | None
+    flip_detail: str
+    psnr_change_db: float | None
+    psnr_interval: tuple[float, float] | None
+    first_divergence: str
+
+
+def finite_gate(rung: str, problem: str | None) -> Gate:
+    """Every tensor of a rung must be finite; `problem` names the first that is not."""
+    return Gate(
+        rung=rung,
+        kind="finite",
+        quantity="tensors with NaN or Inf",
+        measured=0.0 if problem is None else 1.0,
+        limit=0.0,
+        at_least=False,
+        detail=problem or "",
+    )
+
+
+def quantization_gates(rung: str, figures: QuantizationFigures, budget: Budget) -> list[Gate]:
+    """One gate for each floor that the budget sets."""
+    rows = (
+        ("noise SNR", figures.noise_snr_db, budget.noise_snr_db_min, "dB", figures.first_divergence),
+        ("image PSNR", figures.image_psnr_db, budget.image_psnr_db_min, "dB", ""),
+        ("image SSIM", figures.image_ssim, budget.image_ssim_min, "", ""),
+    )
+    return [
+        Gate(
+            rung=rung,
+            kind="quantization",
+            quantity=quantity,
+            measured=measured,
+            limit=limit,
+            at_least=True,
+            unit=unit,
+            # A first step below the mean's floor is worth naming only when the mean itself is below.
+            detail=detail if not measured >= limit else "",
+        )
+        for quantity, measured, limit, unit, detail in rows
+        if limit is not None
+    ]
+
+
+def deployment_gates(rung: str, figures: DeploymentFigures, *, quantized: bool) -> list[Gate]:
+    """The limits of DESIGN §7. Codes and PSNR change exist only for quantized rungs."""
+    snr = [
+        ("noise SNR, worst step", figures.noise_snr_db, figures.first_divergence),
+        ("text encoder SNR", figures.text_encoder_snr_db, ""),
+        ("VAE decoder SNR", figures.vae_decoder_snr_db, ""),
+    ]
+    gates = [
+        Gate(
+            rung=rung,
+            kind="deployment",
+            quantity=quantity,
+            measured=measured,
+            limit=DEPLOYMENT_SNR_DB_MIN,
+            at_least=True,
+            unit="dB",
+            detail=detail,
+        )
+        for quantity, measured, detail in snr
+    ]
+    if not quantized:
+        return gates
+    ceilings = [
+        ("int8 codes that differ", figures.flip_fraction, CODE_FLIP_FRACTION_MAX, "", figures.flip_detail),
+        ("largest code difference", figures.flip_max, CODE_DIFFERENCE_MAX, "", ""),
+    ]
+    if figures.psnr_change_db is not None:
+        ceilings.append(
+            (
+                "change of image PSNR",
+                abs(figures.psnr_change_db),
+                IMAGE_PSNR_CHANGE_DB_MAX,
+                "dB",
+                _interval_text(figures.psnr_change_db, figures.psnr_interval),
+            )
+        )
+    return gates + [
+        Gate(
+            rung=rung,
+            kind="deployment",
+            quantity=quantity,
+            measured=None if measured is None else float(measured),
+            limit=limit,
+            at_least=False,
+            unit=unit,
+            detail=detail,
+        )
+        for quantity, measured, limit, unit, detail in ceilings
+    ]
+
+
+def _interval_text(mean: float, interval: tuple[float, float] | None) -> str:
+    if interval is None or not all(map(math.isfinite, interval)):
+        return f"{mean:+.2f} dB"
+    return f"{mean:+.2f} dB, 95 % interval {interval[0]:+.2f} to {interval[1]:+.2f}"

@@ -1,0 +1,184 @@
+"""The rungs of a comparison and what each step between two of them costs: quantization or deployment.
+
+Neither torch nor onnx is imported here: everything follows from manifests and ``quest.json``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from quest_deploy.artifacts import hash_directory, read_artifact, read_json, stage_of
+from quest_deploy.errors import ParityError
+from quest_deploy.files import hash_mapping, list_files
+from quest_deploy.model.spec import component_specs
+
+RUNG_STAGES = ("model", "checkpoint", "onnx", "engines")
+QUANTIZATION_FILE = "quest.json"
+
+EdgeKind = Literal["quantization", "deployment"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rung:
+    """One artifact of the comparison.
+
+    Attributes:
+        name: Unique in the ladder: the stage, numbered where it repeats.
+        path: Directory.
+        stage: One of :data:`RUNG_STAGES`.
+        recipe: Name of the quantization recipe; None for full precision.
+        grid: Identity of the quantizers (sha256 of ``quest.json``); None for full precision.
+        digest: Identity of the artifact.
+        inputs: Digests of what it was made from, by role.
+        size_bytes: All of its files.
+        denoiser_bytes: The files of its denoiser.
+    """
+
+    name: str
+    path: Path
+    stage: str
+    recipe: str | None
+    grid: str | None
+    digest: str
+    inputs: Mapping[str, str]
+    size_bytes: int
+    denoiser_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Edge:
+    """The step from one rung to the next.
+
+    Attributes:
+        upper: Index of the upper rung.
+        lower: Index of the lower rung.
+        kind: "quantization" changes the numbers on purpose; "deployment" must not change them.
+        anchor: Index of the rung where the chain of deployments that this edge ends began.
+        lineage: Whether the lower rung's manifest names the upper rung as its input.
+    """
+
+    upper: int
+    lower: int
+    kind: EdgeKind
+    anchor: int
+    lineage: bool
+
+
+def read_rung(path: Path) -> Rung:
+    """Find out what lies at `path`.
+
+    Raises:
+        ArtifactError: nothing usable, or changed since it was written.
+        ParityError: an artifact that draws no images.
+    """
+    stage = stage_of(path)
+    if stage not in RUNG_STAGES:
+        raise ParityError(
+            f"'{path}' is an artifact of stage '{stage}', expected a {', '.join(RUNG_STAGES[:-1])} or "
+            f"{RUNG_STAGES[-1]} directory; compare what drew the images, not the images"
+        )
+    inputs: Mapping[str, str] = {}
+    if stage == "model":
+        digest = hash_directory(path)
+        files = {name: (path / name).stat().st_size for name in list_files(path)} if path.is_dir() else {}
+    else:
+        artifact = read_artifact(path)
+        digest, inputs = artifact.digest, artifact.manifest.inputs
+        files = {name: entry.size_bytes for name, entry in artifact.manifest.files.items()}
+    quest = path / QUANTIZATION_FILE
+    content = read_json(quest) if quest.is_file() else None
+    return Rung(
+        name=stage,
+        path=path,
+        stage=stage,
+        recipe=None if content is None else recipe_name(content),
+        grid=None if content is None else hash_mapping(content),
+        digest=digest,
+        inputs=inputs,
+        size_bytes=sum(files.values()) if path.is_dir() else path.stat().st_size,
+        denoiser_bytes=sum(size for name, size in files.items() if name.startswith("unet/")),
+    )
+
+
+def recipe_name(content: Mapping[str, Any]) -> str:
+    """Name of the recipe in the content of a ``quest.json``."""
+    recipe = content.get("recipe", "custom")
+    if isinstance(recipe, Mapping):
+        recipe = recipe.get("name", "custom")
+    return str(recipe)
+
+
+def make_ladder(
+    reference: Path, via: Sequence[Path], candidate: Path
+) -> tuple[tuple[Rung, ...], tuple[Edge, ...]]:
+    """Read all rungs and name what each step between them costs.
+
+    Raises:
+        ParityError: a quantized rung lies above a full-precision one, or the rungs are of different architectures.
+    """
+    rungs = _name_apart([read_rung(Path(path)) for path in (reference, *via, candidate)])
+    _check_architecture(rungs)
+    edges: list[Edge] = []
+    anchor = 0
+    for lower in range(1, len(rungs)):
+        above, below = rungs[lower - 1], rungs[lower]
+        if above.grid is not None and below.grid is None:
+            raise ParityError(
+                f"'{above.path}' is quantized ({above.recipe}) but '{below.path}', below it, is full precision; "
+                "order the rungs from the full-precision model down: REFERENCE, --via ..., CANDIDATE"
+            )
+        kind: EdgeKind = "deployment" if above.grid == below.grid else "quantization"
+        if kind == "quantization":
+            anchor = lower
+        edges.append(
+            Edge(
+                upper=lower - 1,
+                lower=lower,
+                kind=kind,
+                anchor=anchor,
+                lineage=above.digest in below.inputs.values(),
+            )
+        )
+    return rungs, tuple(edges)
+
+
+def notes(rungs: Sequence[Rung], edges: Sequence[Edge]) -> list[str]:
+    """What a reader of the comparison must know about how its rungs hang together."""
+    found = []
+    for edge in edges:
+        above, below = rungs[edge.upper], rungs[edge.lower]
+        if not edge.lineage and above.digest != below.digest:
+            found.append(
+                f"The manifest of {below.name} does not name {above.name} as its input: "
+                "nothing proves that one was made from the other."
+            )
+        if edge.kind == "quantization" and below.stage != "checkpoint":
+            found.append(
+                f"{below.name} was compared with {above.name} directly, so its cost holds quantization and deployment "
+                "together; pass its checkpoint with --via to tell them apart."
+            )
+    return found
+
+
+def _check_architecture(rungs: Sequence[Rung]) -> None:
+    # A single-file model has no configuration beside it; its shapes are checked when it runs.
+    directories = [rung for rung in rungs if rung.path.is_dir()]
+    for rung in directories[1:]:
+        expected, got = component_specs(directories[0].path), component_specs(rung.path)
+        for name in expected:
+            if got[name] != expected[name]:
+                raise ParityError(
+                    f"'{rung.path}' and '{directories[0].path}' have different {name} inputs or outputs; "
+                    "compare artifacts made from one model"
+                )
+
+
+def _name_apart(rungs: Sequence[Rung]) -> tuple[Rung, ...]:
+    named: list[Rung] = []
+    for rung in rungs:
+        before = sum(other.stage == rung.stage for other in named)
+        named.append(replace(rung, name=f"{rung.stage}-{before + 1}") if before else rung)
+    return tuple(named)

@@ -1,0 +1,204 @@
+"""Run one rung of the ladder: freely from the common noise, and teacher-forced on another rung's trajectory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from quest_deploy.config import ParityConfig
+from quest_deploy.metrics import cosine, snr_db
+from quest_deploy.sampling import draw_noise, generators_of
+
+if TYPE_CHECKING:
+    from quest_deploy.pipeline import Pipeline
+    from quest_deploy.sampling import Step
+
+Tick = Callable[[str], None]
+"""Called once for each step of each batch, with what is being done."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What every rung is asked to draw.
+
+    Attributes:
+        prompts: n prompts.
+        noise: float32 [n, c, h, w], the same for every rung.
+        config: Steps, guidance scale, scheduler and batch size.
+    """
+
+    prompts: tuple[str, ...]
+    noise: Tensor
+    config: ParityConfig
+
+    def batches(self) -> Iterator[slice]:
+        """Slices of the prompts, `batch_size` at a time."""
+        size = self.config.batch_size
+        return (slice(start, start + size) for start in range(0, len(self.prompts), size))
+
+    def generators(self, batch: slice) -> list[torch.Generator]:
+        """For schedulers that draw noise at every step: each image's own, as its seed goes on after the first noise."""
+        seeds = [self.config.seed + number for number in range(len(self.prompts))[batch]]
+        generators = generators_of(seeds)
+        _, channels, height, width = self.noise.shape
+        draw_noise(generators, (channels, height, width))
+        return generators
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trace:
+    """Everything a rung computed when it ran freely, on the CPU.
+
+    Attributes:
+        positive: Prompt embeddings, [n, l, d].
+        negative: Embeddings of the empty prompt, [n, l, d].
+        timesteps: One 0-d tensor a step.
+        latents: The denoiser's input at each step, [n, c, h, w].
+        noise_pred: The guided prediction at each step, [n, c, h, w].
+        final: Latents after the last step, [n, c, h, w].
+        images: float32 [n, 3, H, W] in [0, 1].
+        problem: Names the first tensor with a NaN or Inf; None if all are finite.
+    """
+
+    positive: Tensor
+    negative: Tensor
+    timesteps: tuple[Tensor, ...]
+    latents: tuple[Tensor, ...]
+    noise_pred: tuple[Tensor, ...]
+    final: Tensor
+    images: Tensor
+    problem: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forced:
+    """The noise prediction on a given trajectory against the one made there.
+
+    Attributes:
+        snr_db: float64 [steps, n].
+        cosine: float64 [steps, n].
+        problem: Names the first tensor with a NaN or Inf; None if all are finite.
+    """
+
+    snr_db: Tensor
+    cosine: Tensor
+    problem: str | None
+
+
+@dataclass
+class _Recording:
+    timesteps: list[Tensor] = field(default_factory=list)
+    latents: list[Tensor] = field(default_factory=list)
+    noise_pred: list[Tensor] = field(default_factory=list)
+
+
+def draw(pipeline: Pipeline, request: Request, tick: Tick) -> Trace:
+    """Draw all images freely and keep the whole trajectory."""
+    config = request.config
+    recordings, embeddings, finals, images = [], [], [], []
+    for batch in request.batches():
+        prompts = request.prompts[batch]
+        positive, negative = pipeline.encode(prompts), pipeline.encode([""] * len(prompts))
+        recording = _Recording()
+
+        def record(step: Step, recording: _Recording = recording) -> None:
+            recording.timesteps.append(step.timestep.cpu())
+            recording.latents.append(step.latents.cpu())
+            recording.noise_pred.append(step.noise_pred.cpu())
+            tick("drawing freely")
+
+        final = pipeline.denoise(
+            request.noise[batch],
+            positive,
+            negative,
+            steps=config.steps,
+            guidance_scale=config.guidance_scale,
+            scheduler=config.scheduler,
+            generators=request.generators(batch),
+            callback=record,
+        )
+        recordings.append(recording)
+        embeddings.append((positive.cpu(), negative.cpu()))
+        finals.append(final.cpu())
+        images.append(pipeline.decode(final).cpu())
+    positives, negatives = zip(*embeddings, strict=True)
+    trace = Trace(
+        positive=torch.cat(positives),
+        negative=torch.cat(negatives),
+        timesteps=tuple(recordings[0].timesteps),
+        latents=_by_step([recording.latents for recording in recordings]),
+        noise_pred=_by_step([recording.noise_pred for recording in recordings]),
+        final=torch.cat(finals),
+        images=torch.cat(images),
+        problem=None,
+    )
+    return _with_problem(trace, request.prompts)
+
+
+def teacher_forced(pipeline: Pipeline, trace: Trace, request: Request, tick: Tick) -> Forced:
+    """Predict the noise on the latents and embeddings of `trace`, step by step, and compare with its predictions."""
+    ratios, cosines, problem = [], [], None
+    for index, (timestep, latents, expected) in enumerate(
+        zip(trace.timesteps, trace.latents, trace.noise_pred, strict=True)
+    ):
+        predictions = []
+        for batch in request.batches():
+            prediction = pipeline.predict_noise(
+                latents[batch],
+                timestep,
+                trace.positive[batch],
+                trace.negative[batch],
+                guidance_scale=request.config.guidance_scale,
+            )
+            predictions.append(prediction.cpu())
+            tick("on the other rung's trajectory")
+        prediction = torch.cat(predictions)
+        ratios.append(snr_db(expected, prediction))
+        cosines.append(cosine(expected, prediction))
+        where = f"{_at_step(index, timestep)}, teacher-forced"
+        problem = problem or first_non_finite(f"noise prediction {where}", prediction, request.prompts)
+    return Forced(snr_db=torch.stack(ratios), cosine=torch.stack(cosines), problem=problem)
+
+
+def decode_again(pipeline: Pipeline, trace: Trace, request: Request) -> Tensor:
+    """The final latents of `trace` decoded by this rung, [n, 3, H, W]."""
+    return torch.cat([pipeline.decode(trace.final[batch]).cpu() for batch in request.batches()])
+
+
+def first_non_finite(name: str, values: Tensor, prompts: Sequence[str]) -> str | None:
+    """Describe the NaN and Inf in `values` [n, ...], one sample a prompt; None if there are none."""
+    bad = ~torch.isfinite(values)
+    if not bool(bad.any()):
+        return None
+    nans = int(torch.isnan(values).sum())
+    prompt = prompts[int(bad.flatten(1).any(1).nonzero()[0])]
+    return (
+        f"{name}: {nans} NaN and {int(bad.sum()) - nans} Inf of {values.numel()} values, first for {prompt!r}"
+    )
+
+
+def _by_step(batches: Sequence[Sequence[Tensor]]) -> tuple[Tensor, ...]:
+    return tuple(torch.cat(parts) for parts in zip(*batches, strict=True))
+
+
+def _at_step(index: int, timestep: Tensor) -> str:
+    return f"at step {index + 1} (timestep {timestep.item():g})"
+
+
+def _with_problem(trace: Trace, prompts: Sequence[str]) -> Trace:
+    # In the order of computation, so that the first one found is where it began.
+    tensors = [("text embeddings", trace.positive), ("text embeddings of the empty prompt", trace.negative)]
+    for index, timestep in enumerate(trace.timesteps):
+        where = _at_step(index, timestep)
+        tensors.append((f"latents {where}", trace.latents[index]))
+        tensors.append((f"noise prediction {where}", trace.noise_pred[index]))
+    tensors += [("final latents", trace.final), ("images", trace.images)]
+    for name, values in tensors:
+        problem = first_non_finite(name, values, prompts)
+        if problem is not None:
+            return replace(trace, problem=problem)
+    return trace
