@@ -40,17 +40,17 @@ def finetune(
     MODEL is a diffusers directory, a hub id, or a single .safetensors file. No training images are needed.
     """
     from quest_deploy.artifacts import check_output
+    from quest_deploy.config import FinetuneConfig
     from quest_deploy.prompts import load_prompts
+    from quest_deploy.quantize.recipe import load_recipe
 
     # Before torch is imported and anything is loaded: a mistyped path or recipe is answered at once.
     check_output(output, stage="checkpoint", overwrite=overwrite)
     texts = load_prompts(prompts, default="calibration")
-
-    from quest_deploy.config import FinetuneConfig
-    from quest_deploy.quantize.finetune import finetune as run
-    from quest_deploy.quantize.recipe import load_recipe
-
     config = FinetuneConfig(recipe=load_recipe(recipe), prompts=texts, seed=seed)
+
+    from quest_deploy.quantize.finetune import finetune as run
+
     with show_progress() as progress:
         artifact = run(model, output, config, progress=progress, resume=resume, overwrite=overwrite)
     return artifact_result(artifact, f"quest-deploy export {output} -o DIR")

@@ -17,10 +17,10 @@ FAST = ("--steps", "2", "--guidance-scale", "2")
 pytestmark = pytest.mark.timeout(300)
 
 
-def arguments(verb: str, model: Path, onnx: Path) -> list[str]:
+def arguments(verb: str, model: Path, onnx: Path, recipe: Path = Path("w8a8")) -> list[str]:
     """A sound request of each verb, but for its output."""
     words: dict[str, tuple[object, ...]] = {
-        "finetune": ("finetune", model),
+        "finetune": ("finetune", model, "--recipe", recipe),
         "export": ("export", model),
         "build-engine": ("build-engine", onnx),
         "generate": ("generate", onnx, "a prompt", *FAST),
@@ -49,9 +49,9 @@ def run_on_tmpfs(options: str, mount: Path, words: list[str]) -> subprocess.Comp
 
 
 @pytest.mark.parametrize("verb", ["finetune", "export", "build-engine", "generate", "parity"])
-def test_full_disk(verb: str, tmp_path: Path, tiny_model: Path, tiny_onnx: Path) -> None:
+def test_full_disk(verb: str, tmp_path: Path, tiny_model: Path, tiny_onnx: Path, tiny_recipe: Path) -> None:
     """Full for real: the output lies on a tmpfs of two pages, 8 KiB."""
-    done = run_on_tmpfs("size=8k", tmp_path / "mount", arguments(verb, tiny_model, tiny_onnx))
+    done = run_on_tmpfs("size=8k", tmp_path / "mount", arguments(verb, tiny_model, tiny_onnx, tiny_recipe))
     assert (done.returncode, done.stdout) == (1, "")
     assert "Error: " in done.stderr
     assert "the disk is full; free some space" in done.stderr.splitlines()[-1]
