@@ -35,6 +35,9 @@ SCHEDULERS = {
 }
 """Short names; the diffusers class names are accepted as well."""
 
+# What `set_timesteps` would switch on by itself, with a warning each time.
+DEFAULTS = {"DPMSolverSinglestepScheduler": {"lower_order_final": True}}
+
 
 @dataclass(frozen=True)
 class Step:
@@ -72,7 +75,7 @@ def make_scheduler(name: str | None, config: Any) -> Any:
         raise ConfigError(
             f"scheduler {class_name!r} is unknown; choose one of {known} or the diffusers class name of one"
         )
-    return getattr(diffusers, str(class_name)).from_config(config)
+    return getattr(diffusers, str(class_name)).from_config({**DEFAULTS.get(str(class_name), {}), **config})
 
 
 def timesteps(scheduler: Any, steps: int, device: torch.device | None = None) -> Tensor:
@@ -84,7 +87,10 @@ def timesteps(scheduler: Any, steps: int, device: torch.device | None = None) ->
     try:
         scheduler.set_timesteps(steps, device=device)
     except (ValueError, IndexError) as error:
-        raise ConfigError(f"{type(scheduler).__name__} with {steps} steps: {error}") from error
+        raise ConfigError(
+            f"{type(scheduler).__name__} cannot make a schedule of {steps} steps ({str(error).strip()}); "
+            "change the number of steps, or take another scheduler"
+        ) from error
     return torch.as_tensor(scheduler.timesteps)
 
 

@@ -19,7 +19,7 @@ LINE_HEIGHT = 20
 MAX_LINES = 3
 MAX_COLUMNS = 8
 MAX_CELLS = 96
-INK, FAINT, PAPER = (32, 33, 36), (120, 124, 130), (255, 255, 255)
+INK, FAINT, FRAME, PAPER = (32, 33, 36), (112, 117, 122), (225, 227, 230), (255, 255, 255)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,32 +88,29 @@ def _fitting(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, widt
 
 
 def contact_sheet(cells: Sequence[Cell], *, columns: int | None = None) -> Image.Image:
-    """Lay out `cells` in rows; None columns makes the sheet about as wide as high."""
+    """Lay out `cells` in rows, captions below the images; None columns makes the sheet about as wide as high."""
     columns = columns or min(MAX_COLUMNS, math.ceil(math.sqrt(len(cells))))
-    rows = [cells[start : start + columns] for start in range(0, len(cells), columns)]
-    font = ImageFont.load_default(FONT_SIZE)
-    small = ImageFont.load_default(FONT_SIZE - 3)
-    captions = [[wrap(cell.caption, font, CELL, MAX_LINES) for cell in row] for row in rows]
-    pictures = [[thumbnail(cell.image) for cell in row] for row in rows]
-    picture_heights = [max(picture.height for picture in row) for row in pictures]
-    noted = any(cell.note for cell in cells)
-    text_heights = [
-        LINE_HEIGHT * (max(len(lines) for lines in row) + noted) + MARGIN // 2 for row in captions
+    fonts = (ImageFont.load_default(FONT_SIZE), ImageFont.load_default(FONT_SIZE - 3))
+    pictures = [thumbnail(cell.image) for cell in cells]
+    captions = [wrap(cell.caption, fonts[0], CELL, MAX_LINES) for cell in cells]
+    starts = range(0, len(cells), columns)
+    tallest = [max(picture.height for picture in pictures[start : start + columns]) for start in starts]
+    lines = [max(len(caption) for caption in captions[start : start + columns]) + 1 for start in starts]
+    heights = [
+        picture + LINE_HEIGHT * count + 2 * MARGIN for picture, count in zip(tallest, lines, strict=True)
     ]
-    width = columns * (CELL + MARGIN) + MARGIN
-    height = sum(picture_heights) + sum(text_heights) + MARGIN * (len(rows) + 1)
-    sheet = Image.new("RGB", (width, height), PAPER)
+    sheet = Image.new("RGB", (columns * (CELL + MARGIN) + MARGIN, sum(heights) + MARGIN), PAPER)
     draw = ImageDraw.Draw(sheet)
-    top = MARGIN
-    for index, row in enumerate(rows):
-        for column, cell in enumerate(row):
-            left = MARGIN + column * (CELL + MARGIN)
-            picture = pictures[index][column]
-            sheet.paste(picture, (left + (CELL - picture.width) // 2, top))
-            y = top + picture_heights[index] + MARGIN // 2
-            for line in captions[index][column]:
-                draw.text((left, y), line, INK, font)
-                y += LINE_HEIGHT
-            draw.text((left, y), cell.note, FAINT, small)
-        top += picture_heights[index] + text_heights[index] + MARGIN
+    for index, cell in enumerate(cells):
+        row, column = divmod(index, columns)
+        left, top = MARGIN + column * (CELL + MARGIN), MARGIN + sum(heights[:row])
+        picture = pictures[index]
+        corner = left + (CELL - picture.width) // 2
+        sheet.paste(picture, (corner, top))
+        draw.rectangle((corner - 1, top - 1, corner + picture.width, top + picture.height), outline=FRAME)
+        y = top + tallest[row] + MARGIN // 2
+        for line in captions[index]:
+            draw.text((left, y), line, INK, fonts[0])
+            y += LINE_HEIGHT
+        draw.text((left, y), cell.note, FAINT, fonts[1])
     return sheet

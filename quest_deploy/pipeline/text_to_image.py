@@ -24,6 +24,7 @@ from quest_deploy.model.spec import (
     VAE_DECODER,
     vae_scale_factor,
 )
+from quest_deploy.pipeline.parts import run_in_parts
 from quest_deploy.sampling import Step
 
 logger = logging.getLogger(__name__)
@@ -74,24 +75,26 @@ class Pipeline:
         for name, pixels, side in (("height", height, default[0]), ("width", width, default[1])):
             if pixels is not None and (pixels < scale or pixels % scale):
                 raise ConfigError(
-                    f"{name} is {pixels} pixels, expected a multiple of {scale}, the pixels of one latent of this model; "
+                    f"{name} is {pixels} pixels, expected a multiple of {scale}, the pixels of one latent; "
                     f"use {max(1, round(pixels / scale)) * scale}"
                 )
             sides.append(side if pixels is None else pixels // scale)
         return (int(config["in_channels"]), sides[0], sides[1])
 
-    def encode(self, prompts: Sequence[str]) -> Tensor:
+    def encode(self, prompts: str | Sequence[str]) -> Tensor:
         """Prompt embeddings, float32 [n, l, d]; a prompt that is too long is cut, with a warning."""
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         for prompt in prompts:
             self._tell_if_cut(prompt)
         tokens = self.tokenizer(
-            list(prompts),
+            prompts,
             padding="max_length",
             max_length=self.tokenizer.model_max_length,
             truncation=True,
             return_tensors="pt",
         ).input_ids
-        return self.engines[TEXT_ENCODER](input_ids=tokens.to(self.device))["last_hidden_state"]
+        outputs = run_in_parts(self.engines[TEXT_ENCODER], input_ids=tokens.to(self.device))
+        return outputs["last_hidden_state"]
 
     def _tell_if_cut(self, prompt: str) -> None:
         if prompt in self._told:
@@ -187,8 +190,11 @@ class Pipeline:
         )
 
     def _denoiser(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
-        outputs = self.engines[DENOISER](
-            sample=sample, timestep=timestep.float(), encoder_hidden_states=encoder_hidden_states
+        outputs = run_in_parts(
+            self.engines[DENOISER],
+            sample=sample,
+            timestep=timestep.float(),
+            encoder_hidden_states=encoder_hidden_states,
         )
         return outputs["out_sample"]
 
@@ -199,8 +205,20 @@ class Pipeline:
         unscaled = latents.to(self.device) / config["scaling_factor"]
         if config.get("shift_factor") is not None:
             unscaled = unscaled + config["shift_factor"]
-        pixels = self.engines[VAE_DECODER](latent_sample=unscaled)["sample"]
+        pixels = run_in_parts(self.engines[VAE_DECODER], latent_sample=unscaled)["sample"]
         return (pixels * 0.5 + 0.5).clamp(0, 1)
+
+    def as_diffusers(self) -> Any:
+        """A `diffusers.StableDiffusionPipeline` around the same engines, for code that expects one.
+
+        Its scheduler may be replaced as usual, and it draws what this pipeline draws. It has no VAE encoder, no safety
+        checker and no weights: what changes weights (LoRA, IP-Adapter, `clip_skip`) is refused.
+        """
+        from quest_deploy.pipeline.drop_in import diffusers_pipeline
+
+        return diffusers_pipeline(
+            self.engines, self.configs, self.tokenizer, self.make_scheduler(), self.device
+        )
 
     def close(self) -> None:
         """Free the engines; calling it again does nothing."""
