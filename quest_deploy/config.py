@@ -157,3 +157,110 @@ class ProgressEvent:
     total: int
     message: str = ""
     metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhaseConfig:
+    """One finetuning phase.
+
+    Attributes:
+        layers: Preset of :mod:`quest_deploy.quantize.select`: the layers whose weights learn.
+        steps: Updates.
+        batch_size: (prompt, timestep) pairs of an update that runs the network; both guidance branches are run.
+        learning_rate_weights: Adam's rate for weights and their scales, in steps of each layer's own weight grid.
+        learning_rate_scales: For activation scales, relative (they learn in the log domain).
+        learning_rate_floats: For biases and norms, which stay in float; 0 leaves them alone.
+        network_every: Every how many updates the network's output joins the loss of the layers' own outputs
+            (temporal phase; the sensitive phase uses the network's output at every update).
+    """
+
+    layers: str
+    steps: int
+    batch_size: int = 8
+    learning_rate_weights: float = 0.01
+    learning_rate_scales: float = 0.002
+    learning_rate_floats: float = 0.0
+    network_every: int = 1
+
+    def __post_init__(self) -> None:
+        problems: list[str] = []
+        at_least(problems, 0, steps=self.steps, learning_rate_weights=self.learning_rate_weights)
+        at_least(problems, 0, learning_rate_scales=self.learning_rate_scales)
+        at_least(problems, 0, learning_rate_floats=self.learning_rate_floats)
+        at_least(problems, 1, batch_size=self.batch_size, network_every=self.network_every)
+        raise_if_any(problems, "finetuning phase")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What `finetune` does to a model.
+
+    Attributes:
+        name: For manifests and reports.
+        weight_bits: 4 or 8.
+        activation_bits: 4 or 8.
+        calibration_prompts: How many of the prompts are used, those that select the result included.
+        validation_prompts: How many of those are kept from training and choose the result.
+        calibration_steps: Denoising steps of the recorded trajectories, hence timestep groups.
+        guidance_scale: Of the recorded trajectories.
+        initializer: How weights are rounded at first.
+        time_aware: Whether every timestep group has an activation scale of its own.
+        channel_wise: Whether activations below 8 bits may have a channel row folded into the weights.
+        guided_loss: Weight of the guided prediction's error beside the two branches' own.
+        temporal: Phase 1.
+        sensitive: Phase 2.
+    """
+
+    name: str
+    weight_bits: int
+    activation_bits: int
+    calibration_prompts: int = 96
+    validation_prompts: int = 16
+    calibration_steps: int = 25
+    guidance_scale: float = 3.0
+    initializer: Literal["nearest", "gptq"] = "gptq"
+    time_aware: bool = True
+    channel_wise: bool = True
+    guided_loss: float = 1.0
+    temporal: PhaseConfig
+    sensitive: PhaseConfig
+
+    def __post_init__(self) -> None:
+        problems: list[str] = []
+        for name in ("weight_bits", "activation_bits"):
+            if getattr(self, name) not in (4, 8):
+                problems.append(f"{name} is {getattr(self, name)!r}, expected 4 or 8")
+        one_of(problems, "initializer", self.initializer, ("nearest", "gptq"))
+        at_least(
+            problems,
+            2,
+            calibration_prompts=self.calibration_prompts,
+            calibration_steps=self.calibration_steps,
+        )
+        at_least(problems, 1, validation_prompts=self.validation_prompts)
+        at_least(problems, 0, guidance_scale=self.guidance_scale, guided_loss=self.guided_loss)
+        if self.validation_prompts >= self.calibration_prompts:
+            problems.append(
+                f"validation_prompts is {self.validation_prompts}, "
+                f"expected fewer than calibration_prompts, {self.calibration_prompts}"
+            )
+        raise_if_any(problems, f"recipe {self.name}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig:
+    """One finetuning run. Prompt `i` starts from the noise of seed `seed + i`."""
+
+    recipe: Recipe
+    prompts: tuple[str, ...]
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        problems: list[str] = []
+        at_least(problems, 0, seed=self.seed)
+        if len(self.prompts) < self.recipe.calibration_prompts:
+            problems.append(
+                f"{len(self.prompts)} prompts were given, "
+                f"recipe {self.recipe.name} calibrates on {self.recipe.calibration_prompts}"
+            )
+        raise_if_any(problems, "finetune")

@@ -1,0 +1,1 @@
+"""Models: what their components take and give, and how they are loaded."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,28 +45,52 @@ def load_model(source: str | Path) -> LoadedModel:
     Raises:
         ModelLoadError: the source is missing, corrupt, pickled, or of an unsupported family.
     """
-    import torch
-    from diffusers import StableDiffusionPipeline
-
     path = Path(source)
     refuse_pickle(path)
-    options: dict[str, Any] = {
-        "torch_dtype": torch.float32,
-        "safety_checker": None,
-        "requires_safety_checker": False,
-    }
+    if path.is_file() and path.suffix == SINGLE_FILE_SUFFIX:
+        with loading_errors(path):
+            return _loaded(path, _pipeline_class().from_single_file(str(path), **_options()))
+    directory = path if path.is_dir() else _snapshot(str(source))
+    component_specs(directory)
+    return load_directory(directory)
+
+
+def load_directory(directory: Path, **components: Any) -> LoadedModel:
+    """Load a diffusers directory.
+
+    Args:
+        directory: Holds ``model_index.json``.
+        components: Parts that are there already, by name, and not looked for in the directory.
+
+    Raises:
+        ModelLoadError: a part is missing, corrupt or pickled.
+    """
+    _hide_loading_bars()
+    _refuse_pickled_weights(directory, components)
+    with loading_errors(directory):
+        pipeline = _pipeline_class().from_pretrained(
+            str(directory), use_safetensors=True, **_options(), **components
+        )
+        return _loaded(directory, pipeline)
+
+
+def _pipeline_class() -> Any:
+    from diffusers import StableDiffusionPipeline
+
+    return StableDiffusionPipeline
+
+
+def _options() -> dict[str, Any]:
+    import torch
+
+    return {"torch_dtype": torch.float32, "safety_checker": None, "requires_safety_checker": False}
+
+
+@contextlib.contextmanager
+def loading_errors(source: Path) -> Iterator[None]:
+    """What goes wrong while weights are read, as a message that names `source`."""
     try:
-        if path.is_file() and path.suffix == SINGLE_FILE_SUFFIX:
-            pipeline = StableDiffusionPipeline.from_single_file(str(path), **options)
-        else:
-            directory = path if path.is_dir() else _snapshot(str(source))
-            component_specs(directory)
-            _hide_loading_bars()
-            _refuse_pickled_weights(directory)
-            pipeline = StableDiffusionPipeline.from_pretrained(
-                str(directory), use_safetensors=True, **options
-            )
-            path = directory
+        yield
     except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
         raise ModelLoadError(
             f"{source}: cannot be loaded ({_first_line(error)}); restore it from its source"
@@ -76,6 +102,9 @@ def load_model(source: str | Path) -> LoadedModel:
         raise ModelLoadError(
             f"{source}: a weight file is corrupt ({error}); restore it from its source"
         ) from error
+
+
+def _loaded(path: Path, pipeline: Any) -> LoadedModel:
     return LoadedModel(
         path=path,
         text_encoder=parameters_frozen(pipeline.text_encoder),
@@ -104,8 +133,8 @@ def _hide_loading_bars() -> None:
     transformers_logging.disable_progress_bar()
 
 
-def _refuse_pickled_weights(directory: Path) -> None:
-    for component in (TEXT_ENCODER, DENOISER, "vae"):
+def _refuse_pickled_weights(directory: Path, given: Mapping[str, Any]) -> None:
+    for component in sorted({TEXT_ENCODER, DENOISER, "vae"} - given.keys()):
         folder = directory / component
         if not any(folder.glob("*.safetensors")):
             for file in sorted(folder.glob("*")):

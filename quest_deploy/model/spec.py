@@ -61,7 +61,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def vae_config_path(model_dir: Path) -> Path:
-    """The decoder's configuration: ``vae/`` in models and checkpoints, ``vae_decoder/`` in ONNX and engine directories."""
+    """The decoder's configuration: ``vae/`` in models and checkpoints, ``vae_decoder/`` once exported."""
     exported = model_dir / VAE_DECODER / "config.json"
     return exported if exported.exists() else model_dir / "vae" / "config.json"
 

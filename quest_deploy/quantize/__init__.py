@@ -1,0 +1,1 @@
+"""QuEST: the grid, quantized layers, calibration, and finetuning."""

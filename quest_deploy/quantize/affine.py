@@ -68,12 +68,13 @@ def minmax_grid(x: Tensor, bits: int) -> Grid:
 
 
 def search_grid(x: Tensor, bits: int) -> Grid:
-    """The grid of least squared error among percentile ranges of `x` and shrunken ones (8 bits: and the whole range)."""
+    """The grid of least squared error among the whole, percentile and shrunken ranges of `x`."""
     everything = x.flatten()
     low, high = float(everything.min()), float(everything.max())
     values = everything[:: everything.numel() // MAX_SEARCH_VALUES + 1]
-    wanted = torch.tensor([[1 - p, p] for p in PERCENTILES], dtype=values.dtype)
-    candidates = [(ends[0], ends[1]) for ends in torch.quantile(values, wanted).tolist()]
+    wanted = torch.tensor([end for p in PERCENTILES for end in (1 - p, p)], dtype=values.dtype)
+    ends = torch.quantile(values, wanted).tolist()
+    candidates = list(zip(ends[::2], ends[1::2], strict=True))
     candidates += [(low * shrink, high * shrink) for shrink in (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)]
     # One-sided tails (SiLU, GELU) need their two ends shrunk separately.
     candidates += [(low, high * shrink) for shrink in (0.8, 0.6, 0.45, 0.3)]

@@ -155,6 +155,17 @@ def record_trajectories(
     return result
 
 
+def join(parts: Sequence[CalibrationSet]) -> CalibrationSet:
+    """Sets recorded with the same settings, as one."""
+    return CalibrationSet(
+        timesteps=parts[0].timesteps,
+        latents=torch.cat([part.latents for part in parts]),
+        targets=torch.cat([part.targets for part in parts]),
+        positive=torch.cat([part.positive for part in parts]),
+        negative=parts[0].negative,
+    )
+
+
 def _check(data: CalibrationSet) -> None:
     if (data.timesteps.diff() >= 0).any():
         raise CalibrationError(
@@ -189,7 +200,7 @@ def collect_inputs(
         report: Called after each timestep.
 
     Returns:
-        By layer name, float32 [T, positions, c_in].
+        By layer name, float32 [G, positions, c_in]; groups ascend with the timestep, unlike the steps of `data`.
     """
     generator = torch.Generator().manual_seed(seed)
     kept: dict[str, list[Tensor]] = {name: [] for name in quantizable_layers(denoiser)}
@@ -215,4 +226,4 @@ def collect_inputs(
     finally:
         for handle in handles:
             handle.remove()
-    return {name: torch.stack(rows) for name, rows in kept.items()}
+    return {name: torch.stack(rows[::-1]) for name, rows in kept.items()}

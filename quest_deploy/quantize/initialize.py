@@ -106,7 +106,9 @@ def choose_row(weight: Tensor, inputs: Tensor, weight_bits: int, activation_bits
         x = rows if row is None else rows / row
         w = weight if row is None else weight * channel_shape(row, weight.ndim, 1)
         grid = affine.search_grid(x, activation_bits)
-        scale = channel_shape(affine.search_weight_scale(w, weight_bits, steps=COARSE_SEARCH_STEPS), w.ndim, 0)
+        scale = channel_shape(
+            affine.search_weight_scale(w, weight_bits, steps=COARSE_SEARCH_STEPS), w.ndim, 0
+        )
         w = affine.fake_quantize(w, scale, *weight_bounds(weight_bits))
         w = w.flatten(2).movedim(-1, 0).flatten(0, 1) if w.ndim > 2 else w
         x = affine.fake_quantize(x, grid.scale, grid.qmin, grid.qmax)
@@ -133,7 +135,9 @@ def initialize(
     result = {}
     for name, layer in quantizable_layers(denoiser).items():
         if name not in inputs:
-            raise CalibrationError(f"layer {name!r} was not run during calibration; leave it out of the recipe")
+            raise CalibrationError(
+                f"layer {name!r} was not run during calibration; leave it out of the recipe"
+            )
         bits = bits_of(name, weight_bits, activation_bits)
         result[name] = initialize_layer(
             layer, inputs[name], *bits, method=method, time_aware=time_aware, channel_wise=channel_wise

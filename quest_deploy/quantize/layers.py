@@ -188,16 +188,21 @@ class QuantizedLayer(nn.Module):
             self.__dict__["_cached_weight"] = cached
         return cached[1]
 
-    def freeze(self, codes: Tensor | None = None, weight_scale: Tensor | None = None) -> None:
-        """Replace the float weight by its codes. The arguments override them (when loading)."""
+    def freeze(
+        self,
+        codes: Tensor | None = None,
+        weight_scale: Tensor | None = None,
+        group_scale: Tensor | None = None,
+    ) -> None:
+        """Replace float weight and learned scales by codes and tables; arguments override them (when loading)."""
         codes = self.weight_codes() if codes is None else codes
         scale = self.weight_scale().detach() if weight_scale is None else weight_scale
         del self.weight, self.weight_log_scale
         self.__dict__.pop("_cached_weight", None)
         self.register_buffer("codes", codes.clone())
         self.register_buffer("stored_weight_scale", scale.clone())
-        if self.quantizer is not None and not self.quantizer.frozen:
-            self.quantizer.freeze()
+        if self.quantizer is not None:
+            self.quantizer.freeze(group_scale)
         self.frozen = True
 
     def operation(self, x: Tensor, weight: Tensor) -> Tensor:

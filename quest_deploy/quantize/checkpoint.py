@@ -1,0 +1,210 @@
+"""A quantized checkpoint on disk: a diffusers directory whose denoiser is codes and scales.
+
+``quest.json`` says what each layer is; ``unet/quest.safetensors`` holds, by layer name, ``codes`` (two to a byte for 4
+bits), ``weight_scale`` [c_out], ``bias`` [c_out], ``group_scale`` [G] and ``row`` [c_in], and under ``rest.`` every
+tensor of the denoiser that is not quantized.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from quest_deploy.artifacts import read_artifact
+from quest_deploy.config import Recipe, to_dict
+from quest_deploy.errors import ArtifactError
+from quest_deploy.files import read_json, write_json
+from quest_deploy.model.components import parameters_frozen
+from quest_deploy.model.load import LoadedModel, load_directory
+from quest_deploy.model.spec import DENOISER
+from quest_deploy.quantize.insert import LayerQParams, insert, quantized_layers
+from quest_deploy.quantize.layers import QuantizedLayer, TimestepContext
+from quest_deploy.quantize.pack import pack_int4, unpack_int4
+
+SCHEMA_VERSION = 1
+SUMMARY = "quest.json"
+WEIGHTS = f"{DENOISER}/quest.safetensors"
+CARRIED = ("README.md", "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE")
+
+
+def freeze(denoiser: nn.Module) -> None:
+    """Turn every quantized layer into its codes and tables."""
+    for layer in quantized_layers(denoiser).values():
+        if not layer.frozen:
+            layer.freeze()
+
+
+def layer_tensors(layer: QuantizedLayer) -> dict[str, Tensor]:
+    """What is stored of one frozen layer."""
+    codes = layer.weight_codes()
+    tensors = {
+        "codes": pack_int4(codes) if layer.weight_bits == 4 else codes,
+        "weight_scale": layer.weight_scale(),
+    }
+    if layer.bias is not None:
+        tensors["bias"] = layer.bias.detach()
+    if layer.quantizer is not None:
+        tensors["group_scale"] = layer.quantizer.group_scale()
+        if layer.quantizer.row is not None:
+            tensors["row"] = layer.quantizer.row
+    return tensors
+
+
+def describe_layer(layer: QuantizedLayer, activation_bits: int) -> dict[str, Any]:
+    """The entry of one layer in ``quest.json``."""
+    quantizer = layer.quantizer
+    return {
+        "kind": type(layer).__name__.removeprefix("Quantized"),
+        "shape": list(layer.weight_codes().shape),
+        "weight_bits": layer.weight_bits,
+        "activation_bits": None if quantizer is None else activation_bits,
+        "qmin": None if quantizer is None else quantizer.qmin,
+        "qmax": None if quantizer is None else quantizer.qmax,
+        "groups": 0 if quantizer is None else quantizer.num_groups,
+        "channel_wise": quantizer is not None and quantizer.row is not None,
+    }
+
+
+def save_checkpoint(
+    folder: Path,
+    model: LoadedModel,
+    denoiser: nn.Module,
+    *,
+    recipe: Recipe,
+    activation_bits: dict[str, int],
+    context: TimestepContext,
+    history: dict[str, Any],
+) -> None:
+    """Write everything but the manifest into `folder`.
+
+    Args:
+        folder: An empty directory.
+        model: The full-precision model, whose other components are copied.
+        denoiser: Frozen quantized denoiser.
+        recipe: What was done.
+        activation_bits: By layer name.
+        context: The timestep groups.
+        history: Losses, for people to read.
+    """
+    layers = quantized_layers(denoiser)
+    tensors: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        tensors.update({f"{name}.{key}": value for key, value in layer_tensors(layer).items()})
+    inside = tuple(f"{name}." for name in layers)
+    for name, value in denoiser.state_dict().items():
+        if not name.startswith(inside):
+            tensors[f"rest.{name}"] = value
+    for component in ("text_encoder", "vae", "tokenizer", "scheduler"):
+        source = model.path / component
+        if source.is_dir():
+            shutil.copytree(source, folder / component, ignore=_not_carried)
+        else:
+            getattr(model, component).save_pretrained(folder / component)
+    (folder / DENOISER).mkdir()
+    write_json(folder / DENOISER / "config.json", dict(model.unet.config))
+    save_file({name: value.contiguous().cpu() for name, value in tensors.items()}, folder / WEIGHTS)
+    write_json(folder / "model_index.json", model_index(model))
+    write_json(
+        folder / SUMMARY,
+        {
+            "schema_version": SCHEMA_VERSION,
+            "method": "QuEST, arXiv 2402.03666",
+            "recipe": to_dict(recipe),
+            "boundaries": context.boundaries.tolist(),
+            "layers": {name: describe_layer(layer, activation_bits[name]) for name, layer in layers.items()},
+            "history": history,
+        },
+    )
+    for name in CARRIED:
+        if (model.path / name).is_file():
+            shutil.copyfile(model.path / name, folder / name)
+
+
+def _not_carried(source: str, names: list[str]) -> set[str]:
+    return {
+        name
+        for name in names
+        if name.startswith(".") or Path(name).suffix not in (".json", ".txt", ".safetensors")
+    }
+
+
+def model_index(model: LoadedModel) -> dict[str, Any]:
+    """``model_index.json`` of a pipeline with the model's components and no safety checker."""
+    return {
+        "_class_name": "StableDiffusionPipeline",
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+        "scheduler": ["diffusers", type(model.scheduler).__name__],
+        "text_encoder": ["transformers", type(model.text_encoder).__name__],
+        "tokenizer": ["transformers", type(model.tokenizer).__name__],
+        DENOISER: ["diffusers", type(model.unet).__name__],
+        "vae": ["diffusers", type(model.vae).__name__],
+    }
+
+
+def load_checkpoint(path: str | Path) -> LoadedModel:
+    """A checkpoint as a model whose denoiser has frozen quantized layers.
+
+    Raises:
+        ArtifactError: the checkpoint is missing, corrupt, or was written by another version.
+    """
+    folder = Path(path)
+    read_artifact(folder, stage="checkpoint")
+    summary = read_json(folder / SUMMARY)
+    if summary.get("schema_version") != SCHEMA_VERSION:
+        raise ArtifactError(
+            f"{folder / SUMMARY}: got schema version {summary.get('schema_version')}, expected {SCHEMA_VERSION}; "
+            "finetune the model again with this version of quest-deploy"
+        )
+    try:
+        denoiser = _denoiser(folder, summary, load_file(folder / WEIGHTS))
+    except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+        raise ArtifactError(
+            f"{folder}: is not a complete checkpoint ({type(error).__name__}: {error}); finetune the model again"
+        ) from error
+    return load_directory(folder, unet=denoiser)
+
+
+def _denoiser(folder: Path, summary: dict[str, Any], tensors: dict[str, Tensor]) -> nn.Module:
+    import diffusers
+
+    config = read_json(folder / DENOISER / "config.json")
+    unet = getattr(diffusers, config["_class_name"]).from_config(config)
+    context = TimestepContext(torch.tensor(summary["boundaries"], dtype=torch.float32))
+    entries = summary["layers"]
+    insert(unet, {name: _qparams(entry, tensors, name) for name, entry in entries.items()}, context)
+    for name, layer in quantized_layers(unet).items():
+        codes = tensors[f"{name}.codes"]
+        if layer.weight_bits == 4:
+            codes = unpack_int4(codes, entries[name]["shape"])
+        layer.freeze(codes, tensors[f"{name}.weight_scale"], tensors.get(f"{name}.group_scale"))
+        if layer.bias is not None:
+            layer.bias.data = tensors[f"{name}.bias"]
+    rest = {name.removeprefix("rest."): value for name, value in tensors.items() if name.startswith("rest.")}
+    missing, unexpected = unet.load_state_dict(rest, strict=False)
+    inside = tuple(f"{name}." for name in entries)
+    missing = [name for name in missing if not name.startswith(inside)]
+    if missing or unexpected:
+        raise KeyError(f"tensors missing: {missing[:3]}, unexpected: {unexpected[:3]}")
+    return parameters_frozen(unet)
+
+
+def _qparams(entry: dict[str, Any], tensors: dict[str, Tensor], name: str) -> LayerQParams:
+    quantized_input = entry["activation_bits"] is not None
+    return LayerQParams(
+        weight_bits=entry["weight_bits"],
+        weight_scale=tensors[f"{name}.weight_scale"],
+        activation_bits=entry["activation_bits"],
+        group_scale=tensors[f"{name}.group_scale"] if quantized_input else None,
+        qmin=entry["qmin"] if quantized_input else 0,
+        qmax=entry["qmax"] if quantized_input else 0,
+        row=tensors.get(f"{name}.row"),
+    )

@@ -1,0 +1,324 @@
+"""The `finetune` stage: full-precision model -> calibrated, finetuned, packed checkpoint (QuEST, arXiv 2402.03666).
+
+Four parts, each resumable: record trajectories, find scales, round the weights, train two phases.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quest_deploy.artifacts import (
+    Artifact,
+    check_output,
+    hash_directory,
+    hash_file,
+    read_artifact,
+    write_artifact,
+)
+from quest_deploy.config import FinetuneConfig, PhaseConfig, ProgressEvent, Recipe, to_dict
+from quest_deploy.errors import CalibrationError
+from quest_deploy.model.load import LoadedModel, load_model
+from quest_deploy.quantize import calibrate, gptq, train
+from quest_deploy.quantize.calibrate import CalibrationSet
+from quest_deploy.quantize.checkpoint import freeze, save_checkpoint
+from quest_deploy.quantize.initialize import bits_of, initialize_layer
+from quest_deploy.quantize.insert import LayerQParams, insert, quantizable_layers
+from quest_deploy.quantize.layers import TimestepContext
+from quest_deploy.quantize.resume import WorkDirectory, flatten_qparams, machine, unflatten_qparams
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[ProgressEvent], None]
+SAVE_EVERY_SECONDS = 15.0
+BATCH_PROMPTS = 8
+PROMPTS_PER_STEP = 8
+POSITIONS_PER_STEP = 64
+ROWS_PER_STEP = 256
+
+
+def finetune(
+    model: str | Path,
+    output: Path,
+    config: FinetuneConfig,
+    *,
+    progress: Progress | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> Artifact:
+    """Quantize and finetune `model`, and write a checkpoint to `output`.
+
+    Args:
+        model: diffusers directory, single .safetensors file, or hub id.
+        output: Directory to make.
+        config: Recipe, prompts and seed.
+        progress: Told how far each part is.
+        resume: Go on with the interrupted run of the same settings, if there is one.
+        overwrite: Replace an existing checkpoint, throw away an interrupted run.
+
+    Raises:
+        QuestDeployError: with what to do next. A run that was interrupted goes on with `resume`.
+    """
+    check_output(output, stage="checkpoint", overwrite=overwrite)
+    loaded = load_model(model)
+    source = hash_directory(loaded.path) if loaded.path.is_dir() else hash_file(loaded.path)
+    work = WorkDirectory(Path(output))
+    run = {"config": to_dict(config), "source": source, "machine": machine()}
+    work.open(run, resume=resume, overwrite=overwrite)
+    with deterministic(config.seed):
+        denoiser, context, history = _quantize(loaded, config, work, progress or (lambda event: None))
+    recipe = config.recipe
+    bits = {
+        name: bits_of(name, recipe.weight_bits, recipe.activation_bits)[1]
+        for name in quantizable_layers(loaded.unet)
+    }
+    with write_artifact(
+        output, stage="checkpoint", config=to_dict(config), inputs={"source": source}, overwrite=overwrite
+    ) as writer:
+        save_checkpoint(
+            writer.path,
+            loaded,
+            denoiser,
+            recipe=recipe,
+            activation_bits=bits,
+            context=context,
+            history=history,
+        )
+        writer.details.update(history)
+    work.remove()
+    return read_artifact(output, stage="checkpoint")
+
+
+@contextmanager
+def deterministic(seed: int) -> Iterator[None]:
+    """Deterministic algorithms while the body runs, so that a resumed run ends in the same weights."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def _quantize(
+    model: LoadedModel, config: FinetuneConfig, work: WorkDirectory, progress: Progress
+) -> tuple[nn.Module, TimestepContext, dict[str, Any]]:
+    recipe = config.recipe
+    data = _record(model, config, work, progress)
+    qparams = _scales(model, data, config, work, progress)
+    rounded = _round(model, data, qparams, config, work, progress) if recipe.initializer == "gptq" else {}
+    student = copy.deepcopy(model.unet)
+    with torch.no_grad():
+        for name, weight in rounded.items():
+            student.get_submodule(name).weight.copy_(weight)
+    context = TimestepContext(data.boundaries())
+    insert(student, qparams, context)
+    history = _train(model, student, data, context, config, work, progress)
+    freeze(student)
+    return student, context, history
+
+
+def _record(
+    model: LoadedModel, config: FinetuneConfig, work: WorkDirectory, progress: Progress
+) -> CalibrationSet:
+    """The recorded trajectories, a few prompts at a time so that little is lost."""
+    recipe, total = config.recipe, config.recipe.calibration_prompts
+    parts = []
+    for start in range(0, total, BATCH_PROMPTS):
+        name = f"trajectories-{start:06d}"
+        saved = work.load(name)
+        if saved is None:
+            part = calibrate.record_trajectories(
+                model,
+                config.prompts[start : min(start + BATCH_PROMPTS, total)],
+                steps=recipe.calibration_steps,
+                guidance_scale=recipe.guidance_scale,
+                seed=config.seed + start,
+                batch_size=BATCH_PROMPTS,
+            )
+            work.save(name, vars(part))
+        else:
+            part = CalibrationSet(**saved[0])
+        parts.append(part)
+        progress(
+            ProgressEvent(
+                stage="record trajectories", completed=min(start + BATCH_PROMPTS, total), total=total
+            )
+        )
+    return calibrate.join(parts)
+
+
+def _scales(
+    model: LoadedModel, data: CalibrationSet, config: FinetuneConfig, work: WorkDirectory, progress: Progress
+) -> dict[str, LayerQParams]:
+    recipe = config.recipe
+    saved = work.load("inputs")
+    if saved is None:
+        inputs = calibrate.collect_inputs(
+            model.unet,
+            data,
+            prompts_per_step=PROMPTS_PER_STEP,
+            positions=POSITIONS_PER_STEP,
+            seed=config.seed,
+            report=_reporter(progress, "collect activations"),
+        )
+        work.save("inputs", inputs)
+    else:
+        inputs = saved[0]
+    saved = work.load("scales")
+    qparams = {} if saved is None else unflatten_qparams(*saved)
+    throttle = Throttle()
+    for done, name in enumerate(inputs, start=1):
+        if name not in qparams:
+            qparams[name] = initialize_one(model.unet, name, inputs[name], recipe)
+            if throttle.due() or done == len(inputs):
+                tensors, facts = flatten_qparams(qparams)
+                work.save("scales", tensors, **facts)
+        progress(ProgressEvent(stage="search scales", completed=done, total=len(inputs)))
+    return qparams
+
+
+def initialize_one(denoiser: nn.Module, name: str, inputs: Tensor, recipe: Recipe) -> LayerQParams:
+    """Starting scales of the layer `name` as the recipe wants them; `inputs` is float32 [G, s, c_in]."""
+    return initialize_layer(
+        denoiser.get_submodule(name),
+        inputs,
+        *bits_of(name, recipe.weight_bits, recipe.activation_bits),
+        method="search",
+        time_aware=recipe.time_aware,
+        channel_wise=recipe.channel_wise,
+    )
+
+
+def _round(
+    model: LoadedModel,
+    data: CalibrationSet,
+    qparams: dict[str, LayerQParams],
+    config: FinetuneConfig,
+    work: WorkDirectory,
+    progress: Progress,
+) -> dict[str, Tensor]:
+    """Weights rounded with error compensation, as many layers at a time as their Hessians leave memory for."""
+    rounded: dict[str, Tensor] = {}
+    for index, names in enumerate(gptq.chunks(model.unet, list(qparams))):
+        key = f"rounded-{index:04d}"
+        saved = work.load(key)
+        if saved is None:
+            part = gptq.compensate(
+                model.unet,
+                data,
+                qparams,
+                names,
+                prompts_per_step=PROMPTS_PER_STEP,
+                rows_per_step=ROWS_PER_STEP,
+                seed=config.seed,
+                report=_reporter(progress, "round weights"),
+            )
+            work.save(key, part)
+        else:
+            part = saved[0]
+        rounded.update(part)
+    left = sorted(qparams.keys() - rounded.keys())
+    if left:
+        logger.info(
+            "%d layers are too wide or grouped and are rounded to nearest, e.g. %s", len(left), left[0]
+        )
+    return rounded
+
+
+def _train(
+    model: LoadedModel,
+    student: nn.Module,
+    data: CalibrationSet,
+    context: TimestepContext,
+    config: FinetuneConfig,
+    work: WorkDirectory,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Both phases. Returns the losses, for the manifest."""
+    recipe = config.recipe
+    split = data.num_prompts - recipe.validation_prompts
+    training, validation = torch.arange(split), torch.arange(split, data.num_prompts)
+    equal = train.LossWeights(torch.ones(data.timesteps.numel()), recipe.guided_loss, recipe.guidance_scale)
+    student.requires_grad_(False)
+    saved = work.load("weights-of-errors")
+    if saved is None:
+        errors = train.validation_errors(student, data, validation, equal)
+        work.save("weights-of-errors", {"errors": errors})
+    else:
+        errors = saved[0]["errors"]
+    weights = train.LossWeights(1 / errors.clamp_min(1e-12), recipe.guided_loss, recipe.guidance_scale)
+    task = train.Task(
+        student=student,
+        teacher=model.unet,
+        data=data,
+        training=training,
+        validation=validation,
+        weights=weights,
+        context=context,
+        seed=config.seed,
+        num_train_timesteps=model.scheduler.config.num_train_timesteps,
+    )
+    history: dict[str, Any] = {}
+    for name, phase in (("temporal", recipe.temporal), ("sensitive", recipe.sensitive)):
+        if phase.steps:
+            state = _train_phase(task, name, phase, work, progress)
+            history[name] = {"validation_loss": state.losses, "best": state.best_loss}
+    student.requires_grad_(False)
+    if not train.quantizers_are_finite(student):
+        raise CalibrationError("a learned scale is NaN, infinite or zero; lower the recipe's learning rates")
+    return history
+
+
+def _train_phase(
+    task: train.Task, name: str, phase: PhaseConfig, work: WorkDirectory, progress: Progress
+) -> train.TrainState:
+    temporal = name == "temporal"
+    groups = train.trainable(task.student, phase, temporal=temporal)
+    optimizer = torch.optim.Adam(groups, lr=1.0)
+    state = train.TrainState()
+    saved = work.load(f"phase-{name}")
+    if saved is not None:
+        train.restore(state, optimizer, *saved)
+    throttle = Throttle()
+
+    def after_step(now: train.TrainState, loss: float) -> None:
+        if throttle.due() or now.step == phase.steps:
+            tensors, facts = train.snapshot(now, optimizer)
+            work.save(f"phase-{name}", tensors, **facts)
+        metrics = {"loss": loss, "validation_loss": now.losses[-1][1], "best": now.best_loss}
+        progress(
+            ProgressEvent(
+                stage=f"finetune {name} layers", completed=now.step, total=phase.steps, metrics=metrics
+            )
+        )
+
+    train.run_phase(task, phase, state, optimizer, temporal=temporal, after_step=after_step)
+    return state
+
+
+class Throttle:
+    """Says when the next save is due, so that saving costs little and an interruption loses little."""
+
+    def __init__(self) -> None:
+        self.last = time.monotonic()
+
+    def due(self) -> bool:
+        if time.monotonic() - self.last < SAVE_EVERY_SECONDS:
+            return False
+        self.last = time.monotonic()
+        return True
+
+
+def _reporter(progress: Progress, stage: str) -> Callable[[int, int], None]:
+    return lambda completed, total: progress(ProgressEvent(stage=stage, completed=completed, total=total))

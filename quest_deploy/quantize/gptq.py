@@ -1,0 +1,202 @@
+"""Rounding with second-order error compensation (GPTQ, arXiv 2210.17323), the weights' starting point.
+
+The published QuEST starts from AdaRound block reconstruction, hours of gradient descent; this closed form solves the
+same layer-wise problem, min ||W X - W_q X||^2 with fixed scales, in seconds. Codes and scales stay on the same grid, so
+nothing changes for export.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from quest_deploy.quantize.affine import fake_quantize
+from quest_deploy.quantize.calibrate import CalibrationSet
+from quest_deploy.quantize.grid import channel_shape, weight_bounds
+from quest_deploy.quantize.insert import LayerQParams, quantizable_layers
+
+DAMPING = 0.01
+BLOCK = 128
+MAX_COLUMNS = 4096
+MAX_HESSIAN_BYTES = 2 << 30
+
+
+def round_with_compensation(weight: Tensor, scale: Tensor, hessian: Tensor, bits: int) -> Tensor:
+    """Quantize columns one by one, each time moving the rounding error to the columns that are left.
+
+    Args:
+        weight: [c_out, k].
+        scale: [c_out], positive.
+        hessian: [k, k], X^T X over the inputs.
+        bits: 4 or 8.
+
+    Returns:
+        The weight on its grid, [c_out, k].
+    """
+    columns = weight.shape[1]
+    hessian = hessian.to(torch.float64, copy=True)
+    dead = hessian.diagonal() <= 0
+    hessian.diagonal()[dead] = 1.0
+    hessian.diagonal().add_(DAMPING * hessian.diagonal().mean())
+    # Columns that matter most are rounded first, while there is most left to compensate with.
+    order = hessian.diagonal().argsort(descending=True)
+    hessian = hessian[order][:, order]
+    factor = inverse_factor(hessian).to(torch.float32)
+    work = weight[:, order].clone()
+    quantized = torch.empty_like(work)
+    bounds = weight_bounds(bits)
+    for start in range(0, columns, BLOCK):
+        end = min(start + BLOCK, columns)
+        errors = torch.zeros(work.shape[0], end - start)
+        block = work[:, start:end].clone()
+        local = factor[start:end, start:end]
+        for i in range(end - start):
+            column = fake_quantize(block[:, i], scale, *bounds)
+            quantized[:, start + i] = column
+            error = (block[:, i] - column) / local[i, i]
+            block[:, i:] -= torch.outer(error, local[i, i:])
+            errors[:, i] = error
+        work[:, end:] -= errors @ factor[start:end, end:]
+    result = torch.empty_like(quantized)
+    result[:, order] = quantized
+    return result
+
+
+def inverse_factor(matrix: Tensor) -> Tensor:
+    """Upper triangular U with U^T U = matrix^-1, from one Cholesky factorisation of the reversed matrix.
+
+    Args:
+        matrix: [k, k], symmetric positive definite.
+    """
+    lower = torch.linalg.cholesky(matrix.flip(0, 1))
+    identity = torch.eye(matrix.shape[0], dtype=matrix.dtype)
+    return torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+
+
+def patches(layer: nn.Module, x: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """`count` random rows of the matrix that the layer's weight multiplies.
+
+    Args:
+        layer: `nn.Linear` or `nn.Conv2d` with one group.
+        x: Its input.
+        count: How many rows.
+        generator: Chooses them.
+
+    Returns:
+        float32 [count, k], k = c_in * kh * kw for a convolution.
+    """
+    if isinstance(layer, nn.Conv2d):
+        (ph, pw), (kh, kw), (sh, sw) = layer.padding, layer.kernel_size, layer.stride
+        windows = F.pad(x, (pw, pw, ph, ph)).unfold(2, kh, sh).unfold(3, kw, sw)
+        n, _, h, w = windows.shape[:4]
+        flat = torch.randint(n * h * w, (count,), generator=generator)
+        return windows[flat // (h * w), :, flat // w % h, flat % w].flatten(1)
+    rows = x.flatten(0, -2)
+    return rows[torch.randint(rows.shape[0], (count,), generator=generator)]
+
+
+def chunks(denoiser: nn.Module, names: Sequence[str]) -> Iterator[list[str]]:
+    """Groups of layers whose Hessians fit into memory together; layers that are too wide are left out."""
+    layers, chunk, used = quantizable_layers(denoiser), [], 0
+    for name in names:
+        layer = layers[name]
+        columns = layer.weight[0].numel()
+        if (
+            columns > MAX_COLUMNS
+            or getattr(layer, "groups", 1) != 1
+            or isinstance(getattr(layer, "padding", 0), str)
+        ):
+            continue
+        if chunk and used + 4 * columns**2 > MAX_HESSIAN_BYTES:
+            yield chunk
+            chunk, used = [], 0
+        chunk.append(name)
+        used += 4 * columns**2
+    if chunk:
+        yield chunk
+
+
+@torch.no_grad()
+def compensate(
+    denoiser: nn.Module,
+    data: CalibrationSet,
+    qparams: Mapping[str, LayerQParams],
+    names: Sequence[str],
+    *,
+    prompts_per_step: int,
+    rows_per_step: int,
+    seed: int,
+    report: Callable[[int, int], None] = lambda completed, total: None,
+) -> dict[str, Tensor]:
+    """Rounded weights of the layers `names`, divided by their channel rows: the float weights to go on from.
+
+    Args:
+        denoiser: Full-precision diffusers module.
+        data: Recorded trajectories.
+        qparams: Scales of the layers.
+        names: One chunk of layers.
+        prompts_per_step: How many prompts are run at each timestep.
+        rows_per_step: How many rows of each layer's input are used at each timestep.
+        seed: For the choice of rows.
+        report: Called after each timestep and each layer.
+
+    Returns:
+        By layer name, float32 in the weight's shape.
+    """
+    layers = {name: quantizable_layers(denoiser)[name] for name in names}
+    generator = torch.Generator().manual_seed(seed)
+    hessians = {
+        name: torch.zeros(layer.weight[0].numel(), layer.weight[0].numel()) for name, layer in layers.items()
+    }
+    steps, done = data.timesteps.numel(), 0
+    group = 0
+
+    def accumulate(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            rows = patches(
+                module, quantized_input(module, args[0], qparams[name], group), rows_per_step, generator
+            )
+            hessians[name].addmm_(rows.T, rows)
+
+        return hook
+
+    handles = [layer.register_forward_pre_hook(accumulate(name)) for name, layer in layers.items()]
+    try:
+        for step in range(steps):
+            # Timesteps descend, groups ascend with the timestep.
+            group = steps - 1 - step
+            prompt = torch.randperm(data.num_prompts, generator=generator)[:prompts_per_step]
+            sample, timestep, text, _ = data.batch(prompt, torch.full_like(prompt, step))
+            denoiser(sample, timestep, text)
+            done += 1
+            report(done, steps + len(names))
+    finally:
+        for handle in handles:
+            handle.remove()
+    result = {}
+    for name, layer in layers.items():
+        q = qparams[name]
+        row = torch.ones(layer.weight.shape[1]) if q.row is None else q.row
+        row = channel_shape(row, layer.weight.ndim, 1)
+        flat = (layer.weight * row).flatten(1)
+        rounded = round_with_compensation(flat, q.weight_scale, hessians.pop(name), q.weight_bits)
+        result[name] = rounded.reshape(layer.weight.shape) / row
+        done += 1
+        report(done, steps + len(names))
+    return result
+
+
+def quantized_input(layer: nn.Module, x: Tensor, qparams: LayerQParams, group: int) -> Tensor:
+    """What the quantized layer's weight really multiplies: the input divided by its row, on the activation grid."""
+    if qparams.row is not None:
+        x = x / channel_shape(qparams.row, x.ndim, 1 if isinstance(layer, nn.Conv2d) else -1)
+    if qparams.group_scale is None:
+        return x
+    scale = float(qparams.group_scale[min(group, qparams.group_scale.numel() - 1)])
+    if not math.isfinite(scale):
+        return x
+    return fake_quantize(x, scale, qparams.qmin, qparams.qmax)

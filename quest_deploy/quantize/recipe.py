@@ -1,0 +1,104 @@
+"""Recipes: packaged ones by name, others as YAML files."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from quest_deploy.config import PhaseConfig, Recipe, raise_if_any
+from quest_deploy.errors import ConfigError
+
+PACKAGED = ("w8a8", "w4a8", "w4a4")
+PHASES = ("temporal", "sensitive")
+
+
+def load_recipe(source: str) -> Recipe:
+    """A packaged recipe by name, or the recipe in a YAML file.
+
+    Raises:
+        ConfigError: lists everything that is wrong with it.
+    """
+    if source in PACKAGED:
+        text = (resources.files("quest_deploy") / "recipes" / f"{source}.yaml").read_text(encoding="utf-8")
+    else:
+        text = _read(source)
+    try:
+        fields = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"recipe {source}: is not valid YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(fields, dict):
+        raise ConfigError(f"recipe {source}: got {type(fields).__name__}, expected a mapping of fields")
+    return recipe_from_dict({"name": Path(source).stem, **fields})
+
+
+def recipe_from_dict(fields: dict[str, Any]) -> Recipe:
+    """A recipe from plain types, as written into manifests.
+
+    Raises:
+        ConfigError: lists every unknown, missing or mistyped field.
+    """
+    what = f"recipe {fields.get('name', '')}".rstrip()
+    problems = _problems(Recipe, fields, "")
+    for phase in PHASES:
+        value = fields.get(phase)
+        if isinstance(value, dict):
+            problems += _problems(PhaseConfig, value, f"{phase}.")
+        elif phase in fields:
+            problems.append(f"{phase} is {value!r}, expected a mapping of fields")
+    raise_if_any(problems, what)
+    phases = {}
+    for phase in PHASES:
+        try:
+            phases[phase] = PhaseConfig(**fields[phase])
+        except ConfigError as error:
+            problems.append(f"{phase}: {error}")
+    raise_if_any(problems, what)
+    return Recipe(**{**fields, **phases})
+
+
+def _problems(kind: type, fields: dict[str, Any], prefix: str) -> list[str]:
+    known = {field.name: field for field in dataclasses.fields(kind)}
+    hints = typing.get_type_hints(kind)
+    problems = [f"{prefix}{name} is unknown" for name in fields if name not in known]
+    for name, field in known.items():
+        if name not in fields:
+            if field.default is dataclasses.MISSING:
+                problems.append(f"{prefix}{name} is missing")
+        elif not _fits(fields[name], hints[name]):
+            problems.append(f"{prefix}{name} is {fields[name]!r}, expected {_describe(hints[name])}")
+    return problems
+
+
+def _fits(value: object, hint: Any) -> bool:
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if typing.get_origin(hint) is typing.Literal:
+        return value in typing.get_args(hint)
+    return not isinstance(hint, type) or dataclasses.is_dataclass(hint) or isinstance(value, hint)
+
+
+def _describe(hint: Any) -> str:
+    if typing.get_origin(hint) is typing.Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(hint)))
+    return {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}.get(
+        getattr(hint, "__name__", ""), str(hint)
+    )
+
+
+def _read(source: str) -> str:
+    path = Path(source)
+    if path.suffix not in (".yaml", ".yml"):
+        raise ConfigError(f"recipe {source!r} is unknown; choose {', '.join(PACKAGED)}, or give a YAML file")
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"recipe {source}: cannot be read ({error}); choose {', '.join(PACKAGED)}"
+        ) from error

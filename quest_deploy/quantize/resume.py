@@ -1,0 +1,138 @@
+"""What an interrupted finetuning run leaves beside its output, so that it can go on from there.
+
+Every file is written to a temporary name and renamed, so that a process killed at any moment leaves the previous state.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from quest_deploy.errors import ArtifactError, ConfigError
+from quest_deploy.files import read_json, storage_errors, write_json
+from quest_deploy.quantize.insert import LayerQParams
+
+RUN = "run.json"
+
+
+class WorkDirectory:
+    """The hidden sibling of an output in which a run keeps its state."""
+
+    def __init__(self, output: Path) -> None:
+        self.output = output
+        self.path = output.resolve().parent / f".{output.name}.finetune"
+
+    def open(self, run: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
+        """Start afresh, or go on with the run that is there.
+
+        Args:
+            run: Everything that must be the same for the result to be the same.
+            resume: Whether to go on.
+            overwrite: Whether an interrupted run may be thrown away.
+
+        Raises:
+            ConfigError: a run is there that was not asked for, or that was started with other settings.
+        """
+        exists = (self.path / RUN).is_file()
+        if exists and resume:
+            different = _differences(read_json(self.path / RUN), json.loads(json.dumps(run)))
+            if different:
+                raise ConfigError(
+                    f"'{self.output}' was started with other settings ({'; '.join(different)}); "
+                    "repeat those, or start afresh with --overwrite"
+                )
+            return
+        if exists and not overwrite:
+            raise ConfigError(
+                f"an interrupted run for '{self.output}' is there; "
+                "go on with --resume, or start afresh with --overwrite"
+            )
+        with storage_errors(self.output):
+            shutil.rmtree(self.path, ignore_errors=True)
+            self.path.mkdir(parents=True)
+            write_json(self.path / RUN, run)
+
+    def save(self, name: str, tensors: dict[str, Tensor], **facts: Any) -> None:
+        """Write tensors and JSON facts under `name`, all at once."""
+        final = self.path / f"{name}.safetensors"
+        temporary = self.path / f"{name}.partial"
+        with storage_errors(self.output):
+            contiguous = {key: value.detach().contiguous() for key, value in tensors.items()}
+            save_file(contiguous, temporary, metadata={"facts": json.dumps(facts)})
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            temporary.replace(final)
+
+    def load(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """The tensors and facts under `name`, or None if none were saved.
+
+        Raises:
+            ArtifactError: the file is corrupt.
+        """
+        path = self.path / f"{name}.safetensors"
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+                return tensors, json.loads(file.metadata()["facts"])
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise ArtifactError(
+                f"{path}: the saved state is corrupt ({error}); start afresh with --overwrite"
+            ) from error
+
+    def remove(self) -> None:
+        """Delete the state, when the output is in place."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+def _differences(got: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> list[str]:
+    different = []
+    for key in sorted(got.keys() | wanted.keys()):
+        a, b = got.get(key), wanted.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            different += _differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            different.append(f"{prefix}{key} was {_short(a)}, now {_short(b)}")
+    return different
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def machine() -> dict[str, Any]:
+    """What else the last bits of a result depend on."""
+    return {"torch": torch.__version__, "threads": torch.get_num_threads()}
+
+
+def flatten_qparams(qparams: dict[str, LayerQParams]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Scales of layers as tensors and JSON facts, for :meth:`WorkDirectory.save`."""
+    tensors: dict[str, Tensor] = {}
+    facts: dict[str, Any] = {}
+    for name, layer in qparams.items():
+        facts[name] = {}
+        for key, value in vars(layer).items():
+            if isinstance(value, Tensor):
+                tensors[f"{name}/{key}"] = value
+            else:
+                facts[name][key] = value
+    return tensors, {"layers": facts}
+
+
+def unflatten_qparams(tensors: dict[str, Tensor], facts: dict[str, Any]) -> dict[str, LayerQParams]:
+    """The inverse of :func:`flatten_qparams`."""
+    fields: dict[str, dict[str, Any]] = {name: dict(values) for name, values in facts["layers"].items()}
+    for key, value in tensors.items():
+        name, _, field = key.rpartition("/")
+        fields[name][field] = value
+    return {name: LayerQParams(**values) for name, values in fields.items()}

@@ -1,0 +1,295 @@
+"""The two phases as one loop: mixed timesteps in every batch, state that can be saved at any step.
+
+The published code runs one sample and one timestep at a time. Here every update mixes timesteps, which is possible
+because scales are gathered per sample by timestep group; and the temporal phase's own loss runs over all timesteps without
+the U-Net, since that path depends on the timestep alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quest_deploy.config import PhaseConfig
+from quest_deploy.quantize.calibrate import CalibrationSet
+from quest_deploy.quantize.insert import quantized_layers, role_of
+from quest_deploy.quantize.layers import QuantizedLayer, TimestepContext
+from quest_deploy.quantize.select import select
+from quest_deploy.sampling import guide
+
+VALIDATIONS_PER_PHASE = 8
+VALIDATION_PAIRS_PER_STEP = 2
+VALIDATION_BATCH = 16
+TIMESTEPS_PER_LOCAL_BATCH = 256
+NORMS = (nn.GroupNorm, nn.LayerNorm)
+
+
+@dataclass
+class TrainState:
+    """Where a phase stands; everything that resuming needs.
+
+    Attributes:
+        step: Updates done.
+        best_loss: Least validation loss so far.
+        best: The learned tensors that gave it, by name.
+        losses: (step, validation loss).
+    """
+
+    step: int = 0
+    best_loss: float = math.inf
+    best: dict[str, Tensor] = field(default_factory=dict)
+    losses: list[tuple[int, float]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """How errors are weighed: per timestep (inverse to the error that rounding left there), and guided against raw.
+
+    Attributes:
+        per_step: float32 [T], in the order of the calibration set's steps.
+        guided: Weight of the guided prediction's error.
+        guidance_scale: Of that prediction.
+    """
+
+    per_step: Tensor
+    guided: float
+    guidance_scale: float
+
+
+def trainable(denoiser: nn.Module, phase: PhaseConfig, *, temporal: bool) -> list[dict[str, object]]:
+    """Adam's parameter groups of one phase; everything else is left alone.
+
+    Args:
+        denoiser: With quantized layers.
+        phase: The phase.
+        temporal: Whether this is phase 1, which learns the temporal layers' activation scales instead of all others'.
+    """
+    layers = quantized_layers(denoiser)
+    chosen = select(layers, phase.layers)
+    groups: list[dict[str, object]] = []
+
+    def add(name: str, parameter: Tensor | None, rate: float) -> None:
+        if parameter is not None and rate > 0:
+            parameter.requires_grad_(True)
+            groups.append({"params": [parameter], "lr": rate, "base_lr": rate, "name": name})
+
+    denoiser.requires_grad_(False)
+    for name, layer in layers.items():
+        if name in chosen:
+            step = float(layer.weight_scale().detach().mean())
+            row = layer.row()
+            # The float weight is divided by the row, hence so is its grid step.
+            step = step if row is None else step / float(row.log().mean().exp())
+            add(f"{name}.weight", layer.weight, phase.learning_rate_weights * step)
+            add(f"{name}.weight_log_scale", layer.weight_log_scale, phase.learning_rate_scales / 4)
+        if layer.quantizer is not None and (role_of(name) == "temporal") == temporal:
+            add(f"{name}.quantizer.log_scale", layer.quantizer.log_scale, phase.learning_rate_scales)
+        if (role_of(name) == "temporal") == temporal:
+            add(f"{name}.bias", layer.bias, phase.learning_rate_floats)
+    if not temporal:
+        for name, module in denoiser.named_modules():
+            if isinstance(module, NORMS):
+                add(f"{name}.weight", module.weight, phase.learning_rate_floats)
+                add(f"{name}.bias", module.bias, phase.learning_rate_floats)
+    return groups
+
+
+def prediction_error(
+    denoiser: nn.Module, data: CalibrationSet, prompt: Tensor, step: Tensor, weights: LossWeights
+) -> Tensor:
+    """float32 [n]: mean squared error of each (prompt, step) pair, both branches and the guided prediction."""
+    sample, timestep, text, target = data.batch(prompt, step)
+    error = denoiser(sample, timestep, text, return_dict=False)[0] - target
+    negative, positive = error.square().flatten(1).mean(dim=1).chunk(2)
+    g = weights.guidance_scale
+    # Independent errors of the two branches would add up to this much more in the guided prediction.
+    gain = g**2 + (g - 1) ** 2
+    guided = guide(error, g).square().flatten(1).mean(dim=1) / gain
+    return ((negative + positive) / 2 + weights.guided * guided) / (1 + weights.guided)
+
+
+@torch.no_grad()
+def validation_errors(
+    denoiser: nn.Module, data: CalibrationSet, prompts: Tensor, weights: LossWeights
+) -> Tensor:
+    """float32 [T]: mean error at each calibrated timestep on the prompts kept for validation."""
+    steps = data.timesteps.numel()
+    step = torch.arange(steps).repeat_interleave(VALIDATION_PAIRS_PER_STEP)
+    prompt = prompts[torch.arange(step.numel()) % prompts.numel()]
+    errors = [
+        prediction_error(denoiser, data, p, s, weights)
+        for p, s in zip(prompt.split(VALIDATION_BATCH), step.split(VALIDATION_BATCH), strict=True)
+    ]
+    return torch.cat(errors).reshape(steps, VALIDATION_PAIRS_PER_STEP).mean(dim=1)
+
+
+def temporal_outputs(denoiser: nn.Module, timestep: Tensor, context: TimestepContext | None) -> list[Tensor]:
+    """Outputs of every layer that carries time, for float32 timesteps [n], without running the U-Net."""
+    if context is not None:
+        context.set_timestep(timestep)
+    embedding = denoiser.time_embedding(denoiser.time_proj(timestep))
+    outputs = [embedding]
+    activated = nn.functional.silu(embedding)
+    for name, module in denoiser.named_modules():
+        if name.endswith("time_emb_proj"):
+            outputs.append(module(activated))
+    return outputs
+
+
+def temporal_loss(
+    student: nn.Module, teacher: nn.Module, timestep: Tensor, context: TimestepContext
+) -> Tensor:
+    """Mean over the temporal layers of their outputs' squared error, each relative to its output's power."""
+    with torch.no_grad():
+        targets = temporal_outputs(teacher, timestep, None)
+    losses = [
+        (output - target).square().mean() / target.square().mean()
+        for output, target in zip(temporal_outputs(student, timestep, context), targets, strict=True)
+    ]
+    return torch.stack(losses).mean()
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one phase works on.
+
+    Attributes:
+        student: Denoiser with quantized layers.
+        teacher: The full-precision denoiser (its temporal layers are the local targets of phase 1).
+        data: Recorded trajectories.
+        training: int64, prompts that are trained on.
+        validation: int64, prompts that choose the result.
+        weights: Of the errors.
+        context: The student's timestep groups.
+        seed: For the order of samples.
+        num_train_timesteps: Of the noise schedule.
+    """
+
+    student: nn.Module
+    teacher: nn.Module
+    data: CalibrationSet
+    training: Tensor
+    validation: Tensor
+    weights: LossWeights
+    context: TimestepContext
+    seed: int
+    num_train_timesteps: int
+
+    def validation_loss(self) -> float:
+        """Weighted mean over timesteps; 1 is what rounding alone gives."""
+        errors = validation_errors(self.student, self.data, self.validation, self.weights)
+        return float((errors * self.weights.per_step).mean())
+
+
+def learned(groups: list[dict[str, object]]) -> dict[str, Tensor]:
+    """The tensors of Adam's parameter groups, by name."""
+    return {str(group["name"]): group["params"][0] for group in groups}  # type: ignore[index]
+
+
+def snapshot(state: TrainState, optimizer: torch.optim.Adam) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A phase as tensors and JSON facts, from which :func:`restore` goes on with the same bits."""
+    tensors = {f"best/{name}": tensor for name, tensor in state.best.items()}
+    for name, parameter in learned(optimizer.param_groups).items():
+        tensors[f"now/{name}"] = parameter
+        for key, value in optimizer.state[parameter].items():
+            tensors[f"{key}/{name}"] = value
+    return tensors, {"step": state.step, "best_loss": state.best_loss, "losses": state.losses}
+
+
+def restore(
+    state: TrainState, optimizer: torch.optim.Adam, tensors: dict[str, Tensor], facts: dict[str, Any]
+) -> None:
+    """Put a phase's state, parameters and Adam moments back in place."""
+    state.step, state.best_loss = facts["step"], facts["best_loss"]
+    state.losses = [(step, loss) for step, loss in facts["losses"]]
+    parameters = learned(optimizer.param_groups)
+    with torch.no_grad():
+        for key, value in tensors.items():
+            kind, _, name = key.partition("/")
+            if kind == "best":
+                state.best[name] = value
+            elif kind == "now":
+                parameters[name].copy_(value)
+            else:
+                optimizer.state[parameters[name]][kind] = value.clone()
+
+
+def run_phase(
+    task: Task,
+    phase: PhaseConfig,
+    state: TrainState,
+    optimizer: torch.optim.Adam,
+    *,
+    temporal: bool,
+    after_step: Callable[[TrainState, float], None],
+) -> None:
+    """Train from `state.step` to the end, then put the best tensors in place. Never ends worse than it began.
+
+    Args:
+        task: What is trained, on what.
+        phase: How.
+        state: Changed in place.
+        optimizer: Adam over `trainable(...)`.
+        temporal: Whether this is phase 1.
+        after_step: Called with the state and the loss after every update; may save both.
+    """
+    parameters = learned(optimizer.param_groups)
+    every = max(1, math.ceil(phase.steps / VALIDATIONS_PER_PHASE))
+    if state.step == 0:
+        _validate(task, parameters, state)
+    while state.step < phase.steps:
+        rate = 0.5 * (1 + math.cos(math.pi * state.step / phase.steps))
+        for group in optimizer.param_groups:
+            group["lr"] = group["base_lr"] * (0.05 + 0.95 * rate)
+        optimizer.zero_grad(set_to_none=True)
+        loss = _loss(task, phase, state.step, temporal=temporal)
+        loss.backward()
+        optimizer.step()
+        state.step += 1
+        if state.step % every == 0 or state.step == phase.steps:
+            _validate(task, parameters, state)
+        after_step(state, float(loss.detach()))
+    with torch.no_grad():
+        for name, tensor in state.best.items():
+            parameters[name].copy_(tensor)
+
+
+def _validate(task: Task, parameters: dict[str, Tensor], state: TrainState) -> None:
+    loss = task.validation_loss()
+    state.losses.append((state.step, loss))
+    if loss < state.best_loss:
+        state.best_loss = loss
+        state.best = {name: tensor.detach().clone() for name, tensor in parameters.items()}
+
+
+def _loss(task: Task, phase: PhaseConfig, step: int, *, temporal: bool) -> Tensor:
+    # A generator of each step's own makes the order of samples independent of where a run was interrupted.
+    generator = torch.Generator().manual_seed((task.seed << 24) + (int(temporal) << 23) + step)
+    losses = []
+    if temporal:
+        timestep = torch.rand(TIMESTEPS_PER_LOCAL_BATCH, generator=generator) * (task.num_train_timesteps - 1)
+        losses.append(temporal_loss(task.student, task.teacher, timestep, task.context))
+    if step % phase.network_every == 0:
+        pick = torch.randint(task.training.numel(), (phase.batch_size,), generator=generator)
+        steps = torch.randperm(task.data.timesteps.numel(), generator=generator)[: phase.batch_size]
+        steps = steps.repeat(math.ceil(phase.batch_size / steps.numel()))[: phase.batch_size]
+        error = prediction_error(task.student, task.data, task.training[pick], steps, task.weights)
+        losses.append((error * task.weights.per_step[steps]).mean())
+    return torch.stack(losses).sum()
+
+
+def quantizers_are_finite(denoiser: nn.Module) -> bool:
+    """Whether every learned scale of `denoiser` is a finite, positive number."""
+    return all(_finite(layer) for layer in quantized_layers(denoiser).values())
+
+
+def _finite(layer: QuantizedLayer) -> bool:
+    scales = [layer.weight_scale()]
+    if layer.quantizer is not None:
+        scales.append(layer.quantizer.group_scale())
+    return all(bool((torch.isfinite(scale) & (scale > 0)).all()) for scale in scales)
