@@ -1,0 +1,114 @@
+"""The torch engines: the same function as diffusers' modules, with checked inputs and a lifetime."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from quest_deploy.engines.base import Engine
+from quest_deploy.engines.torch_runtime import TorchEngine, limited_threads, load_torch_engines
+from quest_deploy.errors import ArtifactError, EngineInputError
+from quest_deploy.model.spec import DENOISER, TEXT_ENCODER, VAE_DECODER, ComponentSpec, TensorSpec
+
+
+@pytest.fixture(scope="module")
+def engines(tiny_model: Path) -> Iterator[dict[str, Engine]]:
+    loaded = load_torch_engines(tiny_model, device="cpu")
+    yield loaded
+    for engine in loaded.values():
+        engine.close()
+
+
+def unet_inputs(batch: int = 2) -> dict[str, Tensor]:
+    return {
+        "sample": torch.randn(batch, 4, 8, 8),
+        "timestep": torch.tensor([500.0]),
+        "encoder_hidden_states": torch.randn(batch, 24, 16),
+    }
+
+
+def test_every_component_is_loaded(engines: dict[str, Engine]) -> None:
+    assert set(engines) == {TEXT_ENCODER, DENOISER, VAE_DECODER}
+
+
+def test_the_denoiser_is_that_of_diffusers(engines: dict[str, Engine], tiny_model: Path) -> None:
+    from diffusers import UNet2DConditionModel
+
+    unet = UNet2DConditionModel.from_pretrained(tiny_model / "unet")
+    inputs = unet_inputs()
+    with torch.no_grad():
+        expected = unet(inputs["sample"], 500, inputs["encoder_hidden_states"]).sample
+    assert torch.equal(engines[DENOISER](**inputs)["out_sample"], expected)
+
+
+def test_outputs_have_the_names_and_shapes_of_the_specification(engines: dict[str, Engine]) -> None:
+    outputs = engines[TEXT_ENCODER](input_ids=torch.zeros(3, 24, dtype=torch.int64))
+    assert {name: list(value.shape) for name, value in outputs.items()} == {
+        "last_hidden_state": [3, 24, 16],
+        "pooler_output": [3, 16],
+    }
+
+
+def test_outputs_ask_for_no_gradient_and_may_be_written_to(engines: dict[str, Engine]) -> None:
+    output = engines[DENOISER](**unet_inputs())["out_sample"]
+    assert not output.requires_grad and not output.is_inference()
+
+
+def test_a_wrong_shape_is_refused_by_name(engines: dict[str, Engine]) -> None:
+    inputs = unet_inputs() | {"sample": torch.randn(2, 5, 8, 8)}
+    with pytest.raises(EngineInputError, match=r"unet input 'sample': got shape \[2, 5, 8, 8\], expected"):
+        engines[DENOISER](**inputs)
+
+
+def test_a_wrong_type_is_refused_by_name(engines: dict[str, Engine]) -> None:
+    inputs = unet_inputs() | {"timestep": torch.tensor([500])}
+    with pytest.raises(
+        EngineInputError, match=r"unet input 'timestep': got torch\.int64, expected torch\.float32"
+    ):
+        engines[DENOISER](**inputs)
+
+
+@pytest.fixture
+def doubler() -> TorchEngine:
+    class Double(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor]:
+            self.threads = torch.get_num_threads()
+            return (x * 2,)
+
+    spec = ComponentSpec(
+        name="double",
+        inputs=(TensorSpec(name="x", dtype="float32", shape=("batch",)),),
+        outputs=(TensorSpec(name="y", dtype="float32", shape=("batch",)),),
+    )
+    return TorchEngine(spec, Double(), threads=3)
+
+
+def test_a_closed_engine_says_so(doubler: TorchEngine) -> None:
+    with doubler as engine:
+        assert engine(x=torch.ones(1))["y"].item() == 2
+    with pytest.raises(RuntimeError, match="double: the engine is closed"):
+        doubler(x=torch.ones(1))
+
+
+def test_threads_are_those_asked_for_while_it_runs(doubler: TorchEngine) -> None:
+    before = torch.get_num_threads()
+    assert before != 3
+    doubler(x=torch.ones(1))
+    assert doubler.module is not None
+    assert (doubler.module.threads, torch.get_num_threads()) == (3, before)
+
+
+def test_threads_are_put_back_after_an_error() -> None:
+    before = torch.get_num_threads()
+    with pytest.raises(ValueError), limited_threads(before + 1):
+        raise ValueError
+    assert torch.get_num_threads() == before
+
+
+def test_a_directory_without_a_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="neither"):
+        load_torch_engines(tmp_path)

@@ -1,0 +1,211 @@
+"""The denoising loop: equal to diffusers' for every scheduler, the same noise per seed, guidance only above 1."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from quest_deploy import sampling
+from quest_deploy.errors import ConfigError
+from quest_deploy.pipeline import Pipeline, load_pipeline
+
+PROMPTS = ["red heart", "snowman"]
+NEGATIVE = ["blue", "blue"]
+SEEDS = [7, 11]
+SHAPE = (4, 8, 8)
+PIXELS = 32
+# PNDM's warm-up needs four timesteps.
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def ours(reference_model: Path) -> Iterator[Pipeline]:
+    with load_pipeline(reference_model) as pipeline:
+        yield pipeline
+
+
+@pytest.fixture(scope="module")
+def theirs(reference_model: Path) -> Any:
+    """diffusers' own pipeline, untouched."""
+    from diffusers import StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        str(reference_model), torch_dtype=torch.float32, safety_checker=None
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def draw_ours(pipeline: Pipeline, scheduler: str, guidance_scale: float) -> Tensor:
+    generators = sampling.generators_of(SEEDS)
+    return pipeline.denoise(
+        sampling.draw_noise(generators, SHAPE),
+        pipeline.encode(PROMPTS),
+        pipeline.encode(NEGATIVE),
+        steps=STEPS,
+        guidance_scale=guidance_scale,
+        scheduler=scheduler,
+        generators=generators,
+    )
+
+
+def draw_theirs(pipeline: Any, scheduler: str, guidance_scale: float) -> Tensor:
+    import diffusers
+
+    kind = getattr(diffusers, sampling.SCHEDULERS[scheduler])
+    pipeline.scheduler = kind.from_config(pipeline.scheduler.config)
+    return pipeline(
+        PROMPTS,
+        negative_prompt=NEGATIVE,
+        height=PIXELS,
+        width=PIXELS,
+        num_inference_steps=STEPS,
+        guidance_scale=guidance_scale,
+        generator=[torch.Generator().manual_seed(seed) for seed in SEEDS],
+        output_type="latent",
+    ).images
+
+
+@pytest.mark.parametrize("scheduler", sampling.SCHEDULERS)
+def test_latents_equal_those_of_diffusers(ours: Pipeline, theirs: Any, scheduler: str) -> None:
+    assert torch.equal(draw_ours(ours, scheduler, 3.0), draw_theirs(theirs, scheduler, 3.0))
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "ddpm", "euler", "euler-ancestral", "dpm++", "unipc"])
+def test_latents_equal_those_of_diffusers_without_guidance(
+    ours: Pipeline, theirs: Any, scheduler: str
+) -> None:
+    assert torch.equal(draw_ours(ours, scheduler, 1.0), draw_theirs(theirs, scheduler, 1.0))
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_seed_means_the_same_noise_at_any_batch_size(batch: int) -> None:
+    together = sampling.initial_noise(range(5), SHAPE)
+    apart = [
+        sampling.initial_noise(range(start, min(5, start + batch)), SHAPE) for start in range(0, 5, batch)
+    ]
+    assert torch.equal(together, torch.cat(apart))
+
+
+def test_seeds_mean_different_noise() -> None:
+    first, second = sampling.initial_noise([0, 1], SHAPE)
+    assert not torch.equal(first, second)
+
+
+class Schedule:
+    """A scheduler that adds the prediction and some noise."""
+
+    init_noise_sigma = 2.0
+    config: dict[str, Any] = {}
+
+    def set_timesteps(self, steps: int, device: object = None) -> None:
+        self.timesteps = torch.arange(steps, 0, -1)
+
+    def scale_model_input(self, latents: Tensor, timestep: Tensor) -> Tensor:
+        return latents / timestep
+
+    def step(
+        self,
+        noise_pred: Tensor,
+        timestep: Tensor,
+        latents: Tensor,
+        generator: list[torch.Generator],
+        return_dict: bool = True,
+    ) -> tuple[Tensor]:
+        noise = sampling.draw_noise(generator, (1, 1, 1))
+        return (latents + noise_pred + noise,)
+
+
+def linear(sample: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+    """Depends on each input."""
+    return sample * 0.5 + timestep.reshape(-1, 1, 1, 1) + text.mean((1, 2)).reshape(-1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("guidance_scale", [0.0, 0.5, 1.0])
+def test_guidance_up_to_one_never_runs_the_negative_branch(guidance_scale: float) -> None:
+    batches = []
+
+    def denoiser(sample: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+        batches.append(len(sample))
+        return linear(sample, timestep, text)
+
+    latents, positive, negative = (
+        torch.ones(2, 1, 1, 1),
+        torch.ones(2, 1, 1),
+        torch.full((2, 1, 1), torch.nan),
+    )
+    guided = sampling.predict_noise(denoiser, latents, torch.tensor(3), positive, negative, guidance_scale)
+    assert batches == [2]
+    assert torch.equal(guided, torch.full((2, 1, 1, 1), 0.5 + 3 + 1))
+
+
+def test_guidance_extrapolates_from_the_negative_to_the_positive_prompt() -> None:
+    latents, positive, negative = (
+        torch.zeros(1, 1, 1, 1),
+        torch.full((1, 1, 1), 5.0),
+        torch.full((1, 1, 1), 2.0),
+    )
+    guided = sampling.predict_noise(linear, latents, torch.tensor(0), positive, negative, 4.0)
+    assert guided.item() == 2 + 4 * (5 - 2)
+
+
+def test_the_callback_sees_what_the_denoiser_was_given_and_answered() -> None:
+    steps: list[sampling.Step] = []
+    noise, text = torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1)
+    sampling.denoise(
+        linear,
+        Schedule(),
+        noise,
+        text,
+        text,
+        steps=2,
+        guidance_scale=1.0,
+        generators=sampling.generators_of([0]),
+        callback=steps.append,
+    )
+    assert [(step.index, step.timestep.item()) for step in steps] == [(0, 2), (1, 1)]
+    assert steps[0].latents.item() == 2.0 / 2
+    assert steps[0].noise_pred.item() == 1 * 0.5 + 2
+
+
+def test_each_image_draws_its_steps_noise_from_its_own_generator() -> None:
+    noise, text = torch.ones(2, 1, 1, 1), torch.zeros(2, 1, 1)
+
+    def run(seeds: list[int]) -> Tensor:
+        count = len(seeds)
+        generators = sampling.generators_of(seeds)
+        return sampling.denoise(
+            linear, Schedule(), noise[:count], text[:count], text[:count],
+            steps=2, guidance_scale=1.0, generators=generators,
+        )  # fmt: skip
+
+    assert torch.equal(run([1, 2])[1], run([2])[0])
+
+
+def test_an_unknown_scheduler_is_refused_with_the_known_ones(ours: Pipeline) -> None:
+    with pytest.raises(ConfigError, match=r"'eulr' is unknown; choose one of ddim, .*unipc"):
+        ours.make_scheduler("eulr")
+
+
+def test_a_configuration_that_names_no_scheduler_of_diffusers_is_refused() -> None:
+    with pytest.raises(ConfigError, match="'torch' is unknown"):
+        sampling.make_scheduler(None, {"_class_name": "torch"})
+
+
+def test_a_class_name_of_diffusers_is_a_scheduler_name(ours: Pipeline) -> None:
+    assert type(ours.make_scheduler("EulerDiscreteScheduler")) is type(ours.make_scheduler("euler"))
+
+
+def test_a_scheduler_keeps_the_noise_schedule_of_the_model(ours: Pipeline) -> None:
+    config = ours.make_scheduler("unipc").config
+    assert (config["beta_start"], config["beta_schedule"]) == (0.00085, "scaled_linear")
+
+
+def test_too_few_steps_for_a_scheduler_are_refused(ours: Pipeline) -> None:
+    with pytest.raises(ConfigError, match="PNDMScheduler cannot make a schedule of 2 steps"):
+        sampling.timesteps(ours.make_scheduler("pndm"), 2)
