@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from quest_deploy.model.spec import TensorSpec
 
 _SHOWN_OPERATORS = 8
+_LAYER_KEYS = ("kind", "shape", "weight_bits", "activation_bits", "qmin", "qmax", "groups", "channel_wise")
 
 
 @click.command(short_help="What an artifact or model holds.")
@@ -121,11 +122,37 @@ def describe_graph(path: Path) -> dict[str, Any]:
 
 
 def summarize_layers(path: Path) -> dict[str, Any]:
-    """How many layers of the denoiser have which bits, from ``quest.json``."""
+    """How many layers of the denoiser have which bits, and each layer's own, from ``quest.json``.
+
+    Raises:
+        ArtifactError: the file is not what `finetune` writes.
+    """
     from quest_deploy.artifacts import read_json
+    from quest_deploy.errors import ArtifactError
 
     content = read_json(path)
-    return content
+    try:
+        layers = {name: {key: layer[key] for key in _LAYER_KEYS} for name, layer in content["layers"].items()}
+        recipe = content["recipe"]["name"]
+        groups = len(content["boundaries"]) + 1
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ArtifactError(
+            f"'{path}' does not describe quantized layers ({error!r}); run `quest-deploy finetune` again"
+        ) from error
+    counts: Counter[str] = Counter()
+    elements: Counter[str] = Counter()
+    for layer in layers.values():
+        name = f"W{layer['weight_bits']}A{layer['activation_bits'] or 'float'}"
+        counts[name] += 1
+        elements[name] += math.prod(layer["shape"])
+    return {
+        "recipe": recipe,
+        "timestep_groups": groups,
+        "layers_by_bits": dict(counts.most_common()),
+        "weights_by_bits": {name: elements[name] for name, _ in counts.most_common()},
+        "channel_wise_layers": sum(bool(layer["channel_wise"]) for layer in layers.values()),
+        "layers": layers,
+    }
 
 
 def render(data: dict[str, Any]) -> str:
@@ -148,11 +175,26 @@ def render(data: dict[str, Any]) -> str:
         graphs = [(name, item["graph"]) for name, item in data["components"].items() if "graph" in item]
         if graphs:
             blocks.append(_block("Graphs", [(name, *_graph_cells(graph)) for name, graph in graphs]))
+    if data.get("quantization"):
+        blocks.append(_block("Quantized layers of the denoiser", _quantization_rows(data["quantization"])))
     if data.get("details"):
         blocks.append(_block("Details", [(key, _short(value)) for key, value in data["details"].items()]))
     if data.get("tools"):
         blocks.append("Made with " + ", ".join(f"{name} {number}" for name, number in data["tools"].items()))
     return "\n\n".join(blocks)
+
+
+def _quantization_rows(quantization: dict[str, Any]) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = [
+        (name, f"{count} layers", f"{quantization['weights_by_bits'][name]:,} weights")
+        for name, count in quantization["layers_by_bits"].items()
+    ]
+    rows.append(("recipe", quantization["recipe"], f"{quantization['timestep_groups']} timestep groups"))
+    if quantization["channel_wise_layers"]:
+        rows.append(
+            ("channel-wise", f"{quantization['channel_wise_layers']} layers", "one row of scales each")
+        )
+    return rows
 
 
 def _block(title: str, rows: Sequence[tuple[str, ...]]) -> str:

@@ -80,6 +80,14 @@ def test_text_names_every_component(small_onnx: Path) -> None:
         assert text in done.stdout
 
 
+def test_quantized_layers_are_counted_by_bits(tiny_checkpoint: Path) -> None:
+    """W4A8, but for the first and last convolution, which stay at 8 bits."""
+    found = inspect(tiny_checkpoint)["quantization"]
+    assert (found["recipe"], found["timestep_groups"]) == ("tiny", 2)
+    assert found["layers_by_bits"] == {"W4A8": len(found["layers"]) - 2, "W8A8": 2}
+    assert found["layers"]["conv_in"]["weight_bits"] == 8
+
+
 def test_single_safetensors_file_is_a_model(tmp_path: Path, reference_model: Path) -> None:
     file = tmp_path / "model.safetensors"
     shutil.copy(reference_model / "unet" / "diffusion_pytorch_model.safetensors", file)
