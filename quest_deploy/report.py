@@ -94,15 +94,19 @@ def render(document: Mapping[str, Any], rungs: Sequence[RungImages]) -> str:
         for edge in document["edges"]
         if edge["kind"] == "deployment" and edge["noise_snr_db"]
     ]
-    floors = [
-        gate["limit"] for gate in document["gates"] if gate["kind"] == "deployment" and gate["unit"] == "dB"
-    ]
+    floors = [gate["limit"] for gate in document["gates"] if gate["quantity"] == "noise SNR, worst step"]
+    explanation = "The same weights in another runtime, on identical latents. "
+    explanation += (
+        "The dashed line is the limit."
+        if floors
+        else "Left alone, so one flipped code shows as quantization noise: the limit holds for the same codes, above."
+    )
     return template.render(
         report=document,
         groups=gate_groups(document["gates"]),
         plots=[
-            (title, explanation, make_plot(series, document["timesteps"], colors, limit))
-            for title, explanation, series, limit in (
+            (title, text, make_plot(series, document["timesteps"], colors, limit))
+            for title, text, series, limit in (
                 (
                     "Noise SNR on the reference’s trajectory",
                     "Each rung predicts the noise for the latents that the reference visited.",
@@ -111,7 +115,7 @@ def render(document: Mapping[str, Any], rungs: Sequence[RungImages]) -> str:
                 ),
                 (
                     "Noise SNR on the upper rung’s trajectory (deployment)",
-                    "The same weights in another runtime, on identical latents. The dashed line is the limit.",
+                    explanation,
                     deployed,
                     max(floors, default=None),
                 ),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +17,6 @@ from quest_deploy.parity.ladder import Edge, make_ladder
 from quest_deploy.parity.run import Progress, run_ladder
 from quest_deploy.prompts import load_prompts
 from quest_deploy.report import RungImages, write_report
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,8 +90,6 @@ def compare(
         write_json(writer.path / "report.json", document)
         write_report(writer.path / "report.html", document, _report_images(outcomes))
         writer.details = {"verdict": verdict}
-    for gate in gates:
-        logger.log(logging.WARNING if gate.passed is False else logging.INFO, "%s", gate.describe())
     return ParityResult(verdict=verdict, gates=tuple(gates), report=document, path=Path(output))
 
 

@@ -31,7 +31,8 @@ or silence). Lists over prompts follow ``prompts``; lists over steps follow ``ti
 ==========================  ==============================================================================
 
 ``noise_snr_db`` holds ``mean`` (over prompts and steps), ``per_prompt`` and, for each step over prompts, ``median``,
-``q25`` and ``q75``. Codes are compared layer by layer, every product fed with the upper rung's codes.
+``q25`` and ``q75``. Codes are compared layer by layer, every product fed with the upper rung's codes;
+there ``codes.noise_snr_db`` is the noise prediction, one list a probed step.
 """
 
 from __future__ import annotations
@@ -193,6 +194,7 @@ def _codes(report: FlipReport) -> dict[str, Any]:
         "max_difference": total.max_difference,
         "layers": [{"layer": layer.layer, **asdict(layer.flips)} for layer in report.layers],
         "unmatched": list(report.unmatched),
+        "noise_snr_db": [numbers(row) for row in report.noise_snr_db],
     }
 
 

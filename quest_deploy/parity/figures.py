@@ -127,6 +127,9 @@ def deployment_figures(outcome: Outcome, upper: Outcome, anchor: Outcome) -> Dep
         change = (torch.nan, torch.nan, torch.nan)
     return DeploymentFigures(
         noise_snr_db=_lowest(step_medians(snr)),
+        same_codes_snr_db=None
+        if against.codes is None
+        else _lowest(step_medians(against.codes.noise_snr_db)),
         text_encoder_snr_db=_lowest(step_medians(against.text_encoder_snr_db[None])),
         vae_decoder_snr_db=_lowest(step_medians(against.vae_decoder_snr_db[None])),
         flip_fraction=None if total is None else total.fraction,

@@ -11,7 +11,7 @@ from typing import Any
 from quest_deploy.config import ParityConfig, ProgressEvent
 from quest_deploy.errors import MissingDependencyError, ParityError
 from quest_deploy.metrics import psnr_db, snr_db, ssim
-from quest_deploy.parity.codes import Codes, FlipReport, compare_codes, make_probes, take_codes
+from quest_deploy.parity.codes import CodeRun, FlipReport, compare_codes, make_probes, take_codes
 from quest_deploy.parity.figures import Against, Outcome
 from quest_deploy.parity.ladder import Edge, Rung
 from quest_deploy.parity.measure import Request, Tick, Trace, decode_again, draw, teacher_forced
@@ -47,7 +47,7 @@ def run_ladder(
     outcomes: list[Outcome] = []
     schedule: Mapping[str, Any] = {}
     request: Request | None = None
-    upper_codes: Sequence[Codes] | str = ""
+    upper_codes: Sequence[CodeRun] | str = ""
     counter = _Counter(progress, _total_steps(edges, len(prompts), config))
     for index, rung in enumerate(rungs):
         pipeline = _open(rung)
@@ -97,7 +97,7 @@ def _compare(
     outcome: Outcome,
     above: Sequence[Outcome],
     edge: Edge,
-    upper_codes: Sequence[Codes] | str,
+    upper_codes: Sequence[CodeRun] | str,
     request: Request,
     tick: Tick,
 ) -> Outcome:
@@ -127,14 +127,14 @@ def _compare(
     return dataclasses.replace(outcome, against=against)
 
 
-def _flips(upper_codes: Sequence[Codes] | str, pipeline: Pipeline, upper: Trace) -> FlipReport | str:
+def _flips(upper_codes: Sequence[CodeRun] | str, pipeline: Pipeline, upper: Trace) -> FlipReport | str:
     if isinstance(upper_codes, str):
         return upper_codes
-    codes = take_codes(pipeline, make_probes(upper), upper_codes)
+    codes = take_codes(pipeline, make_probes(upper), [run.codes for run in upper_codes])
     return codes if isinstance(codes, str) else compare_codes(upper_codes, codes)
 
 
-def _own_codes(pipeline: Pipeline, outcome: Outcome, below: Edge | None) -> Sequence[Codes] | str:
+def _own_codes(pipeline: Pipeline, outcome: Outcome, below: Edge | None) -> Sequence[CodeRun] | str:
     """The rung's integer codes on its own trajectory, where the rung below is to be compared with them."""
     if below is None or below.kind != "deployment" or outcome.rung.grid is None:
         return ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,13 +25,12 @@ class TinyDenoiser(torch.nn.Module):
         self.register_buffer("weight", torch.linspace(-1, 1, 16).reshape(4, 4))
         self.error = error
 
-    def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+    def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> tuple[Tensor]:
         self.context.set_timestep(timestep)
         hidden, _ = self.first(sample + encoder_hidden_states.mean(), self.context.group)
         quantized, unscale = self.second(hidden @ self.weight + self.error, self.context.group)
         assert unscale is not None
-        result: Tensor = quantized * unscale
-        return result
+        return (quantized * unscale,)
 
 
 def probe(timestep: float = 900.0) -> Probe:
@@ -46,27 +46,27 @@ def probe(timestep: float = 900.0) -> Probe:
 def test_torch_codes_are_those_of_the_grid(timestep: float) -> None:
     denoiser, given = TinyDenoiser(), probe(timestep)
     shifted = given.sample + given.encoder_hidden_states.mean()
-    codes = torch_codes(denoiser, given)
+    codes = torch_codes(denoiser, given).codes
     expected = quantize(shifted, torch.tensor([0.05]).log().exp().min(), -128, 127)
     assert torch.equal(codes["first"], expected) and set(codes) == {"first", "second"}
 
 
 def test_codes_of_a_denoiser_agree_with_themselves() -> None:
-    codes = torch_codes(TinyDenoiser(), probe())
-    flips = compare_codes([codes], [torch_codes(TinyDenoiser(), probe(), codes)])
+    run = torch_codes(TinyDenoiser(), probe())
+    flips = compare_codes([run], [torch_codes(TinyDenoiser(), probe(), run.codes)])
     assert isinstance(flips, FlipReport) and flips.total.differing == 0 and flips.total.places == 2 * 128
 
 
 def test_forced_codes_do_not_cascade() -> None:
-    codes = torch_codes(TinyDenoiser(), probe())
-    altered = {**codes, "first": torch.zeros_like(codes["first"])}
-    chosen = torch_codes(TinyDenoiser(), probe(), altered)
-    assert torch.equal(chosen["first"], codes["first"]) and not chosen["second"].any()
+    run = torch_codes(TinyDenoiser(), probe())
+    altered = {**run.codes, "first": torch.zeros_like(run.codes["first"])}
+    chosen = torch_codes(TinyDenoiser(), probe(), altered).codes
+    assert torch.equal(chosen["first"], run.codes["first"]) and not chosen["second"].any()
 
 
 def test_the_layer_with_most_flips_is_named() -> None:
-    codes = torch_codes(TinyDenoiser(), probe())
-    flips = compare_codes([codes], [torch_codes(TinyDenoiser(error=0.05), probe(), codes)])
+    run = torch_codes(TinyDenoiser(), probe())
+    flips = compare_codes([run], [torch_codes(TinyDenoiser(error=0.05), probe(), run.codes)])
     assert isinstance(flips, FlipReport)
     assert flips.worst.layer == "second" and flips.layers[0].flips.differing == 0
     assert 0 < flips.worst.flips.fraction <= 1 and flips.worst.flips.max_difference >= 1
@@ -79,14 +79,15 @@ def test_hooks_are_taken_off_again() -> None:
 
 
 def test_layers_without_counterpart_are_counted_apart() -> None:
-    codes = torch_codes(TinyDenoiser(), probe())
-    flips = compare_codes([codes], [{"first": codes["first"], "other": codes["second"]}])
+    run = torch_codes(TinyDenoiser(), probe())
+    other = {"first": run.codes["first"], "other": run.codes["second"]}
+    flips = compare_codes([run], [replace(run, codes=other)])
     assert isinstance(flips, FlipReport) and flips.unmatched == ("other", "second")
 
 
 def test_codes_without_a_common_layer_cannot_be_compared() -> None:
-    codes = torch_codes(TinyDenoiser(), probe())
-    assert "no quantizer of the same name" in str(compare_codes([codes], [{}]))
+    run = torch_codes(TinyDenoiser(), probe())
+    assert "no quantizer of the same name" in str(compare_codes([run], [replace(run, codes={})]))
 
 
 def qdq_graph(path: Path, error: float = 0.0) -> Path:
@@ -103,6 +104,7 @@ def qdq_graph(path: Path, error: float = 0.0) -> Path:
         "s1": first[0].detach().numpy(),
         "s2": second[0].detach().numpy(),
         "r2": second[1].detach()[1].numpy(),
+        "unscale": second[2].detach()[1].numpy(),
         "low": (second[0] * -7).detach().numpy(),
         "high": (second[0] * 8).detach().numpy(),
         "weight": denoiser.weight.numpy(),
@@ -117,7 +119,8 @@ def qdq_graph(path: Path, error: float = 0.0) -> Path:
         helper.make_node("Mul", ["moved", "r2"], ["rescaled"]),
         helper.make_node("Clip", ["rescaled", "low", "high"], ["clipped"]),
         helper.make_node("QuantizeLinear", ["clipped", "s2", "zero"], ["second/codes"]),
-        helper.make_node("DequantizeLinear", ["second/codes", "s2"], ["out_sample"]),
+        helper.make_node("DequantizeLinear", ["second/codes", "s2"], ["values"]),
+        helper.make_node("Mul", ["values", "unscale"], ["out_sample"]),
     ]
     shapes = {"sample": ["n", 4, "h", "w"], "timestep": [1], "encoder_hidden_states": ["n", "l", 4]}
     graph = helper.make_graph(
@@ -132,22 +135,30 @@ def qdq_graph(path: Path, error: float = 0.0) -> Path:
 
 
 def test_onnxruntime_chooses_the_codes_of_torch(tmp_path: Path) -> None:
-    codes = torch_codes(TinyDenoiser(), probe())
-    chosen = onnxruntime_codes(qdq_graph(tmp_path / "model.onnx"), [probe()], [codes])
+    run = torch_codes(TinyDenoiser(), probe())
+    chosen = onnxruntime_codes(qdq_graph(tmp_path / "model.onnx"), [probe()], [run.codes])
     assert not isinstance(chosen, str)
-    flips = compare_codes([codes], chosen)
+    flips = compare_codes([run], chosen)
     assert isinstance(flips, FlipReport) and flips.total.places == 256 and flips.total.differing == 0
+    assert flips.noise_snr_db.min() > 100
 
 
 def test_a_damaged_graph_flips_codes(tmp_path: Path) -> None:
-    codes = torch_codes(TinyDenoiser(), probe())
-    chosen = onnxruntime_codes(qdq_graph(tmp_path / "model.onnx", error=0.05), [probe()], [codes])
+    run = torch_codes(TinyDenoiser(), probe())
+    chosen = onnxruntime_codes(qdq_graph(tmp_path / "model.onnx", error=0.05), [probe()], [run.codes])
     assert not isinstance(chosen, str)
-    flips = compare_codes([codes], chosen)
+    flips = compare_codes([run], chosen)
     assert isinstance(flips, FlipReport) and flips.worst.layer == "second" and flips.worst.flips.differing > 0
 
 
 def test_a_graph_that_quantizes_elsewhere_is_named(tmp_path: Path) -> None:
-    codes = torch_codes(TinyDenoiser(), probe())
-    reason = onnxruntime_codes(qdq_graph(tmp_path / "model.onnx"), [probe()], [{"first": codes["first"]}])
+    run = torch_codes(TinyDenoiser(), probe())
+    reason = onnxruntime_codes(qdq_graph(tmp_path / "model.onnx"), [probe()], [{"first": run.codes["first"]}])
     assert reason == "the graph quantizes at second, where the rung above does not"
+
+
+def test_given_codes_keep_a_flip_out_of_the_noise_prediction() -> None:
+    run = torch_codes(TinyDenoiser(), probe())
+    damaged = TinyDenoiser(error=0.05)
+    given, alone = torch_codes(damaged, probe(), run.codes), torch_codes(damaged, probe())
+    assert torch.equal(given.noise_pred, run.noise_pred) and not torch.equal(alone.noise_pred, run.noise_pred)
