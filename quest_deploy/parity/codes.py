@@ -67,7 +67,8 @@ class FlipReport:
     Attributes:
         layers: Those whose codes both runtimes show.
         noise_snr_db: Noise prediction of both runtimes, every product given the same codes, float64 [probes, n].
-        unmatched: Names that only one of them shows (a graph shows a quantizer that layers share once).
+        unmatched: Quantizers that only one of them shows. A graph shows equal ones that read one tensor once: those
+            are not counted here.
     """
 
     layers: tuple[LayerFlips, ...]
@@ -103,7 +104,10 @@ def compare_codes(upper: Sequence[CodeRun], lower: Sequence[CodeRun]) -> FlipRep
     totals: dict[str, CodeFlips] = {}
     unmatched: set[str] = set()
     for above, below in zip(upper, lower, strict=True):
-        unmatched |= above.codes.keys() ^ below.codes.keys()
+        unmatched |= below.codes.keys() - above.codes.keys()
+        unmatched |= {
+            name for name in above.codes.keys() - below.codes.keys() if not _is_shared(name, above, below)
+        }
         for layer, codes in above.codes.items():
             if layer in below.codes:
                 flips = code_flips(codes, below.codes[layer])
@@ -116,6 +120,14 @@ def compare_codes(upper: Sequence[CodeRun], lower: Sequence[CodeRun]) -> FlipRep
             [snr_db(above.noise_pred, below.noise_pred) for above, below in zip(upper, lower, strict=True)]
         ),
         unmatched=tuple(sorted(unmatched)),
+    )
+
+
+def _is_shared(name: str, above: CodeRun, below: CodeRun) -> bool:
+    codes = above.codes[name]
+    return any(
+        other in below.codes and values.shape == codes.shape and torch.equal(values, codes)
+        for other, values in above.codes.items()
     )
 
 

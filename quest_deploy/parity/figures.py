@@ -152,5 +152,5 @@ def _flip_detail(against: Against) -> str:
     total, worst = against.codes.total, against.codes.worst
     counts = f"{total.differing:,} of {total.places:,} codes in {len(against.codes.layers)} layers"
     if against.codes.unmatched:
-        counts += f", {len(against.codes.unmatched)} names unmatched"
+        counts += f", {len(against.codes.unmatched)} quantizers without counterpart"
     return f"{counts}; most in {worst.layer}" if worst.flips.differing else counts

@@ -85,6 +85,13 @@ def test_layers_without_counterpart_are_counted_apart() -> None:
     assert isinstance(flips, FlipReport) and flips.unmatched == ("other", "second")
 
 
+def test_a_quantizer_that_the_graph_shares_has_a_counterpart() -> None:
+    run = torch_codes(TinyDenoiser(), probe())
+    twins = replace(run, codes={**run.codes, "twin": run.codes["first"].clone()})
+    flips = compare_codes([twins], [run])
+    assert isinstance(flips, FlipReport) and flips.unmatched == ()
+
+
 def test_codes_without_a_common_layer_cannot_be_compared() -> None:
     run = torch_codes(TinyDenoiser(), probe())
     assert "no quantizer of the same name" in str(compare_codes([run], [replace(run, codes={})]))
