@@ -37,8 +37,8 @@ class _StandIn(nn.Module):
         given = [name for name, value in options.items() if value not in (None, False)]
         if given:
             raise ConfigError(
-                f"{self.engine.spec.name}: got {', '.join(given)}, which an engine cannot take; leave it out, or use the "
-                "diffusers model itself"
+                f"{self.engine.spec.name}: got {', '.join(given)}, which an engine cannot take; leave it out, "
+                "or use the diffusers model itself"
             )
 
 

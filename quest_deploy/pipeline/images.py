@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,9 +86,8 @@ def _fitting(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, widt
     return low
 
 
-def contact_sheet(cells: Sequence[Cell], *, columns: int | None = None) -> Image.Image:
-    """Lay out `cells` in rows, captions below the images; None columns makes the sheet about as wide as high."""
-    columns = columns or min(MAX_COLUMNS, math.ceil(math.sqrt(len(cells))))
+def contact_sheet(cells: Sequence[Cell], *, columns: int) -> Image.Image:
+    """Lay out `cells` in rows of `columns`, captions below the images."""
     fonts = (ImageFont.load_default(FONT_SIZE), ImageFont.load_default(FONT_SIZE - 3))
     pictures = [thumbnail(cell.image) for cell in cells]
     captions = [wrap(cell.caption, fonts[0], CELL, MAX_LINES) for cell in cells]
