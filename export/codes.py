@@ -31,8 +31,8 @@ def force_codes(model: onnx.ModelProto) -> onnx.ModelProto:
     """A copy of `model` that takes the codes which enter its products, and returns those it would have chosen.
 
     Every product computes with the given codes (new int8 inputs ``<code name>/forced``, in the order of
-    :func:`code_names`), while QuantizeLinear still answers for the values that reach it. Fed with the codes of another rung,
-    a code that differs is a difference made since the last product: it does not cascade into the layers behind it.
+    :func:`code_names`), while QuantizeLinear still answers for the values that reach it. Fed with the codes of another
+    rung, a code that differs is a difference made since the last product: it does not cascade into later layers.
     """
     forced = mark_codes(model)
     codes = set(code_names(model))

@@ -29,15 +29,16 @@ from quest_deploy.model.spec import ComponentSpec, TensorSpec
 
 logger = logging.getLogger(__name__)
 
-# diffusers branches on batch >= 64 to copy a tensor (a workaround that changes no value), so torch wants to know on which
-# side of it the batch lies. The graph has no trace of it, and takes any batch.
+# diffusers branches on batch >= 64 to copy a tensor (a workaround that changes no value), so torch wants to know on
+# which side of it the batch lies. The graph has no trace of it, and takes any batch.
 MAX_TRACED_BATCH = 63
 EXAMPLE_BATCH = 2
 # Multiples of the latent's granularity; distinct, so that no two dimensions can be mistaken for one.
 EXAMPLE_HEIGHT, EXAMPLE_WIDTH = 4, 6
 MAX_GRANULES = 1024
 
-NOISY_LOGGERS = ("torch.onnx", "onnx_ir", "onnxscript")
+# torch.__trace is torch's own record for its developers; where the root logger listens, it doubles the time.
+NOISY_LOGGERS = ("torch.onnx", "torch.__trace", "onnx_ir", "onnxscript")
 
 
 def component_graph(

@@ -64,10 +64,7 @@ def export(
     """
     source, output = Path(source), Path(output)
     stage = _check_mode(source, config)
-    if stage == "checkpoint":
-        digest = read_artifact(source, stage="checkpoint").digest
-    else:
-        digest = hash_directory(source)
+    digest = hash_directory(source) if stage == "model" else read_artifact(source, stage=stage).digest
     with write_artifact(
         output, stage=STAGE, config=to_dict(config), inputs={"source": digest}, overwrite=overwrite
     ) as writer:

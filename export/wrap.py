@@ -20,9 +20,9 @@ PROBES = (0.0, 1.0, 250.5, 999.0)
 class ConstantFrequencies(nn.Module):
     """Sinusoidal timestep embedding whose frequencies are a constant that torch computed.
 
-    diffusers computes them in the graph, where the exporter folds them with numpy's exp: one unit in the last place away
-    from torch's, times t = 1000, moves the angle by 1e-4. That alone can flip the codes of the first time embedding layer, and
-    with them the whole picture.
+    diffusers computes them in the graph, where the exporter folds them with numpy's exp: one unit in the last place
+    away from torch's, times t = 1000, moves the angle by 1e-4. That alone can flip a code of the first time embedding
+    layer, and with it the whole picture.
     """
 
     frequencies: Tensor

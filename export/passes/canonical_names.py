@@ -16,8 +16,8 @@ class CanonicalNames(ir.passes.InPlacePass):
 
     Runs after every pass that adds or removes nodes, and before :class:`StripMetadata`, which removes the scopes.
 
-    1. A node is called ``<module path>/<operator>`` (``_2``, ``_3`` ... when that is taken), or after its operator alone
-       when the exporter gave it no module.
+    1. A node is called ``<module path>/<operator>`` (``_2``, ``_3`` ... when that is taken), or after its operator
+       alone when the exporter gave it no module.
     2. The output of a QuantizeLinear is called ``<module path>/codes``: parity finds a layer's codes by it.
     3. Other intermediate values are called v0, v1, ... in graph order.
     4. Constants that are no parameter (``val_12``) are called c0, c1, ... in order of first use; parameters and buffers

@@ -13,8 +13,8 @@ class FoldWeightTranspose(ir.passes.InPlacePass):
 
     Runtimes fuse only that form into an integer product.
 
-    1. ``Transpose(DequantizeLinear(codes, scale, axis), perm)``, with codes and scale initializers and the transpose the
-       only reader, becomes ``DequantizeLinear(transposed codes, scale, position of axis in perm)``.
+    1. ``Transpose(DequantizeLinear(codes, scale, axis), perm)``, with codes and scale initializers and the transpose
+       the only reader, becomes ``DequantizeLinear(transposed codes, scale, position of axis in perm)``.
     2. ``Gemm(x, DequantizeLinear(codes), transB=1)`` without bias, alpha 1 and transA 0 becomes
        ``MatMul(x, DequantizeLinear(transposed codes))`` when `x` is a DequantizeLinear too: ONNX Runtime has an integer
        kernel with float output for MatMul, not for Gemm.

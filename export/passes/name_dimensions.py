@@ -31,7 +31,8 @@ class NameDimensions(ir.passes.InPlacePass):
             names, expected = [value.name for value in values], [tensor.name for tensor in tensors]
             if names != expected:
                 raise ExportError(
-                    f"{self.spec.name}: got {kind}s {names}, expected {expected}; report this, with the model's configuration"
+                    f"{self.spec.name}: got {kind}s {names}, expected {expected}; "
+                    "report this, with the model's configuration"
                 )
             for value, tensor in zip(values, tensors, strict=True):
                 modified |= self._rename(value, tensor)

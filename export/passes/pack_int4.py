@@ -32,7 +32,7 @@ class PackInt4(ir.passes.InPlacePass):
 
 def is_packable(codes: ir.Value) -> bool:
     """Whether rules 1 and 2 hold for an initializer."""
-    if codes.dtype != ir.DataType.INT8 or codes.const_value is None or codes.is_graph_output():
+    if codes.const_value is None or codes.const_value.dtype != ir.DataType.INT8 or codes.is_graph_output():
         return False
     uses = codes.uses()
     if not uses or any(use.node.op_type != "DequantizeLinear" or use.idx != 0 for use in uses):

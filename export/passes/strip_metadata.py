@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-
 # A function operator whose body reshapes by computed sizes: onnx.shape_inference stops there.
 WITHOUT_INFERENCE = frozenset({"GroupNormalization"})
 

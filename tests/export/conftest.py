@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,7 +40,6 @@ UNET = {
     "attention_head_dim": 2,
     "norm_num_groups": 4,
 }
-GROUPS = 3
 
 
 @dataclass(frozen=True)
@@ -111,13 +110,12 @@ def quantize_unet(unet: nn.Module, weight_bits: int, activation_bits: int) -> nn
     """`unet` with every layer quantized and frozen, scales by timestep group."""
     seen: dict[str, Tensor] = {}
     layers = quantizable_layers(unet)
+
+    def keep(name: str, axis: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _, args: seen.update({name: args[0].movedim(axis, -1).flatten(0, -2)})
+
     handles = [
-        layer.register_forward_pre_hook(
-            lambda _, args, name=name, axis=channel_axis(layer): seen.update(
-                {name: args[0].movedim(axis, -1).flatten(0, -2)}
-            )
-        )
-        for name, layer in layers.items()
+        layer.register_forward_pre_hook(keep(name, channel_axis(layer))) for name, layer in layers.items()
     ]
     Denoiser(unet)(**unet_inputs(2, 2, 8, 8, 5))
     for handle in handles:
