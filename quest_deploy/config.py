@@ -206,7 +206,7 @@ class Recipe:
         initializer: How weights are rounded at first.
         time_aware: Whether every timestep group has an activation scale of its own.
         channel_wise: Whether activations below 8 bits may have a channel row folded into the weights.
-        guided_loss: Weight of the guided prediction's error beside the two branches' own.
+        image_share: Weight of errors by what they do to the final image, beside the network output's own.
         temporal: Phase 1.
         sensitive: Phase 2.
     """
@@ -221,7 +221,7 @@ class Recipe:
     initializer: Literal["nearest", "gptq"] = "gptq"
     time_aware: bool = True
     channel_wise: bool = True
-    guided_loss: float = 1.0
+    image_share: float = 1.0
     temporal: PhaseConfig
     sensitive: PhaseConfig
 
@@ -238,7 +238,7 @@ class Recipe:
             calibration_steps=self.calibration_steps,
         )
         at_least(problems, 1, validation_prompts=self.validation_prompts)
-        at_least(problems, 0, guidance_scale=self.guidance_scale, guided_loss=self.guided_loss)
+        at_least(problems, 0, guidance_scale=self.guidance_scale, image_share=self.image_share)
         if self.validation_prompts >= self.calibration_prompts:
             problems.append(
                 f"validation_prompts is {self.validation_prompts}, "

@@ -63,11 +63,15 @@ def storage_error(error: BaseException, path: Path) -> ArtifactError | None:
 
 @contextlib.contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
-    """Turn the errors of the operating system in the body into an :class:`ArtifactError` about `path`."""
+    """Turn what the operating system refuses in the body into an :class:`ArtifactError` about `path`."""
     try:
         yield
-    except OSError as error:
-        raise storage_error(error, path) or ArtifactError(f"cannot use '{path}': {error.strerror}") from error
+    except Exception as error:
+        if (known := storage_error(error, path)) is not None:
+            raise known from error
+        if isinstance(error, OSError):
+            raise ArtifactError(f"cannot use '{path}': {error.strerror or error}") from error
+        raise
 
 
 def refuse_pickle(path: Path) -> None:

@@ -249,15 +249,20 @@ def _train(
     recipe = config.recipe
     split = data.num_prompts - recipe.validation_prompts
     training, validation = torch.arange(split), torch.arange(split, data.num_prompts)
-    equal = train.LossWeights(torch.ones(data.timesteps.numel()), recipe.guided_loss, recipe.guidance_scale)
     student.requires_grad_(False)
-    saved = work.load("weights-of-errors")
+    saved = work.load("start")
     if saved is None:
-        errors = train.validation_errors(student, data, validation, equal)
-        work.save("weights-of-errors", {"errors": errors})
+        raw, guided = train.validation_errors(student, data, validation, recipe.guidance_scale)
+        work.save("start", {"raw": raw, "guided": guided})
     else:
-        errors = saved[0]["errors"]
-    weights = train.LossWeights(1 / errors.clamp_min(1e-12), recipe.guided_loss, recipe.guidance_scale)
+        raw, guided = saved[0]["raw"], saved[0]["guided"]
+    weights = train.loss_weights(
+        raw,
+        guided,
+        train.sigma_steps(data.timesteps, model.scheduler.alphas_cumprod),
+        image_share=recipe.image_share,
+        guidance_scale=recipe.guidance_scale,
+    )
     task = train.Task(
         student=student,
         teacher=model.unet,

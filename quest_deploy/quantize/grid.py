@@ -3,9 +3,9 @@
     codes q = saturate_int8(rne(clip(x, qmin * s, qmax * s) / s)),    Q(x) = s * q,    -128 <= qmin <= 0 <= qmax <= 127
 
 in float32 and in this order: ``Clip -> QuantizeLinear -> DequantizeLinear``. That is why ``torch.fake_quantize_*`` is
-not used (it multiplies by 1/s, and differs at ties). An asymmetric b-bit quantizer with zero-point z is the same grid with
-qmin = -z and qmax = 2^b - 1 - z. Gradients are straight-through inside the clip range and zero outside it; the gradient
-of a learned scale follows from the multiplications around this function (see :mod:`quest_deploy.quantize.layers`).
+not used (it multiplies by 1/s, and differs at ties). An asymmetric b-bit quantizer with zero-point z is the same grid
+with qmin = -z and qmax = 2^b - 1 - z. Gradients are straight-through inside the clip range and zero outside it; that of
+a learned scale follows from the multiplications around this function (see :mod:`quest_deploy.quantize.layers`).
 """
 
 from __future__ import annotations

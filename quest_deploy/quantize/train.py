@@ -1,8 +1,8 @@
 """The two phases as one loop: mixed timesteps in every batch, state that can be saved at any step.
 
 The published code runs one sample and one timestep at a time. Here every update mixes timesteps, which is possible
-because scales are gathered per sample by timestep group; and the temporal phase's own loss runs over all timesteps without
-the U-Net, since that path depends on the timestep alone.
+because scales are gathered per sample by timestep group; and the temporal phase's own loss runs over all timesteps
+without the U-Net, since that path depends on the timestep alone.
 """
 
 from __future__ import annotations
@@ -48,17 +48,48 @@ class TrainState:
 
 @dataclass(frozen=True)
 class LossWeights:
-    """How errors are weighed: per timestep (inverse to the error that rounding left there), and guided against raw.
+    """How errors are weighed. Both terms are 1 for the weights and scales that training starts from.
+
+    A timestep's raw error counts relative to the error that rounding left there. Errors of the guided prediction count
+    by what they do to the image: a sampler moves x / sqrt(alpha) by noise_pred times the step in sigma, so that, to
+    first order, the final error is the sum over steps of the step in sigma times the error of the prediction.
 
     Attributes:
-        per_step: float32 [T], in the order of the calibration set's steps.
-        guided: Weight of the guided prediction's error.
-        guidance_scale: Of that prediction.
+        raw: float32 [T], in the order of the calibration set's steps, for the two branches' own errors.
+        image: float32 [T], for the guided prediction's.
+        image_share: Weight of the second term; the first has 1.
+        guidance_scale: Of the guided prediction.
     """
 
-    per_step: Tensor
-    guided: float
+    raw: Tensor
+    image: Tensor
+    image_share: float
     guidance_scale: float
+
+
+def sigma_steps(timesteps: Tensor, alphas_cumprod: Tensor) -> Tensor:
+    """float32 [T]: how far sigma = sqrt((1 - alpha) / alpha) falls in each step of the schedule.
+
+    Args:
+        timesteps: [T], descending.
+        alphas_cumprod: Of the noise schedule, one for each training timestep.
+    """
+    sigma = ((1 - alphas_cumprod) / alphas_cumprod).sqrt().to(torch.float32)
+    visited = sigma[timesteps.round().long()]
+    return visited - torch.cat([visited[1:], torch.zeros(1)])
+
+
+def loss_weights(
+    raw_error: Tensor, guided_error: Tensor, steps: Tensor, *, image_share: float, guidance_scale: float
+) -> LossWeights:
+    """Weights under which the given mean errors [T] cost 1 each; `steps` [T] are those of :func:`sigma_steps`."""
+    image = steps.square()
+    return LossWeights(
+        raw=1 / raw_error.clamp_min(1e-12),
+        image=image / (image * guided_error).mean().clamp_min(1e-12),
+        image_share=image_share,
+        guidance_scale=guidance_scale,
+    )
 
 
 def trainable(denoiser: nn.Module, phase: PhaseConfig, *, temporal: bool) -> list[dict[str, object]]:
@@ -99,33 +130,48 @@ def trainable(denoiser: nn.Module, phase: PhaseConfig, *, temporal: bool) -> lis
     return groups
 
 
-def prediction_error(
-    denoiser: nn.Module, data: CalibrationSet, prompt: Tensor, step: Tensor, weights: LossWeights
-) -> Tensor:
-    """float32 [n]: mean squared error of each (prompt, step) pair, both branches and the guided prediction."""
+def prediction_errors(
+    denoiser: nn.Module, data: CalibrationSet, prompt: Tensor, step: Tensor, guidance_scale: float
+) -> tuple[Tensor, Tensor]:
+    """Mean squared errors of (prompt, step) pairs.
+
+    Args:
+        denoiser: With quantized layers.
+        data: Recorded trajectories.
+        prompt: int64 [n].
+        step: int64 [n].
+        guidance_scale: Of the guided prediction.
+
+    Returns:
+        float32 [n] of the two branches, and float32 [n] of the guided prediction.
+    """
     sample, timestep, text, target = data.batch(prompt, step)
     error = denoiser(sample, timestep, text, return_dict=False)[0] - target
     negative, positive = error.square().flatten(1).mean(dim=1).chunk(2)
-    g = weights.guidance_scale
-    # Independent errors of the two branches would add up to this much more in the guided prediction.
-    gain = g**2 + (g - 1) ** 2
-    guided = guide(error, g).square().flatten(1).mean(dim=1) / gain
-    return ((negative + positive) / 2 + weights.guided * guided) / (1 + weights.guided)
+    guided = guide(error, guidance_scale).square().flatten(1).mean(dim=1)
+    return (negative + positive) / 2, guided
+
+
+def weighted(errors: tuple[Tensor, Tensor], step: Tensor, weights: LossWeights) -> Tensor:
+    """The loss of (prompt, step) pairs [n]: a scalar."""
+    raw, guided = errors
+    share = weights.image_share
+    loss: Tensor = ((weights.raw[step] * raw + share * weights.image[step] * guided) / (1 + share)).mean()
+    return loss
 
 
 @torch.no_grad()
 def validation_errors(
-    denoiser: nn.Module, data: CalibrationSet, prompts: Tensor, weights: LossWeights
-) -> Tensor:
-    """float32 [T]: mean error at each calibrated timestep on the prompts kept for validation."""
+    denoiser: nn.Module, data: CalibrationSet, prompts: Tensor, guidance_scale: float
+) -> tuple[Tensor, Tensor]:
+    """float32 [T] each: mean raw and guided error at each calibrated timestep on the prompts kept for validation."""
     steps = data.timesteps.numel()
     step = torch.arange(steps).repeat_interleave(VALIDATION_PAIRS_PER_STEP)
     prompt = prompts[torch.arange(step.numel()) % prompts.numel()]
-    errors = [
-        prediction_error(denoiser, data, p, s, weights)
-        for p, s in zip(prompt.split(VALIDATION_BATCH), step.split(VALIDATION_BATCH), strict=True)
-    ]
-    return torch.cat(errors).reshape(steps, VALIDATION_PAIRS_PER_STEP).mean(dim=1)
+    pairs = zip(prompt.split(VALIDATION_BATCH), step.split(VALIDATION_BATCH), strict=True)
+    errors = [prediction_errors(denoiser, data, p, s, guidance_scale) for p, s in pairs]
+    raw, guided = (torch.cat(part).reshape(steps, -1).mean(dim=1) for part in zip(*errors, strict=True))
+    return raw, guided
 
 
 def temporal_outputs(denoiser: nn.Module, timestep: Tensor, context: TimestepContext | None) -> list[Tensor]:
@@ -182,8 +228,8 @@ class Task:
 
     def validation_loss(self) -> float:
         """Weighted mean over timesteps; 1 is what rounding alone gives."""
-        errors = validation_errors(self.student, self.data, self.validation, self.weights)
-        return float((errors * self.weights.per_step).mean())
+        errors = validation_errors(self.student, self.data, self.validation, self.weights.guidance_scale)
+        return float(weighted(errors, torch.arange(self.data.timesteps.numel()), self.weights))
 
 
 def learned(groups: list[dict[str, object]]) -> dict[str, Tensor]:
@@ -278,8 +324,9 @@ def _loss(task: Task, phase: PhaseConfig, step: int, *, temporal: bool) -> Tenso
         pick = torch.randint(task.training.numel(), (phase.batch_size,), generator=generator)
         steps = torch.randperm(task.data.timesteps.numel(), generator=generator)[: phase.batch_size]
         steps = steps.repeat(math.ceil(phase.batch_size / steps.numel()))[: phase.batch_size]
-        error = prediction_error(task.student, task.data, task.training[pick], steps, task.weights)
-        losses.append((error * task.weights.per_step[steps]).mean())
+        prompts = task.training[pick]
+        errors = prediction_errors(task.student, task.data, prompts, steps, task.weights.guidance_scale)
+        losses.append(weighted(errors, steps, task.weights))
     return torch.stack(losses).sum()
 
 

@@ -30,11 +30,9 @@ def arguments(verb: str, model: Path, onnx: Path, recipe: Path = Path("w8a8")) -
 
 
 def run_on_tmpfs(options: str, mount: Path, words: list[str]) -> subprocess.CompletedProcess[str]:
-    """Run a verb with its output on a tmpfs in a mount namespace of its own (needs root); then list what is there."""
+    """Run a verb with its output on a tmpfs in a mount namespace of its own (needs root); then list its files."""
     mount.mkdir()
-    script = (
-        f'mount -t tmpfs -o {options} none "$0" || exit 99; "$@" -o "$0/out"; code=$?; ls -A "$0"; exit $code'
-    )
+    script = f'mount -t tmpfs -o {options} none "$0" || exit 99; "$@" -o "$0/out"; code=$?; cd "$0" && find . -type f; exit $code'
     try:
         done = subprocess.run(
             ["unshare", "--mount", "sh", "-c", script, str(mount), *COMMAND, *words],
@@ -50,11 +48,16 @@ def run_on_tmpfs(options: str, mount: Path, words: list[str]) -> subprocess.Comp
 
 @pytest.mark.parametrize("verb", ["finetune", "export", "build-engine", "generate", "parity"])
 def test_full_disk(verb: str, tmp_path: Path, tiny_model: Path, tiny_onnx: Path, tiny_recipe: Path) -> None:
-    """Full for real: the output lies on a tmpfs of two pages, 8 KiB."""
+    """Full for real: the output lies on a tmpfs of two pages, 8 KiB.
+
+    `finetune` may keep its state for --resume, whole: it is what was asked for, without the first saved tensors.
+    """
     done = run_on_tmpfs("size=8k", tmp_path / "mount", arguments(verb, tiny_model, tiny_onnx, tiny_recipe))
-    assert (done.returncode, done.stdout) == (1, "")
-    assert "Error: " in done.stderr
-    assert "the disk is full; free some space" in done.stderr.splitlines()[-1]
+    left = "./.out.finetune/run.json\n" if verb == "finetune" else ""
+    assert (done.returncode, done.stdout) == (1, left)
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(f"Error: cannot use '{tmp_path / 'mount'}")
+    assert "the disk is full; free some space" in last
 
 
 @pytest.mark.parametrize("verb", ["finetune", "export", "build-engine", "generate", "parity"])
