@@ -51,7 +51,8 @@ def storage_error(error: BaseException, path: Path) -> ArtifactError | None:
     code: int | None = None
     where: Any = path
     if isinstance(error, OSError):
-        code, where = error.errno, error.filename or path
+        # Of a copy that failed, filename is the source and filename2 the target, which is what lacks space.
+        code, where = error.errno, error.filename2 or error.filename or path
     elif type(error).__name__ == "SafetensorError" and (
         match := re.search(r"\(os error (\d+)\)", str(error))
     ):

@@ -479,6 +479,13 @@ def test_permission_denied_is_named(tmp_path: Path) -> None:
         make(tmp_path / "a")
 
 
+def test_failed_copy_names_the_target(tmp_path: Path) -> None:
+    error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/in/config.json", None, "/out/config.json")
+    assert str(files.storage_error(error, tmp_path)).startswith(
+        "cannot use '/out/config.json': the disk is full"
+    )
+
+
 # Hashes
 
 

@@ -32,7 +32,8 @@ def arguments(verb: str, model: Path, onnx: Path, recipe: Path = Path("w8a8")) -
 def run_on_tmpfs(options: str, mount: Path, words: list[str]) -> subprocess.CompletedProcess[str]:
     """Run a verb with its output on a tmpfs in a mount namespace of its own (needs root); then list its files."""
     mount.mkdir()
-    script = f'mount -t tmpfs -o {options} none "$0" || exit 99; "$@" -o "$0/out"; code=$?; cd "$0" && find . -type f; exit $code'
+    mount_it = f'mount -t tmpfs -o {options} none "$0" || exit 99'
+    script = f'{mount_it}; "$@" -o "$0/out"; code=$?; cd "$0" && find . -type f; exit $code'
     try:
         done = subprocess.run(
             ["unshare", "--mount", "sh", "-c", script, str(mount), *COMMAND, *words],
