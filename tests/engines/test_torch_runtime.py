@@ -9,8 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from quest_deploy.artifacts import write_artifact
 from quest_deploy.engines.base import Engine
-from quest_deploy.engines.torch_runtime import TorchEngine, limited_threads, load_torch_engines
+from quest_deploy.engines.torch_runtime import (
+    TorchEngine,
+    limited_threads,
+    load_torch_engines,
+    load_torch_model,
+)
 from quest_deploy.errors import ArtifactError, EngineInputError
 from quest_deploy.model.spec import DENOISER, TEXT_ENCODER, VAE_DECODER, ComponentSpec, TensorSpec
 
@@ -112,3 +118,14 @@ def test_threads_are_put_back_after_an_error() -> None:
 def test_a_directory_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="neither"):
         load_torch_engines(tmp_path)
+
+
+def test_a_checkpoint_is_loaded_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from quest_deploy.quantize import checkpoint
+
+    with write_artifact(tmp_path / "checkpoint", stage="checkpoint", config={}) as writer:
+        (writer.path / "model_index.json").write_text("{}")
+    loaded: list[Path] = []
+    monkeypatch.setattr(checkpoint, "load_checkpoint", loaded.append)
+    load_torch_model(tmp_path / "checkpoint")
+    assert loaded == [tmp_path / "checkpoint"]
