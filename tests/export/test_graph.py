@@ -123,12 +123,6 @@ def test_four_bit_weights_take_half_a_byte(w4a4_unet: Exported) -> None:
     assert all(len(tensor.raw_data) == -(-int(np.prod(tensor.dims)) // 2) for tensor in packed)
 
 
-def test_a_tensorrt_graph_keeps_int8_weights(w4a4_unet: Exported) -> None:
-    graph = component_graph(w4a4_unet.module, w4a4_unet.spec, granularity=2, opset=21, target="tensorrt-rtx")
-    types = {value.dtype.name for value in graph.initializers.values()}
-    assert "INT8" in types and "INT4" not in types
-
-
 def test_products_read_dequantized_weights_directly(w4a4_unet: Exported) -> None:
     producers = {name: node for node in w4a4_unet.proto.graph.node for name in node.output}
     behind_transpose = [
@@ -176,17 +170,21 @@ class Layer(nn.Module):
         return (nn.functional.conv2d(x, weight, None, self.stride, 1),)
 
 
-@pytest.mark.parametrize("bounds", [(-128, 127), (-3, 12)], ids=["a8", "a4"])
-@pytest.mark.parametrize("bits", [4, 8], ids=["w4", "w8"])
-@pytest.mark.parametrize("kind", ["linear", "conv"])
-def test_one_layer_gives_the_same_codes(kind: str, bits: int, bounds: tuple[int, int]) -> None:
+def layer_spec(kind: str) -> ComponentSpec:
     shape: tuple[int | str, ...] = ("batch", 5, 8) if kind == "linear" else ("batch", 8, "height", "width")
     out: tuple[int | str, ...] = ("batch", 5, 6) if kind == "linear" else ("batch", 6, "height", "width")
-    spec = ComponentSpec(
+    return ComponentSpec(
         name="layer",
         inputs=(TensorSpec(name="sample", dtype="float32", shape=shape),),
         outputs=(TensorSpec(name="y", dtype="float32", shape=out),),
     )
+
+
+@pytest.mark.parametrize("bounds", [(-128, 127), (-3, 12)], ids=["a8", "a4"])
+@pytest.mark.parametrize("bits", [4, 8], ids=["w4", "w8"])
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_one_layer_gives_the_same_codes(kind: str, bits: int, bounds: tuple[int, int]) -> None:
+    spec = layer_spec(kind)
     source = nn.Linear(8, 6) if kind == "linear" else nn.Conv2d(8, 6, 3, padding=1)
     module = Layer(source, bounds, bits).eval()
     graph = component_graph(module, spec, granularity=1, opset=21, target="onnxruntime")
@@ -195,6 +193,13 @@ def test_one_layer_gives_the_same_codes(kind: str, bits: int, bounds: tuple[int,
     got = run_onnx(model, {"sample": x})
     np.testing.assert_array_equal(got[code_names(model)[0]], grid.quantize(x, module.scale, *bounds).numpy())
     assert snr_db(module(x)[0].numpy(), got["y"]) >= 120
+
+
+def test_a_tensorrt_graph_keeps_int8_weights() -> None:
+    module = Layer(nn.Conv2d(8, 6, 3, padding=1), (-3, 12), 4).eval()
+    model = component_graph(module, layer_spec("conv"), granularity=1, opset=21, target="tensorrt-rtx")
+    types = {value.const_value.dtype.name for value in model.graph.initializers.values()}
+    assert "INT8" in types and "INT4" not in types
 
 
 def serialize(graph: object) -> bytes:
