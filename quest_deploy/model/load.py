@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +14,10 @@ from torch import nn
 from quest_deploy.artifacts import refuse_pickle
 from quest_deploy.errors import ModelLoadError
 from quest_deploy.model.components import Denoiser, TextEncoder, VaeDecoder, parameters_frozen
-from quest_deploy.model.spec import DENOISER, TEXT_ENCODER, VAE_DECODER, component_specs
+from quest_deploy.model.spec import DENOISER, TEXT_ENCODER, VAE_DECODER, component_specs, read_config
 
 SINGLE_FILE_SUFFIX = ".safetensors"
+VAE = "vae"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,15 +65,63 @@ def load_directory(directory: Path, **components: Any) -> LoadedModel:
         components: Parts that are there already, by name, and not looked for in the directory.
 
     Raises:
-        ModelLoadError: a part is missing, corrupt or pickled.
+        ModelLoadError: a part is missing, incomplete, corrupt or pickled.
     """
     _hide_loading_bars()
     _refuse_pickled_weights(directory, components)
+    index = read_config(directory / "model_index.json")
     with loading_errors(directory):
+        for name in sorted({TEXT_ENCODER, DENOISER, VAE} - components.keys()):
+            components[name] = _load_component(directory / name, index.get(name))
         pipeline = _pipeline_class().from_pretrained(
             str(directory), use_safetensors=True, **_options(), **components
         )
         return _loaded(directory, pipeline)
+
+
+def _load_component(folder: Path, entry: object) -> nn.Module:
+    """One part with all its weights; `entry` is its line of ``model_index.json``.
+
+    Where a file lacks a tensor, both libraries make one up and only warn.
+    """
+    if not (isinstance(entry, list) and len(entry) == 2 and entry[0] in ("diffusers", "transformers")):
+        raise ModelLoadError(
+            f"{folder.parent / 'model_index.json'}: {folder.name!r} is {entry!r}, "
+            "expected a class of diffusers or transformers; restore the file from its source"
+        )
+    library, class_name = entry
+    component_class = getattr(importlib.import_module(library), str(class_name), None)
+    if component_class is None:
+        raise ModelLoadError(
+            f"{folder}: the installed {library} has no class {class_name!r}; upgrade {library}"
+        )
+    # diffusers refuses tensors of other shapes by itself and names them; transformers does not name them.
+    options = {"torch_dtype": _dtype()}
+    if library == "transformers":
+        options = {"dtype": _dtype(), "ignore_mismatched_sizes": True}
+    module, info = component_class.from_pretrained(
+        folder, use_safetensors=True, output_loading_info=True, **options
+    )
+    mismatched = {key: (list(got), list(wanted)) for key, got, wanted in info["mismatched_keys"]}
+    if mismatched:
+        key = min(mismatched)
+        got, wanted = mismatched[key]
+        raise ModelLoadError(
+            f"{folder}: tensor {key!r} has shape {got}, expected {wanted}; restore the model from its source"
+        )
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ModelLoadError(
+            f"{folder}: {len(missing)} tensors of the {class_name} are missing, the first is {missing[0]!r}; "
+            "restore the model from its source"
+        )
+    return module
+
+
+def _dtype() -> Any:
+    import torch
+
+    return torch.float32
 
 
 def _pipeline_class() -> Any:
@@ -81,9 +131,7 @@ def _pipeline_class() -> Any:
 
 
 def _options() -> dict[str, Any]:
-    import torch
-
-    return {"torch_dtype": torch.float32, "safety_checker": None, "requires_safety_checker": False}
+    return {"torch_dtype": _dtype(), "safety_checker": None, "requires_safety_checker": False}
 
 
 @contextlib.contextmanager
@@ -134,7 +182,7 @@ def _hide_loading_bars() -> None:
 
 
 def _refuse_pickled_weights(directory: Path, given: Mapping[str, Any]) -> None:
-    for component in sorted({TEXT_ENCODER, DENOISER, "vae"} - given.keys()):
+    for component in sorted({TEXT_ENCODER, DENOISER, VAE} - given.keys()):
         folder = directory / component
         if not any(folder.glob("*.safetensors")):
             for file in sorted(folder.glob("*")):
