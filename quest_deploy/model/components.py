@@ -5,6 +5,8 @@ The exporter traces them and the torch backend runs them, so that both rungs of 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -37,7 +39,7 @@ class Denoiser(nn.Module):
 class VaeDecoder(nn.Module):
     """Autoencoder's decoder: unscaled latents -> pixels in [-1, 1]."""
 
-    def __init__(self, vae: nn.Module) -> None:
+    def __init__(self, vae: Any) -> None:
         super().__init__()
         self.vae = vae
 

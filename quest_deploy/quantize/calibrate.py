@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -69,16 +70,16 @@ class CalibrationSet:
         )
 
 
-def tokenize(tokenizer: object, prompts: Sequence[str]) -> Tensor:
+def tokenize(tokenizer: Any, prompts: Sequence[str]) -> Tensor:
     """int64 [n, l] token ids, padded and truncated to the model's length."""
-    ids = tokenizer(  # type: ignore[operator]
+    encoded = tokenizer(
         list(prompts),
         padding="max_length",
         truncation=True,
         max_length=tokenizer.model_max_length,
-        return_tensors="pt",  # type: ignore[attr-defined]
-    ).input_ids
-    return torch.as_tensor(ids)
+        return_tensors="pt",
+    )
+    return torch.as_tensor(encoded.input_ids)
 
 
 @torch.no_grad()
@@ -107,7 +108,7 @@ def record_trajectories(
         CalibrationError: the scheduler visits a timestep twice, or a NaN or infinity appears.
     """
     encoder, denoiser = TextEncoder(model.text_encoder), Denoiser(model.unet)
-    config = model.unet.config
+    config: Any = model.unet.config
     shape = (config.in_channels, config.sample_size, config.sample_size)
     negative = encoder(tokenize(model.tokenizer, [""]))[0]
     positive, latents, targets = [], [], []
@@ -201,6 +202,9 @@ def collect_inputs(
 
     Returns:
         By layer name, float32 [G, positions, c_in]; groups ascend with the timestep, unlike the steps of `data`.
+
+    Raises:
+        CalibrationError: a layer was not run exactly once in each call of the denoiser.
     """
     generator = torch.Generator().manual_seed(seed)
     kept: dict[str, list[Tensor]] = {name: [] for name in quantizable_layers(denoiser)}
@@ -226,4 +230,10 @@ def collect_inputs(
     finally:
         for handle in handles:
             handle.remove()
+    for name, rows in kept.items():
+        if len(rows) != steps:
+            raise CalibrationError(
+                f"layer {name!r}: got {len(rows)} runs in {steps} calls of the denoiser, expected one in each; "
+                "a denoiser with unused or repeated layers is not supported"
+            )
     return {name: torch.stack(rows[::-1]) for name, rows in kept.items()}

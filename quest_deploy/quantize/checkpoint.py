@@ -43,7 +43,7 @@ def freeze(denoiser: nn.Module) -> None:
 def layer_tensors(layer: QuantizedLayer) -> dict[str, Tensor]:
     """What is stored of one frozen layer."""
     codes = layer.weight_codes()
-    tensors = {
+    tensors: dict[str, Tensor] = {
         "codes": pack_int4(codes) if layer.weight_bits == 4 else codes,
         "weight_scale": layer.weight_scale(),
     }
@@ -107,7 +107,10 @@ def save_checkpoint(
         else:
             getattr(model, component).save_pretrained(folder / component)
     (folder / DENOISER).mkdir()
-    write_json(folder / DENOISER / "config.json", dict(model.unet.config))
+    config: Any = model.unet.config
+    # diffusers adds where the model was loaded from, which would make the bytes depend on it.
+    portable = {key: value for key, value in config.items() if key != "_name_or_path"}
+    write_json(folder / DENOISER / "config.json", portable)
     save_file({name: value.contiguous().cpu() for name, value in tensors.items()}, folder / WEIGHTS)
     write_json(folder / "model_index.json", model_index(model))
     write_json(

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from quest_deploy.quantize.affine import fake_quantize
 from quest_deploy.quantize.calibrate import CalibrationSet
 from quest_deploy.quantize.grid import channel_shape, weight_bounds
-from quest_deploy.quantize.insert import LayerQParams, quantizable_layers
+from quest_deploy.quantize.insert import LayerQParams, channel_axis, quantizable_layers
+from quest_deploy.quantize.layers import Quantizable
 
 DAMPING = 0.01
 BLOCK = 128
@@ -27,6 +28,8 @@ MAX_HESSIAN_BYTES = 2 << 30
 
 def round_with_compensation(weight: Tensor, scale: Tensor, hessian: Tensor, bits: int) -> Tensor:
     """Quantize columns one by one, each time moving the rounding error to the columns that are left.
+
+    An output channel for which that ends worse than rounding to nearest (it is greedy, and clips) is rounded to nearest.
 
     Args:
         weight: [c_out, k].
@@ -38,6 +41,7 @@ def round_with_compensation(weight: Tensor, scale: Tensor, hessian: Tensor, bits
         The weight on its grid, [c_out, k].
     """
     columns = weight.shape[1]
+    given = hessian
     hessian = hessian.to(torch.float64, copy=True)
     dead = hessian.diagonal() <= 0
     hessian.diagonal()[dead] = 1.0
@@ -63,7 +67,14 @@ def round_with_compensation(weight: Tensor, scale: Tensor, hessian: Tensor, bits
         work[:, end:] -= errors @ factor[start:end, end:]
     result = torch.empty_like(quantized)
     result[:, order] = quantized
-    return result
+    nearest = fake_quantize(weight, scale[:, None], *bounds)
+    better = output_error(weight - result, given) < output_error(weight - nearest, given)
+    return torch.where(better[:, None], result, nearest)
+
+
+def output_error(error: Tensor, hessian: Tensor) -> Tensor:
+    """[c_out]: ||E X||^2 of each output channel, for weight errors [c_out, k] and X^T X [k, k]."""
+    return ((error @ hessian) * error).sum(dim=1)
 
 
 def inverse_factor(matrix: Tensor) -> Tensor:
@@ -77,11 +88,11 @@ def inverse_factor(matrix: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
 
 
-def patches(layer: nn.Module, x: Tensor, count: int, generator: torch.Generator) -> Tensor:
+def patches(layer: Quantizable, x: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """`count` random rows of the matrix that the layer's weight multiplies.
 
     Args:
-        layer: `nn.Linear` or `nn.Conv2d` with one group.
+        layer: `nn.Linear`, or `nn.Conv2d` that :func:`has_patches`.
         x: Its input.
         count: How many rows.
         generator: Chooses them.
@@ -90,7 +101,8 @@ def patches(layer: nn.Module, x: Tensor, count: int, generator: torch.Generator)
         float32 [count, k], k = c_in * kh * kw for a convolution.
     """
     if isinstance(layer, nn.Conv2d):
-        (ph, pw), (kh, kw), (sh, sw) = layer.padding, layer.kernel_size, layer.stride
+        ph, pw = map(int, layer.padding)
+        (kh, kw), (sh, sw) = layer.kernel_size, layer.stride
         windows = F.pad(x, (pw, pw, ph, ph)).unfold(2, kh, sh).unfold(3, kw, sw)
         n, _, h, w = windows.shape[:4]
         flat = torch.randint(n * h * w, (count,), generator=generator)
@@ -99,17 +111,22 @@ def patches(layer: nn.Module, x: Tensor, count: int, generator: torch.Generator)
     return rows[torch.randint(rows.shape[0], (count,), generator=generator)]
 
 
+def has_patches(layer: Quantizable) -> bool:
+    """Whether :func:`patches` knows the layer: no groups, no dilation, and padding given in pixels."""
+    if isinstance(layer, nn.Linear):
+        return True
+    return layer.groups == 1 and set(layer.dilation) == {1} and not isinstance(layer.padding, str)
+
+
 def chunks(denoiser: nn.Module, names: Sequence[str]) -> Iterator[list[str]]:
     """Groups of layers whose Hessians fit into memory together; layers that are too wide are left out."""
-    layers, chunk, used = quantizable_layers(denoiser), [], 0
+    layers = quantizable_layers(denoiser)
+    chunk: list[str] = []
+    used = 0
     for name in names:
         layer = layers[name]
         columns = layer.weight[0].numel()
-        if (
-            columns > MAX_COLUMNS
-            or getattr(layer, "groups", 1) != 1
-            or isinstance(getattr(layer, "padding", 0), str)
-        ):
+        if columns > MAX_COLUMNS or not has_patches(layer):
             continue
         if chunk and used + 4 * columns**2 > MAX_HESSIAN_BYTES:
             yield chunk
@@ -156,10 +173,11 @@ def compensate(
     group = 0
 
     def accumulate(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        layer = layers[name]
+
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            rows = patches(
-                module, quantized_input(module, args[0], qparams[name], group), rows_per_step, generator
-            )
+            x = quantized_input(layer, args[0], qparams[name], group)
+            rows = patches(layer, x, rows_per_step, generator)
             hessians[name].addmm_(rows.T, rows)
 
         return hook
@@ -190,10 +208,10 @@ def compensate(
     return result
 
 
-def quantized_input(layer: nn.Module, x: Tensor, qparams: LayerQParams, group: int) -> Tensor:
+def quantized_input(layer: Quantizable, x: Tensor, qparams: LayerQParams, group: int) -> Tensor:
     """What the quantized layer's weight really multiplies: the input divided by its row, on the activation grid."""
     if qparams.row is not None:
-        x = x / channel_shape(qparams.row, x.ndim, 1 if isinstance(layer, nn.Conv2d) else -1)
+        x = x / channel_shape(qparams.row, x.ndim, channel_axis(layer))
     if qparams.group_scale is None:
         return x
     scale = float(qparams.group_scale[min(group, qparams.group_scale.numel() - 1)])

@@ -12,6 +12,7 @@ from quest_deploy.errors import CalibrationError
 from quest_deploy.quantize import affine
 from quest_deploy.quantize.grid import channel_shape, weight_bounds
 from quest_deploy.quantize.insert import LayerQParams, quantizable_layers, role_of
+from quest_deploy.quantize.layers import Quantizable
 
 Method = Literal["minmax", "search"]
 BOUNDARY_BITS = 8
@@ -26,7 +27,7 @@ def bits_of(name: str, weight_bits: int, activation_bits: int) -> tuple[int, int
 
 
 def initialize_layer(
-    layer: nn.Module,
+    layer: Quantizable,
     inputs: Tensor,
     weight_bits: int,
     activation_bits: int,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from quest_deploy.errors import CalibrationError
 from quest_deploy.quantize.layers import (
     ActivationQuantizer,
+    Quantizable,
     QuantizedConv2d,
     QuantizedLayer,
     TimestepContext,
@@ -53,7 +54,7 @@ def role_of(name: str) -> Role:
     return "temporal" if any(part in TEMPORAL_PARTS for part in name.split(".")) else "other"
 
 
-def quantizable_layers(denoiser: nn.Module) -> dict[str, nn.Module]:
+def quantizable_layers(denoiser: nn.Module) -> dict[str, Quantizable]:
     """Every `nn.Linear` and zero-padded `nn.Conv2d`, by name, in module order."""
     return {
         name: module
@@ -95,7 +96,7 @@ def insert(denoiser: nn.Module, qparams: Mapping[str, LayerQParams], context: Ti
     denoiser.register_forward_pre_hook(_timestep_hook(context), with_kwargs=True)
 
 
-def _arguments(layer: nn.Module, qparams: LayerQParams) -> tuple[Tensor, int, ActivationQuantizer | None]:
+def _arguments(layer: Quantizable, qparams: LayerQParams) -> tuple[Tensor, int, ActivationQuantizer | None]:
     quantizer = None
     if qparams.group_scale is not None:
         quantizer = ActivationQuantizer(

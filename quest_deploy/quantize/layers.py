@@ -21,11 +21,14 @@ from torch import Tensor, nn
 
 from quest_deploy.quantize.grid import (
     channel_shape,
+    dequantize,
     dequantize_weight,
     quantize,
     quantize_dequantize,
     weight_bounds,
 )
+
+Quantizable = nn.Linear | nn.Conv2d
 
 
 @dataclass
@@ -60,6 +63,14 @@ class ActivationQuantizer(nn.Module):
         row: float32 [c], one divisor for each input channel, or None.
         channel_axis: The axis of the channels in the layer's input.
     """
+
+    log_scale: nn.Parameter
+    row: Tensor | None
+    inverse_row: Tensor | None
+    stored_scale: Tensor
+    scale: Tensor
+    ratio: Tensor
+    inverse_ratio: Tensor
 
     def __init__(
         self, scale: Tensor, qmin: int, qmax: int, *, row: Tensor | None = None, channel_axis: int = -1
@@ -115,7 +126,7 @@ class ActivationQuantizer(nn.Module):
         """
         scale, ratio, inverse_ratio = self.tables()
         multiplier: Tensor | None = None
-        if self.row is not None:
+        if self.inverse_row is not None:
             multiplier = channel_shape(self.inverse_row, x.ndim, self.channel_axis)
         unscale: Tensor | None = None
         if ratio.numel() > 1:
@@ -130,6 +141,10 @@ class ActivationQuantizer(nn.Module):
 
 class QuantizedLayer(nn.Module):
     """What quantized Linear and Conv2d share: the weight grid, the float bias and the order of operations."""
+
+    codes: Tensor
+    stored_weight_scale: Tensor
+    quantizer: ActivationQuantizer | None
 
     def __init__(
         self,
@@ -148,6 +163,7 @@ class QuantizedLayer(nn.Module):
         self.quantizer = quantizer
         self.context = context
         self.frozen = False
+        self._cached: tuple[tuple[int, int], Tensor] | None = None
 
     def row(self) -> Tensor | None:
         """float32 [c_in]: the channel row that the weight absorbs."""
@@ -180,13 +196,11 @@ class QuantizedLayer(nn.Module):
 
     def _constant_weight(self, weight: Tensor) -> Tensor:
         # Rounding an untrained weight again at every step would cost as much as the layer itself.
-        cached = self.__dict__.get("_cached_weight")
-        if cached is None or cached[0] != self.weight._version:
+        version = (self.weight._version, self.weight_log_scale._version)
+        if self._cached is None or self._cached[0] != version:
             scale = channel_shape(self.weight_scale().detach(), weight.ndim, 0)
-            codes = quantize(weight.detach(), scale, *weight_bounds(self.weight_bits))
-            cached = (self.weight._version, codes.to(torch.float32) * scale)
-            self.__dict__["_cached_weight"] = cached
-        return cached[1]
+            self._cached = (version, dequantize(self.weight_codes(), scale))
+        return self._cached[1]
 
     def freeze(
         self,
@@ -198,7 +212,7 @@ class QuantizedLayer(nn.Module):
         codes = self.weight_codes() if codes is None else codes
         scale = self.weight_scale().detach() if weight_scale is None else weight_scale
         del self.weight, self.weight_log_scale
-        self.__dict__.pop("_cached_weight", None)
+        self._cached = None
         self.register_buffer("codes", codes.clone())
         self.register_buffer("stored_weight_scale", scale.clone())
         if self.quantizer is not None:
@@ -243,9 +257,9 @@ class QuantizedLinear(QuantizedLayer):
 class ConvGeometry:
     """Stride, padding, dilation and groups of a convolution."""
 
-    stride: tuple[int, int]
-    padding: tuple[int, int] | str
-    dilation: tuple[int, int]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...] | str
+    dilation: tuple[int, ...]
     groups: int
 
 
@@ -289,7 +303,7 @@ def _learned_weight(weight: Tensor, scale: Tensor, qmin: int, qmax: int) -> Tens
 
 
 def quantized_layer(
-    layer: nn.Module,
+    layer: Quantizable,
     weight_scale: Tensor,
     weight_bits: int,
     quantizer: ActivationQuantizer | None,
@@ -299,8 +313,6 @@ def quantized_layer(
     arguments = (layer.weight, layer.bias, weight_scale, weight_bits, quantizer, context)
     if isinstance(layer, nn.Linear):
         return QuantizedLinear(*arguments)
-    if not isinstance(layer, nn.Conv2d):
-        raise TypeError(f"got a {type(layer).__name__}, expected nn.Linear or nn.Conv2d")
     conv = QuantizedConv2d(*arguments)
     conv.geometry = ConvGeometry(
         stride=layer.stride, padding=layer.padding, dilation=layer.dilation, groups=layer.groups

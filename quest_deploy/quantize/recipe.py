@@ -57,8 +57,14 @@ def recipe_from_dict(fields: dict[str, Any]) -> Recipe:
             phases[phase] = PhaseConfig(**fields[phase])
         except ConfigError as error:
             problems.append(f"{phase}: {error}")
+            # Stands in, so that what is wrong elsewhere is found as well.
+            phases[phase] = PhaseConfig(layers="none", steps=0)
+    try:
+        recipe = Recipe(**{**fields, **phases})
+    except ConfigError as error:
+        problems.append(str(error).removeprefix(f"{what}: "))
     raise_if_any(problems, what)
-    return Recipe(**{**fields, **phases})
+    return recipe
 
 
 def _problems(kind: type, fields: dict[str, Any], prefix: str) -> list[str]:
