@@ -31,7 +31,8 @@ class ExpandTimestep(ir.passes.InPlacePass):
         batch.outputs[0].dtype = ir.DataType.INT64
         batch.outputs[0].shape = ir.Shape([1])
         expand = ir.node("Expand", [timestep, batch.outputs[0]])
-        expand.outputs[0].dtype = timestep.dtype
+        if timestep.dtype is not None:
+            expand.outputs[0].dtype = timestep.dtype
         for use in uses:
             use.node.replace_input_with(use.idx, expand.outputs[0])
         graph.insert_before(graph[0], [batch, expand])
