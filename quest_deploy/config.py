@@ -166,7 +166,7 @@ class PhaseConfig:
     Attributes:
         layers: Preset of :mod:`quest_deploy.quantize.select`: the layers whose weights learn.
         steps: Updates.
-        batch_size: (prompt, timestep) pairs of an update that runs the network; both guidance branches are run.
+        batch_size: Timesteps, of one prompt's trajectory, in an update that runs the network on both branches.
         learning_rate_weights: Adam's rate for weights and their scales, in steps of each layer's own weight grid.
         learning_rate_scales: For activation scales, relative (they learn in the log domain).
         learning_rate_floats: For biases and norms, which stay in float; 0 leaves them alone.
@@ -176,7 +176,7 @@ class PhaseConfig:
 
     layers: str
     steps: int
-    batch_size: int = 8
+    batch_size: int = 12
     learning_rate_weights: float = 0.01
     learning_rate_scales: float = 0.002
     learning_rate_floats: float = 0.0
@@ -215,7 +215,7 @@ class Recipe:
     weight_bits: int
     activation_bits: int
     calibration_prompts: int = 96
-    validation_prompts: int = 16
+    validation_prompts: int = 6
     calibration_steps: int = 25
     guidance_scale: float = 3.0
     initializer: Literal["nearest", "gptq"] = "gptq"

@@ -250,15 +250,9 @@ def _train(
     split = data.num_prompts - recipe.validation_prompts
     training, validation = torch.arange(split), torch.arange(split, data.num_prompts)
     student.requires_grad_(False)
-    saved = work.load("start")
-    if saved is None:
-        raw, guided = train.validation_errors(student, data, validation, recipe.guidance_scale)
-        work.save("start", {"raw": raw, "guided": guided})
-    else:
-        raw, guided = saved[0]["raw"], saved[0]["guided"]
+    start = train.validation_errors(student, data, validation, recipe.guidance_scale)
     weights = train.loss_weights(
-        raw,
-        guided,
+        start,
         train.sigma_steps(data.timesteps, model.scheduler.alphas_cumprod),
         image_share=recipe.image_share,
         guidance_scale=recipe.guidance_scale,

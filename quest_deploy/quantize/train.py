@@ -1,14 +1,14 @@
 """The two phases as one loop: mixed timesteps in every batch, state that can be saved at any step.
 
-The published code runs one sample and one timestep at a time. Here every update mixes timesteps, which is possible
-because scales are gathered per sample by timestep group; and the temporal phase's own loss runs over all timesteps
-without the U-Net, since that path depends on the timestep alone.
+The published code runs one sample and one timestep at a time. Here every update takes many timesteps of one trajectory,
+which is possible because scales are gathered per sample by timestep group; and the temporal phase's own loss runs over
+all timesteps without the U-Net, since that path depends on the timestep alone.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,8 +23,6 @@ from quest_deploy.quantize.select import select
 from quest_deploy.sampling import guide
 
 VALIDATIONS_PER_PHASE = 8
-VALIDATION_PAIRS_PER_STEP = 2
-VALIDATION_BATCH = 16
 TIMESTEPS_PER_LOCAL_BATCH = 256
 NORMS = (nn.GroupNorm, nn.LayerNorm)
 
@@ -52,11 +50,12 @@ class LossWeights:
 
     A timestep's raw error counts relative to the error that rounding left there. Errors of the guided prediction count
     by what they do to the image: a sampler moves x / sqrt(alpha) by noise_pred times the step in sigma, so that, to
-    first order, the final error is the sum over steps of the step in sigma times the error of the prediction.
+    first order, the final error is the sum over steps of step in sigma times error of the prediction, and errors that
+    agree from step to step count more than those that cancel.
 
     Attributes:
         raw: float32 [T], in the order of the calibration set's steps, for the two branches' own errors.
-        image: float32 [T], for the guided prediction's.
+        image: float32 [T], for the guided prediction's errors, before they are added up.
         image_share: Weight of the second term; the first has 1.
         guidance_scale: Of the guided prediction.
     """
@@ -79,14 +78,49 @@ def sigma_steps(timesteps: Tensor, alphas_cumprod: Tensor) -> Tensor:
     return visited - torch.cat([visited[1:], torch.zeros(1)])
 
 
+@dataclass(frozen=True)
+class Errors:
+    """Errors of one trajectory's predictions at n of its T steps.
+
+    Attributes:
+        raw: float32 [n], mean squared error of the two branches.
+        guided: float32 [n, c, h, w], error of the guided prediction.
+        step: int64 [n].
+    """
+
+    raw: Tensor
+    guided: Tensor
+    step: Tensor
+
+
+def final_error(guided: Tensor, weight: Tensor, steps: int) -> Tensor:
+    """Mean squared error of the final latents to first order, from n of `steps` steps: a scalar.
+
+    Args:
+        guided: float32 [n, c, h, w].
+        weight: float32 [n].
+        steps: T; a sum over some of the steps is extended to all.
+    """
+    total = (guided * weight.reshape(-1, 1, 1, 1)).sum(dim=0) * (steps / weight.numel())
+    return total.square().mean()
+
+
 def loss_weights(
-    raw_error: Tensor, guided_error: Tensor, steps: Tensor, *, image_share: float, guidance_scale: float
+    start: Sequence[Errors], steps: Tensor, *, image_share: float, guidance_scale: float
 ) -> LossWeights:
-    """Weights under which the given mean errors [T] cost 1 each; `steps` [T] are those of :func:`sigma_steps`."""
-    image = steps.square()
+    """Weights under which the given errors cost 1 in both terms.
+
+    Args:
+        start: Errors of whole trajectories.
+        steps: float32 [T] of :func:`sigma_steps`.
+        image_share: As in :class:`LossWeights`.
+        guidance_scale: As there.
+    """
+    raw = torch.stack([errors.raw for errors in start]).mean(dim=0)
+    final = torch.stack([final_error(errors.guided, steps, steps.numel()) for errors in start]).mean()
     return LossWeights(
-        raw=1 / raw_error.clamp_min(1e-12),
-        image=image / (image * guided_error).mean().clamp_min(1e-12),
+        raw=1 / raw.clamp_min(1e-12),
+        image=steps / final.clamp_min(1e-12).sqrt(),
         image_share=image_share,
         guidance_scale=guidance_scale,
     )
@@ -131,47 +165,29 @@ def trainable(denoiser: nn.Module, phase: PhaseConfig, *, temporal: bool) -> lis
 
 
 def prediction_errors(
-    denoiser: nn.Module, data: CalibrationSet, prompt: Tensor, step: Tensor, guidance_scale: float
-) -> tuple[Tensor, Tensor]:
-    """Mean squared errors of (prompt, step) pairs.
-
-    Args:
-        denoiser: With quantized layers.
-        data: Recorded trajectories.
-        prompt: int64 [n].
-        step: int64 [n].
-        guidance_scale: Of the guided prediction.
-
-    Returns:
-        float32 [n] of the two branches, and float32 [n] of the guided prediction.
-    """
-    sample, timestep, text, target = data.batch(prompt, step)
+    denoiser: nn.Module, data: CalibrationSet, prompt: int, step: Tensor, guidance_scale: float
+) -> Errors:
+    """Errors of `denoiser` on the trajectory of one prompt, at the steps `step` [n]."""
+    sample, timestep, text, target = data.batch(torch.full_like(step, prompt), step)
     error = denoiser(sample, timestep, text, return_dict=False)[0] - target
     negative, positive = error.square().flatten(1).mean(dim=1).chunk(2)
-    guided = guide(error, guidance_scale).square().flatten(1).mean(dim=1)
-    return (negative + positive) / 2, guided
+    return Errors(raw=(negative + positive) / 2, guided=guide(error, guidance_scale), step=step)
 
 
-def weighted(errors: tuple[Tensor, Tensor], step: Tensor, weights: LossWeights) -> Tensor:
-    """The loss of (prompt, step) pairs [n]: a scalar."""
-    raw, guided = errors
-    share = weights.image_share
-    loss: Tensor = ((weights.raw[step] * raw + share * weights.image[step] * guided) / (1 + share)).mean()
-    return loss
+def weighted(errors: Errors, weights: LossWeights) -> Tensor:
+    """The loss: a scalar."""
+    raw = (weights.raw[errors.step] * errors.raw).mean()
+    image = final_error(errors.guided, weights.image[errors.step], weights.image.numel())
+    return (raw + weights.image_share * image) / (1 + weights.image_share)
 
 
 @torch.no_grad()
 def validation_errors(
     denoiser: nn.Module, data: CalibrationSet, prompts: Tensor, guidance_scale: float
-) -> tuple[Tensor, Tensor]:
-    """float32 [T] each: mean raw and guided error at each calibrated timestep on the prompts kept for validation."""
-    steps = data.timesteps.numel()
-    step = torch.arange(steps).repeat_interleave(VALIDATION_PAIRS_PER_STEP)
-    prompt = prompts[torch.arange(step.numel()) % prompts.numel()]
-    pairs = zip(prompt.split(VALIDATION_BATCH), step.split(VALIDATION_BATCH), strict=True)
-    errors = [prediction_errors(denoiser, data, p, s, guidance_scale) for p, s in pairs]
-    raw, guided = (torch.cat(part).reshape(steps, -1).mean(dim=1) for part in zip(*errors, strict=True))
-    return raw, guided
+) -> list[Errors]:
+    """Errors on the whole trajectories of the prompts kept for validation."""
+    step = torch.arange(data.timesteps.numel())
+    return [prediction_errors(denoiser, data, int(prompt), step, guidance_scale) for prompt in prompts]
 
 
 def temporal_outputs(denoiser: nn.Module, timestep: Tensor, context: TimestepContext | None) -> list[Tensor]:
@@ -229,7 +245,7 @@ class Task:
     def validation_loss(self) -> float:
         """Weighted mean over timesteps; 1 is what rounding alone gives."""
         errors = validation_errors(self.student, self.data, self.validation, self.weights.guidance_scale)
-        return float(weighted(errors, torch.arange(self.data.timesteps.numel()), self.weights))
+        return sum(float(weighted(one, self.weights)) for one in errors) / len(errors)
 
 
 def learned(groups: list[dict[str, object]]) -> dict[str, Tensor]:
@@ -321,12 +337,10 @@ def _loss(task: Task, phase: PhaseConfig, step: int, *, temporal: bool) -> Tenso
         timestep = torch.rand(TIMESTEPS_PER_LOCAL_BATCH, generator=generator) * (task.num_train_timesteps - 1)
         losses.append(temporal_loss(task.student, task.teacher, timestep, task.context))
     if step % phase.network_every == 0:
-        pick = torch.randint(task.training.numel(), (phase.batch_size,), generator=generator)
+        prompt = task.training[torch.randint(task.training.numel(), (), generator=generator)]
         steps = torch.randperm(task.data.timesteps.numel(), generator=generator)[: phase.batch_size]
-        steps = steps.repeat(math.ceil(phase.batch_size / steps.numel()))[: phase.batch_size]
-        prompts = task.training[pick]
-        errors = prediction_errors(task.student, task.data, prompts, steps, task.weights.guidance_scale)
-        losses.append(weighted(errors, steps, task.weights))
+        errors = prediction_errors(task.student, task.data, int(prompt), steps, task.weights.guidance_scale)
+        losses.append(weighted(errors, task.weights))
     return torch.stack(losses).sum()
 
 
