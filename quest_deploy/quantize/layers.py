@@ -131,8 +131,8 @@ class ActivationQuantizer(nn.Module):
         unscale: Tensor | None = None
         if ratio.numel() > 1:
             shape = (-1, *[1] * (x.ndim - 1))
-            rescale = ratio[group].reshape(shape)
-            unscale = inverse_ratio[group].reshape(shape)
+            rescale = ratio.index_select(0, group).reshape(shape)
+            unscale = inverse_ratio.index_select(0, group).reshape(shape)
             multiplier = rescale if multiplier is None else rescale * multiplier
         if multiplier is not None:
             x = x * multiplier
