@@ -1,0 +1,89 @@
+"""Measure quest-deploy on the bundled reference model, and write benchmarks/results/ and docs/results.md."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from benchmarks import report
+from benchmarks.settings import ROOT, Settings
+from benchmarks.tables import show
+from quest_deploy.artifacts import write_json
+from quest_deploy.quantize.recipe import PACKAGED
+
+DESCRIPTION = """\
+Measure quest-deploy on the bundled reference model, and write benchmarks/results/ and docs/results.md.
+
+An interrupted run goes on where it stopped: what is finished lies under artifacts/bench/.
+"""
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("benchmark", nargs="?", default="all", choices=[*report.BENCHMARKS, "all"])
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="see that it runs: three prompts, results under artifacts/bench/quick/",
+    )
+    parser.add_argument(
+        "--recipes",
+        type=recipes,
+        default=PACKAGED,
+        metavar="NAME,...",
+        help="the result holds only these (default: all)",
+    )
+    parser.add_argument(
+        "--checkpoints",
+        type=lambda path: Path(path).resolve(),
+        metavar="DIR",
+        help="finetuned checkpoints, DIR/RECIPE; missing ones are made there (default: artifacts/bench/checkpoints)",
+    )
+    return parser.parse_args(arguments)
+
+
+def recipes(text: str) -> tuple[str, ...]:
+    """Names separated by commas."""
+    names = tuple(name.strip().lower() for name in text.split(","))
+    unknown = [name for name in names if name not in PACKAGED]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"got {', '.join(unknown)}, expected some of {', '.join(PACKAGED)}")
+    return names
+
+
+def main() -> int:
+    arguments = parse(sys.argv[1:])
+    if arguments.benchmark == "all":
+        return run_all(sys.argv[1:])
+    os.chdir(ROOT)
+    settings = Settings(recipes=arguments.recipes, quick=arguments.quick, checkpoints=arguments.checkpoints)
+    module = report.BENCHMARKS[arguments.benchmark]
+    result = module.run(settings)
+    settings.results.mkdir(parents=True, exist_ok=True)
+    write_json(settings.results / f"{module.NAME}.json", result)
+    show(module.tables(result))
+    if not settings.quick:
+        report.write()
+    return 0
+
+
+def run_all(arguments: list[str]) -> int:
+    """Each benchmark in a process of its own, since one that holds torch cannot measure the memory of others."""
+    rest = [word for word in arguments if word != "all"]
+    codes = [subprocess.call([sys.executable, "-m", "benchmarks", name, *rest]) for name in report.BENCHMARKS]
+    return max(codes)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,55 @@
+"""Where and when something was measured, with which code."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from benchmarks.settings import RESULTS, ROOT, Settings
+from quest_deploy.manifest import tool_versions
+
+SOURCES = ("quest_deploy", "export", "engines", "benchmarks", "scripts")
+
+
+def header(settings: Settings) -> dict[str, Any]:
+    """What every result file begins with."""
+    return {
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "machine": machine(),
+        "versions": tool_versions(),
+        "commit": git("rev-parse", "HEAD"),
+        # Results that were just written are no change of the code that wrote them.
+        "uncommitted_changes": bool(git("status", "--porcelain", "--", *SOURCES, f":!{RESULTS}")),
+        "settings": settings.describe(),
+    }
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores that may be used, and memory."""
+    return {
+        "cpu": cpu_model(Path("/proc/cpuinfo")),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
+    }
+
+
+def cpu_model(cpuinfo: Path) -> str:
+    """The processor's name; the architecture where the system does not tell it."""
+    try:
+        lines = cpuinfo.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
+
+
+def git(*arguments: str) -> str | None:
+    """What git says; None outside of a repository."""
+    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -1,0 +1,212 @@
+"""What each recipe, and each part of the method, costs in quality on prompts that nothing was fitted to."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from benchmarks import stages
+from benchmarks.environment import header
+from benchmarks.settings import MODEL, Settings
+from benchmarks.stages import identity, sources_digest
+from benchmarks.tables import Table, interval, number
+from quest_deploy.artifacts import read_json, write_json
+from quest_deploy.config import Recipe
+from quest_deploy.files import hash_mapping
+from quest_deploy.manifest import MANIFEST_NAME
+
+NAME = "quality"
+ROWS = {
+    "minmax": "(a) round to nearest, min-max",
+    "calibrated": "(b) calibrated, not finetuned",
+    "start": "(b+) start of finetuning",
+    "quest": "(c) QuEST",
+}
+PAIRS = (("quest", "calibrated"), ("quest", "minmax"), ("start", "calibrated"))
+FIGURES = ("raw_snr_db", "guided_snr_db", "psnr_db", "ssim")
+GRID_LABELS = {
+    "fp32": "fp32",
+    "minmax": "(a) min-max",
+    "calibrated": "(b) calibrated",
+    "start": "(b+) start",
+    "quest": "(c) QuEST",
+}
+GRID_COLUMNS = 8
+MEASURED_BY = (*stages.QUANTIZER, "quest_deploy/metrics.py", "benchmarks/trajectories.py")
+
+
+def variant(recipe: Recipe, row: str) -> Recipe:
+    """The recipe of a row that is not finetuned: without steps, and for (b) without what QuEST's start adds."""
+    name = f"{recipe.name}-{row}"
+    temporal = dataclasses.replace(recipe.temporal, steps=0)
+    sensitive = dataclasses.replace(recipe.sensitive, steps=0)
+    start = dataclasses.replace(recipe, name=name, temporal=temporal, sensitive=sensitive)
+    if row == "start":
+        return start
+    return dataclasses.replace(start, initializer="nearest", time_aware=False, channel_wise=False)
+
+
+def run(settings: Settings) -> dict[str, Any]:
+    """Measure all rows of all recipes; go on where an interrupted run stopped."""
+    folder = settings.work / NAME
+    # Finetuning runs in processes of its own, measured, before torch is loaded here.
+    paths: dict[str, dict[str, Path]] = {}
+    for name in settings.recipes:
+        paths[name] = {"quest": stages.finetuned(settings, name)[0]}
+        for row in ("calibrated", "start"):
+            paths[name][row] = folder / "checkpoints" / f"{name}-{row}"
+            stages.finetune(settings, variant(settings.recipe(name), row), paths[name][row])
+    for name in settings.recipes:
+        paths[name]["minmax"] = _minmax(settings, name, folder)
+    recipes = {name: _recipe(settings, name, paths[name], folder) for name in settings.recipes}
+    return {
+        **header(settings),
+        "prompts": list(settings.prompts),
+        "torch_threads": _threads(),
+        "recipes": recipes,
+    }
+
+
+def _threads() -> int:
+    import torch
+
+    return torch.get_num_threads()
+
+
+def _minmax(settings: Settings, name: str, folder: Path) -> Path:
+    recipe = settings.recipe(name)
+    calibration = {
+        "source": identity(MODEL),
+        "code": sources_digest(MEASURED_BY),
+        "prompts": recipe.calibration_prompts,
+        "steps": recipe.calibration_steps,
+        "guidance_scale": recipe.guidance_scale,
+        "seed": settings.seed,
+    }
+    cache = folder / f"calibration-{hash_mapping(calibration)[:12]}"
+    bits = f"w{recipe.weight_bits}a{recipe.activation_bits}"
+    output = cache / f"{bits}-minmax"
+    if not (output / MANIFEST_NAME).is_file():
+        from benchmarks.trajectories import minmax_checkpoint
+
+        print(f"\nmin-max ranges of {name}", flush=True)
+        minmax_checkpoint(settings, dataclasses.replace(recipe, name=f"{bits}-minmax"), output, cache)
+    return output
+
+
+def _recipe(settings: Settings, name: str, paths: dict[str, Path], folder: Path) -> dict[str, Any]:
+    """All rows of one recipe, their differences, and the grid of images."""
+    from safetensors.torch import load_file
+
+    from benchmarks.trajectories import measure, reference, save
+
+    conditions = {**settings.describe(), "recipes": None, "model": identity(MODEL)}
+    key = hash_mapping({"conditions": conditions, "code": sources_digest(MEASURED_BY)})
+    known = reference(settings, folder / f"reference-{key[:12]}")
+    rows: dict[str, dict[str, Any]] = {}
+    images = {"fp32": known.images}
+    for row in ROWS:
+        own = hash_mapping({"conditions": key, "checkpoint": identity(paths[row])})
+        figures, drawn = (
+            folder / "rows" / f"{name}-{row}-{own[:12]}{suffix}" for suffix in (".json", ".safetensors")
+        )
+        if not figures.is_file():
+            print(f"\nmeasuring {name}, {ROWS[row]}", flush=True)
+            measured, pictures = measure(paths[row], known, settings)
+            save(drawn, {"images": pictures})
+            write_json(figures, measured)
+        rows[row] = read_json(figures)
+        images[row] = load_file(drawn)["images"]
+    _save_grid(settings, name, images)
+    return {"rows": rows, "differences": differences(rows)}
+
+
+def differences(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
+    """Mean and 95 % interval, paired by prompt, of what one row has over another."""
+    from quest_deploy.metrics import paired_interval
+
+    result: dict[str, dict[str, dict[str, float]]] = {}
+    for pair in PAIRS:
+        better, worse = pair
+        result[_key(pair)] = {}
+        for figure in FIGURES:
+            pairs = zip(rows[better][figure]["per_prompt"], rows[worse][figure]["per_prompt"], strict=True)
+            ends = paired_interval([first - second for first, second in pairs])
+            result[_key(pair)][figure] = dict(zip(("low", "mean", "high"), ends, strict=True))
+    return result
+
+
+def _save_grid(settings: Settings, name: str, images: dict[str, Any]) -> None:
+    from benchmarks.grid import save_grid
+    from quest_deploy.pipeline.images import to_pil
+
+    shown = range(min(GRID_COLUMNS, len(settings.prompts)))
+    rows = [(GRID_LABELS[row], [to_pil(images[row][i]) for i in shown]) for row in GRID_LABELS]
+    save_grid(settings.results / f"{NAME}-{name}.png", rows, [settings.prompts[i] for i in shown])
+
+
+def tables(result: dict[str, Any]) -> list[Table]:
+    """The figures, the differences, and the noise SNR along the schedule."""
+    recipes = {name: result["recipes"][name] for name in result["settings"]["recipes"]}
+    figures = tuple(
+        (name.upper(), ROWS[row], *(number(rows[row][figure]["mean"]) for figure in FIGURES[:3]))
+        + (number(rows[row]["ssim"]["mean"], 4),)
+        for name, rows in ((name, recipe["rows"]) for name, recipe in recipes.items())
+        for row in ROWS
+    )
+    compared = tuple(
+        (name.upper(), _pair(pair), *(interval(values[figure]) for figure in FIGURES[:3]))
+        for name, recipe in recipes.items()
+        for pair, values in ((pair, recipe["differences"][_key(pair)]) for pair in PAIRS)
+    )
+    prompts, steps = result["settings"]["prompts"], result["settings"]["steps"]
+    return [
+        Table(
+            title="Quality against full precision",
+            columns=("recipe", "row", "noise SNR, dB", "noise SNR guided, dB", "image PSNR, dB", "SSIM"),
+            rows=figures,
+            labels=2,
+            note=f"Means over {prompts} held-out prompts, {steps} DDIM steps, guidance "
+            f"{result['settings']['guidance_scale']:g}, same noise. Noise SNR is taken on the full-precision "
+            "trajectory: of the network's output, mean of both guidance branches in dB, and of the guided prediction.",
+        ),
+        Table(
+            title="Differences, paired by prompt",
+            columns=("recipe", "rows", "noise SNR, dB", "noise SNR guided, dB", "image PSNR, dB"),
+            rows=compared,
+            labels=2,
+            note="Mean and 95 % bootstrap interval over prompts.",
+        ),
+        _per_step(recipes),
+    ]
+
+
+def _key(pair: tuple[str, str]) -> str:
+    return " - ".join(pair)
+
+
+def _pair(pair: tuple[str, str]) -> str:
+    return " − ".join(ROWS[row].partition(" ")[0] for row in pair)
+
+
+def _per_step(recipes: dict[str, Any]) -> Table:
+    count = max(
+        (len(recipe["rows"]["quest"]["raw_snr_db"]["per_step"]) for recipe in recipes.values()), default=1
+    )
+    chosen = sorted({round(i * (count - 1) / 6) for i in range(7)})
+    rows = tuple(
+        (
+            name.upper(),
+            ROWS[row],
+            *(number(recipe["rows"][row]["raw_snr_db"]["per_step"][i], 1) for i in chosen),
+        )
+        for name, recipe in recipes.items()
+        for row in ROWS
+    )
+    return Table(
+        title="Noise SNR of the network's output by step, dB",
+        columns=("recipe", "row", *(f"step {i + 1}" for i in chosen)),
+        rows=rows,
+        labels=2,
+    )

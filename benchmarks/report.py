@@ -1,0 +1,90 @@
+"""Render benchmarks/results/*.json as docs/results.md: `python -m benchmarks.report`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from benchmarks import cost, engines, quality, runtimes
+from benchmarks.goals import goals
+from benchmarks.settings import DOCUMENT, RESULTS, ROOT
+from benchmarks.tables import markdown
+from quest_deploy.artifacts import read_json
+
+BENCHMARKS = {module.NAME: module for module in (quality, cost, engines, runtimes)}
+HEADINGS = {
+    "quality": "Quality",
+    "cost": "Time, memory and size",
+    "engines": "Engines",
+    "runtimes": "Deployment",
+}
+INTRODUCTION = """\
+# Results
+
+<!-- Rendered from benchmarks/results/*.json by `python -m benchmarks.report`. Do not edit. -->
+
+What was measured on the bundled reference model. `make bench` measures it again; one benchmark alone:
+`python -m benchmarks quality` (or `cost`, `engines`, `runtimes`).
+"""
+
+
+def load(folder: Path) -> dict[str, Any]:
+    """The results that are there, by benchmark."""
+    files = {name: folder / f"{name}.json" for name in BENCHMARKS}
+    return {name: read_json(file) for name, file in files.items() if file.is_file()}
+
+
+def render(results: dict[str, Any], images: list[str]) -> str:
+    """The document.
+
+    Args:
+        results: By benchmark.
+        images: Names of the image grids, relative to the document.
+    """
+    parts = [INTRODUCTION]
+    asked = goals(results)
+    if asked is not None:
+        parts.append(markdown(asked))
+    for name, heading in HEADINGS.items():
+        parts.append(f"## {heading}\n")
+        if name not in results:
+            parts.append("Not measured yet.\n")
+            continue
+        parts.append(provenance(results[name]))
+        parts += [markdown(table) for table in BENCHMARKS[name].tables(results[name])]
+        if name == quality.NAME:
+            parts += [f"![Rows of images by {Path(image).stem}]({image})\n" for image in images]
+    return "\n".join(parts)
+
+
+def provenance(result: dict[str, Any]) -> str:
+    """When, where and with what something was measured."""
+    machine, versions = result["machine"], result["versions"]
+    changed = " with uncommitted changes" if result["uncommitted_changes"] else ""
+    commit = (result["commit"] or "unknown")[:12]
+    tools = ", ".join(
+        f"{name} {versions[name]}" for name in ("python", "torch", "onnxruntime") if name in versions
+    )
+    return (
+        f"{result['date']}, commit `{commit}`{changed}; {machine['cpu']}, {machine['cores']} cores, "
+        f"{machine['memory_bytes'] / 2**30:.0f} GiB; {tools}.\n"
+    )
+
+
+def current(root: Path = ROOT) -> str:
+    """The document that the committed results render to."""
+    folder = root / RESULTS
+    images = sorted(f"../{RESULTS.as_posix()}/{file.name}" for file in folder.glob("*.png"))
+    return render(load(folder), images)
+
+
+def write() -> None:
+    """Write the document."""
+    document = ROOT / DOCUMENT
+    document.parent.mkdir(exist_ok=True)
+    document.write_text(current(), encoding="utf-8")
+    print(f"wrote {DOCUMENT}")
+
+
+if __name__ == "__main__":
+    write()

@@ -1,0 +1,185 @@
+"""Stages of quest-deploy as measured processes, each run only where its result is not there yet."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks.settings import MODEL, ROOT, Settings, write_recipe
+from quest_deploy.artifacts import hash_directory, read_json, write_json
+from quest_deploy.config import FinetuneConfig, Recipe, to_dict
+from quest_deploy.files import hash_file, hash_mapping
+from quest_deploy.manifest import MANIFEST_NAME, read_manifest
+from quest_deploy.prompts import load_prompts
+from quest_deploy.quantize.recipe import PACKAGED
+from scripts import demo
+
+PACKAGE = ("quest_deploy", "export", "engines")
+# What the numbers of a quantized denoiser depend on.
+QUANTIZER = (
+    "quest_deploy/quantize",
+    "quest_deploy/model",
+    "quest_deploy/data/prompts",
+    "quest_deploy/sampling.py",
+)
+SOURCE_SUFFIXES = (".py", ".yaml", ".j2", ".txt")
+FINISHED = (0, demo.OVER_BUDGET)
+
+
+def sources_digest(paths: Sequence[str], root: Path = ROOT) -> str:
+    """sha256 over the names and contents of the source files below `paths`."""
+    digest = hashlib.sha256()
+    for start in paths:
+        below = root / start
+        for file in [below] if below.is_file() else sorted(below.rglob("*")):
+            if file.suffix in SOURCE_SUFFIXES and file.is_file():
+                digest.update(f"{file.relative_to(root)}\0{hash_file(file)}\0".encode())
+    return digest.hexdigest()
+
+
+def identity(path: Path) -> str:
+    """What an artifact's manifest, or a model's files, hash to."""
+    manifest = path / MANIFEST_NAME
+    return hash_file(manifest) if manifest.is_file() else hash_directory(path)
+
+
+def make(
+    settings: Settings,
+    name: str,
+    arguments: Sequence[str],
+    output: Path,
+    *,
+    inputs: Sequence[Path],
+    sources: Sequence[str] = PACKAGE,
+) -> dict[str, Any]:
+    """Run one stage, or look up what it took.
+
+    Args:
+        settings: Of the benchmark.
+        name: Unique; the record is kept under it.
+        arguments: Of `quest-deploy`, the verb first, without the output.
+        output: The artifact.
+        inputs: Artifacts that are read: the stage is run again when one of them changed.
+        sources: Code that the result depends on.
+
+    Returns:
+        The fields of :class:`scripts.demo.Outcome`, and `resumed`: whether an interrupted run was finished, whose
+        time is then not all there.
+    """
+    record = settings.work / "stages" / f"{name}.json"
+    key = hash_mapping(
+        {
+            "arguments": list(arguments),
+            "inputs": [identity(path) for path in inputs],
+            "sources": sources_digest(sources),
+        }
+    )
+    if record.is_file() and (output / MANIFEST_NAME).is_file():
+        known: dict[str, Any] = read_json(record)
+        if known["key"] == key and known["output"] == identity(output):
+            return known["outcome"]
+    resumed = (output.parent / f".{output.name}.finetune").is_dir()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    print(f"\n{name}", flush=True)
+    stage = demo.Stage(name=name, arguments=(*arguments, "-o", str(output)), output=output)
+    outcome = {**asdict(run(stage)), "resumed": resumed}
+    if outcome["exit_code"] == demo.INTERRUPTED:
+        raise KeyboardInterrupt
+    if outcome["exit_code"] in FINISHED:
+        record.parent.mkdir(parents=True, exist_ok=True)
+        write_json(record, {"key": key, "output": identity(output), "outcome": outcome})
+    return outcome
+
+
+def run(stage: demo.Stage) -> demo.Outcome:
+    """Run a stage in a process of its own."""
+    # Linux counts the pages of a process against its child until the child has started its program.
+    assert "torch" not in sys.modules, "a stage is measured from a process that holds torch"
+    return demo.run(stage)
+
+
+def required(outcome: dict[str, Any]) -> dict[str, Any]:
+    """`outcome`, of a stage without which nothing can go on.
+
+    Raises:
+        SystemExit: it failed.
+    """
+    if outcome["exit_code"] not in FINISHED:
+        raise SystemExit(f"benchmarks: failed with code {outcome['exit_code']}: {outcome['command']}")
+    return outcome
+
+
+def finetune(settings: Settings, recipe: Recipe, output: Path) -> dict[str, Any]:
+    """A checkpoint of the packaged calibration prompts, made as a user makes it."""
+    packaged = recipe.name in PACKAGED and not settings.quick
+    source = recipe.name if packaged else str(write_recipe(recipe, settings.work / "recipes"))
+    arguments = ("finetune", str(MODEL), "--recipe", source, "--seed", str(settings.seed))
+    name = f"finetune {recipe.name}"
+    return required(make(settings, name, arguments, output, inputs=(MODEL,), sources=QUANTIZER))
+
+
+def finetuned(settings: Settings, name: str) -> tuple[Path, dict[str, Any]]:
+    """The checkpoint of a packaged recipe, whichever session made it, and what making it took.
+
+    A checkpoint that is there is used as it is: it took long to make. Seconds and memory are None where it was made
+    otherwise than by a benchmark here.
+
+    Raises:
+        SystemExit: it was made with other settings than the recipe has now.
+    """
+    path, recipe = settings.checkpoint(name), settings.recipe(name)
+    if not (path / MANIFEST_NAME).is_file():
+        return path, finetune(settings, recipe, path)
+    config = FinetuneConfig(recipe=recipe, prompts=load_prompts(default="calibration"), seed=settings.seed)
+    if hash_mapping(read_manifest(path).config) != hash_mapping(to_dict(config)):
+        raise SystemExit(
+            f"benchmarks: {path} was made with other settings than recipe {name} has now; "
+            "remove it, or give another directory with --checkpoints"
+        )
+    record = settings.work / "stages" / f"finetune {name}.json"
+    if record.is_file():
+        known = read_json(record)
+        if known["output"] == identity(path):
+            return path, known["outcome"]
+    unknown = {"stage": f"finetune {name}", "command": "", "exit_code": 0, "resumed": False}
+    return path, {**unknown, "seconds": None, "peak_memory_bytes": None}
+
+
+def export(settings: Settings, name: str, source: Path, target: str) -> tuple[Path, dict[str, Any]]:
+    """ONNX of a checkpoint or model; `name` is the recipe, or fp32."""
+    output = settings.work / "onnx" / target / name
+    arguments = ("export", str(source), "--target", target)
+    made = make(settings, f"export {name} for {target}", arguments, output, inputs=(source,))
+    return output, required(made)
+
+
+def build(settings: Settings, name: str, onnx: Path) -> tuple[Path, dict[str, Any]]:
+    """TensorRT for RTX engines. The outcome may be a failure: whether they build is what is asked."""
+    output = settings.work / "engines" / name
+    arguments = ("build-engine", str(onnx), "--backend", "tensorrt-rtx")
+    return output, make(settings, f"build {name} engines", arguments, output, inputs=(onnx,))
+
+
+def parity(settings: Settings, name: str, checkpoint: Path, onnx: Path) -> tuple[Path, dict[str, Any]]:
+    """The comparison of the model, its checkpoint and that one's ONNX on the held-out prompts."""
+    output = settings.work / "parity" / name
+    arguments = ("parity", str(MODEL), str(onnx), "--via", str(checkpoint), *_sampling(settings))
+    arguments += ("--num-prompts", str(len(settings.prompts)), "--batch-size", str(settings.batch_size))
+    made = make(settings, f"parity {name}", arguments, output, inputs=(MODEL, checkpoint, onnx))
+    return output, required(made)
+
+
+def generate(settings: Settings, name: str, onnx: Path) -> tuple[Path, dict[str, Any]]:
+    """The eight images of the demo, drawn by ONNX Runtime."""
+    output = settings.work / "images" / name
+    arguments = ("generate", str(onnx), *demo.PROMPTS, *_sampling(settings), "--backend", "onnxruntime")
+    return output, required(make(settings, f"generate {name}", arguments, output, inputs=(onnx,)))
+
+
+def _sampling(settings: Settings) -> tuple[str, ...]:
+    steps, scale = str(settings.denoising_steps), str(settings.guidance_scale)
+    return ("--steps", steps, "--guidance-scale", scale, "--seed", str(settings.seed))

@@ -1,0 +1,235 @@
+"""Running denoisers for the quality benchmark: the full-precision trajectories, and what a row does with them."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from benchmarks.settings import MODEL, Settings
+from quest_deploy.artifacts import hash_directory, write_artifact
+from quest_deploy.config import FinetuneConfig, Recipe, to_dict
+from quest_deploy.metrics import IDENTICAL_DB, psnr_db, snr_db, ssim
+from quest_deploy.model.load import load_model
+from quest_deploy.model.spec import DENOISER
+from quest_deploy.pipeline import Pipeline, load_pipeline
+from quest_deploy.prompts import load_prompts
+from quest_deploy.quantize import calibrate
+from quest_deploy.quantize.calibrate import CalibrationSet
+from quest_deploy.quantize.checkpoint import freeze, save_checkpoint
+from quest_deploy.quantize.initialize import bits_of, initialize
+from quest_deploy.quantize.insert import insert, quantizable_layers
+from quest_deploy.quantize.layers import TimestepContext
+from quest_deploy.sampling import guide
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """What full precision does with the held-out prompts.
+
+    Attributes:
+        data: Inputs and both branches' outputs at every step.
+        images: float32 [P, 3, H, W] in [0, 1].
+    """
+
+    data: CalibrationSet
+    images: Tensor
+
+
+def record(
+    prompts: Sequence[str], *, steps: int, guidance_scale: float, seed: int, batch_size: int, file: Path
+) -> CalibrationSet:
+    """The full-precision model's trajectories, kept in `file`."""
+    if file.is_file():
+        return CalibrationSet(**load_file(file))
+    data = calibrate.record_trajectories(
+        load_model(MODEL),
+        prompts,
+        steps=steps,
+        guidance_scale=guidance_scale,
+        seed=seed,
+        batch_size=batch_size,
+        report=lambda completed, total: print(f"  recorded {completed} of {total} prompts", flush=True),
+    )
+    save(file, vars(data))
+    return data
+
+
+def reference(settings: Settings, folder: Path) -> Reference:
+    """Trajectories and images of the full-precision model, recorded once and shared by all rows."""
+    data = record(
+        settings.prompts,
+        steps=settings.denoising_steps,
+        guidance_scale=settings.guidance_scale,
+        seed=settings.seed,
+        batch_size=settings.batch_size,
+        file=folder / "trajectories.safetensors",
+    )
+    file = folder / "images.safetensors"
+    if not file.is_file():
+        with load_pipeline(MODEL) as pipeline:
+            save(file, {"images": draw(pipeline, settings)})
+    return Reference(data=data, images=load_file(file)["images"])
+
+
+def save(file: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file, all of it or nothing."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".partial")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
+    partial.replace(file)
+
+
+def draw(pipeline: Pipeline, settings: Settings) -> Tensor:
+    """The held-out prompts' images, float32 [P, 3, H, W]; prompt `i` from the noise of seed `seed + i`."""
+    images = []
+    prompts = settings.prompts
+    for start in range(0, len(prompts), settings.batch_size):
+        chunk = prompts[start : start + settings.batch_size]
+        seeds = range(settings.seed + start, settings.seed + start + len(chunk))
+        latents = pipeline.denoise(
+            pipeline.initial_noise(seeds),
+            pipeline.encode(chunk),
+            pipeline.encode([""] * len(chunk)),
+            steps=settings.denoising_steps,
+            guidance_scale=settings.guidance_scale,
+        )
+        images.append(pipeline.decode(latents).cpu())
+    return torch.cat(images)
+
+
+def teacher_forced(pipeline: Pipeline, data: CalibrationSet, settings: Settings) -> tuple[Tensor, Tensor]:
+    """Noise SNR on the full-precision trajectories.
+
+    Returns:
+        float64 [T, P] in dB: of the network's output, mean of the two branches; and of the guided prediction.
+    """
+    raw, guided = [], []
+    for step in range(data.timesteps.numel()):
+        raw_parts, guided_parts = [], []
+        for prompt in torch.arange(data.num_prompts).split(settings.batch_size):
+            sample, timestep, text, target = data.batch(prompt, torch.full_like(prompt, step))
+            output = pipeline.engines[DENOISER](
+                sample=sample, timestep=timestep[:1], encoder_hidden_states=text
+            )["out_sample"].cpu()
+            raw_parts.append(decibel(snr_db(target, output)).reshape(2, -1).mean(0))
+            pair = (guide(tensor, settings.guidance_scale) for tensor in (target, output))
+            guided_parts.append(decibel(snr_db(*pair)))
+        raw.append(torch.cat(raw_parts))
+        guided.append(torch.cat(guided_parts))
+    return torch.stack(raw), torch.stack(guided)
+
+
+def decibel(values: Tensor) -> Tensor:
+    """`values` with exact matches as the figure that they count in means."""
+    return values.clamp(max=IDENTICAL_DB)
+
+
+def measure(path: Path, known: Reference, settings: Settings) -> tuple[dict[str, Any], Tensor]:
+    """One row: its figures, and its images [P, 3, H, W]."""
+    started = time.monotonic()
+    with load_pipeline(path) as pipeline:
+        raw, guided = teacher_forced(pipeline, known.data, settings)
+        images = draw(pipeline, settings)
+    figures = {
+        "raw_snr_db": summary(raw),
+        "guided_snr_db": summary(guided),
+        "psnr_db": summary(decibel(psnr_db(known.images, images))[None]),
+        "ssim": summary(ssim(known.images, images)[None]),
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    return figures, images
+
+
+def summary(values: Tensor) -> dict[str, Any]:
+    """Means of [T, P] figures: over all, of each prompt, and of each step where there are several."""
+    result: dict[str, Any] = {"mean": _rounded(values.mean()), "per_prompt": _rounded(values.mean(0))}
+    return result if len(values) == 1 else {**result, "per_step": _rounded(values.mean(1))}
+
+
+def _rounded(values: Tensor) -> Any:
+    numbers = values.tolist()
+    return [round(x, 4) for x in numbers] if isinstance(numbers, list) else round(numbers, 4)
+
+
+@torch.no_grad()
+def extremes(denoiser: nn.Module, data: CalibrationSet, batch_size: int) -> dict[str, Tensor]:
+    """Smallest and largest value, [2], that enters each layer anywhere in the calibration set, no position left out."""
+    found: dict[str, Tensor] = {}
+
+    def watch(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            low, high = args[0].aminmax()
+            before = found.get(name, torch.tensor([0.0, 0.0]))
+            found[name] = torch.stack([torch.minimum(before[0], low), torch.maximum(before[1], high)])
+
+        return hook
+
+    handles = [
+        layer.register_forward_pre_hook(watch(name)) for name, layer in quantizable_layers(denoiser).items()
+    ]
+    try:
+        for step in range(data.timesteps.numel()):
+            for prompt in torch.arange(data.num_prompts).split(batch_size):
+                sample, timestep, text, _ = data.batch(prompt, torch.full_like(prompt, step))
+                denoiser(sample, timestep[:1], text)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def minmax_checkpoint(settings: Settings, recipe: Recipe, output: Path, cache: Path) -> None:
+    """Write the plainest quantization as a checkpoint: round to nearest, ranges that cover everything seen.
+
+    Args:
+        settings: Of the benchmark.
+        recipe: Its bits, and how it calibrates.
+        output: The checkpoint.
+        cache: Where trajectories and ranges, which the recipes share, are kept.
+    """
+    config = FinetuneConfig(recipe=recipe, prompts=load_prompts(default="calibration"), seed=settings.seed)
+    model = load_model(MODEL)
+    data = record(
+        config.prompts[: recipe.calibration_prompts],
+        steps=recipe.calibration_steps,
+        guidance_scale=recipe.guidance_scale,
+        seed=config.seed,
+        batch_size=settings.batch_size,
+        file=cache / "trajectories.safetensors",
+    )
+    file = cache / "extremes.safetensors"
+    if not file.is_file():
+        save(file, extremes(model.unet, data, settings.batch_size))
+    # As inputs [G = 1, 2, c_in] that hold nothing but the two ends: one scale for all timesteps.
+    layers = quantizable_layers(model.unet)
+    inputs = {
+        name: ends[None, :, None].expand(1, 2, layers[name].weight.shape[1])
+        for name, ends in load_file(file).items()
+    }
+    bits = (recipe.weight_bits, recipe.activation_bits)
+    qparams = initialize(model.unet, inputs, *bits, method="minmax", time_aware=False, channel_wise=False)
+    student, context = copy.deepcopy(model.unet), TimestepContext(torch.empty(0))
+    insert(student, qparams, context)
+    freeze(student)
+    activation_bits = {name: bits_of(name, *bits)[1] for name in layers}
+    source = hash_directory(model.path)
+    with write_artifact(
+        output, stage="checkpoint", config=to_dict(config), inputs={"source": source}, overwrite=True
+    ) as writer:
+        save_checkpoint(
+            writer.path,
+            model,
+            student,
+            recipe=recipe,
+            activation_bits=activation_bits,
+            context=context,
+            history={},
+        )

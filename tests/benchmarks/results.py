@@ -1,0 +1,108 @@
+"""Made-up results of every benchmark, in the form in which they are written."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.quality import FIGURES, ROWS, differences
+
+HEADER: dict[str, Any] = {
+    "date": "2026-01-02T03:04:05Z",
+    "machine": {"cpu": "Abacus 3000", "cores": 2, "memory_bytes": 24 << 30},
+    "versions": {"python": "3.11.0", "torch": "2.13.0"},
+    "commit": "0123456789abcdef",
+    "uncommitted_changes": False,
+    "settings": {"recipes": ["w8a8", "w4a8"], "prompts": 3, "steps": 4, "guidance_scale": 3.0},
+}
+
+
+def quality() -> dict[str, Any]:
+    recipes = {}
+    for name, best in (("w8a8", 40.0), ("w4a8", 30.0)):
+        rows: dict[str, dict[str, Any]] = {}
+        for worse, row in enumerate(reversed(ROWS)):
+            rows[row] = {figure: figures(best - 2 * worse, offset=worse) for figure in FIGURES}
+        recipes[name] = {"rows": rows, "differences": differences(rows)}
+    return {**HEADER, "recipes": recipes}
+
+
+def figures(mean: float, *, offset: float = 0) -> dict[str, Any]:
+    return {
+        "mean": mean,
+        "per_prompt": [mean - 1, mean, mean + 1 + offset / 10],
+        "per_step": [mean + 3, mean + 1, mean - 1, mean - 3],
+    }
+
+
+def outcome(seconds: float | None = 2.0, **changes: Any) -> dict[str, Any]:
+    made = {"stage": "x", "command": "quest-deploy x", "exit_code": 0, "resumed": False, "seconds": seconds}
+    return {**made, "peak_memory_bytes": None if seconds is None else 512_000_000, **changes}
+
+
+def cost() -> dict[str, Any]:
+    stages = {"fp32": {"export onnxruntime": outcome()}}
+    stages |= {"w8a8": {"finetune": outcome(None)}, "w4a8": {"finetune": outcome(9.0, resumed=True)}}
+    sizes = {
+        "fp32": {"checkpoint": 400, "onnx-onnxruntime": 1000},
+        "fp16": {"checkpoint": 200},
+        "w8a8": {"checkpoint": 100, "onnx-onnxruntime": 300},
+        "w4a8": {"checkpoint": 60, "onnx-onnxruntime": 190},
+    }
+    helped = {"seconds": 0.31, "python_seconds": 0.02, "ratio": 15.5, "runs": 10}
+    ratios = {"w8a8": 0.3, "w4a8": 0.19}
+    return {
+        **HEADER,
+        "stages": stages,
+        "denoiser_bytes": sizes,
+        "denoiser_onnx_ratio": ratios,
+        "help": helped,
+    }
+
+
+def engines() -> dict[str, Any]:
+    built = {**outcome(30.0), "builds": True, "size_bytes": {"total": 3_000_000, "unet": 2_000_000}}
+    failed = {**outcome(3.0, exit_code=1), "builds": False, "size_bytes": None}
+    return {**HEADER, "engines": {"fp32": built, "w8a8": built, "w4a8": failed}}
+
+
+def gate(
+    quantity: str, measured: float | str | None, passed: bool | None, rung: str = "onnx"
+) -> dict[str, Any]:
+    return {
+        "rung": rung,
+        "kind": "deployment",
+        "quantity": quantity,
+        "measured": measured,
+        "limit": 50.0,
+        "at_least": True,
+        "unit": "dB",
+        "passed": passed,
+        "detail": "",
+    }
+
+
+def parity_report() -> dict[str, Any]:
+    rungs = [
+        {"name": name, "against_reference": {"image_psnr_db": {"mean": psnr}}}
+        for name, psnr in (("checkpoint", 30.0), ("onnx", 30.1))
+    ]
+    quantization = {"kind": "quantization", "upper": "model", "lower": "checkpoint"}
+    deployment = {
+        "kind": "deployment",
+        "upper": "checkpoint",
+        "lower": "onnx",
+        "noise_snr_db": {"median": [70.0, "identical", 45.0]},
+        "codes": {"places": 1000, "differing": 1, "fraction": 1e-3, "max_difference": 1, "layers": []},
+        "image_psnr_change_db": {"low": 0.0, "mean": 0.1, "high": 0.2},
+    }
+    return {
+        "verdict": "failed",
+        "prompts": ["a", "b", "c"],
+        "rungs": [{"name": "model", "against_reference": None}, *rungs],
+        "edges": [quantization, deployment],
+        "gates": [
+            gate("image PSNR", 30.0, False, rung="checkpoint"),
+            gate("noise SNR, same codes", 120.0, True),
+            gate("text encoder SNR", "identical", True),
+        ],
+    }

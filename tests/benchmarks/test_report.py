@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from benchmarks import report, runtimes
+from benchmarks.goals import goals
+
+
+@pytest.fixture(scope="module")
+def made_up(repository: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(
+        "made_up_results", repository / "tests/benchmarks/results.py"
+    )
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def everything(made_up: ModuleType) -> dict[str, dict]:
+    recipes = {name: runtimes.summarize(made_up.parity_report()) for name in ("w8a8", "w4a8")}
+    return {
+        "quality": made_up.quality(),
+        "cost": made_up.cost(),
+        "engines": made_up.engines(),
+        "runtimes": {**made_up.HEADER, "recipes": recipes},
+    }
+
+
+def met(results: dict[str, dict], start: str) -> str:
+    table = goals(results)
+    assert table is not None
+    (answer,) = (row[-1] for row in table.rows if row[0].startswith(start))
+    return answer
+
+
+def test_document_is_what_the_committed_results_render_to(repository: Path) -> None:
+    """If this fails: `python -m benchmarks.report`."""
+    assert (repository / "docs" / "results.md").read_text(encoding="utf-8") == report.current(repository)
+
+
+def test_without_results_the_document_says_so() -> None:
+    text = report.render({}, [])
+    assert text.count("Not measured yet.") == len(report.BENCHMARKS)
+    assert "What was asked" not in text
+
+
+def test_document_holds_every_table_and_image(everything: dict[str, dict]) -> None:
+    text = report.render(everything, ["../benchmarks/results/quality-w4a8.png"])
+    titles = [
+        table.title for name, module in report.BENCHMARKS.items() for table in module.tables(everything[name])
+    ]
+    assert [title for title in titles if f"### {title}\n" not in text] == []
+    assert "(../benchmarks/results/quality-w4a8.png)" in text
+    assert "Abacus 3000, 2 cores, 24 GiB" in text
+    assert "Not measured yet." not in text
+
+
+def test_recipes_keep_the_order_of_the_settings_and_not_of_json(everything: dict[str, dict]) -> None:
+    for name, module in report.BENCHMARKS.items():
+        shuffled = {key: everything[name][key] for key in sorted(everything[name])}
+        for key in ("recipes", "engines", "stages", "denoiser_bytes"):
+            if key in shuffled:
+                shuffled[key] = dict(sorted(shuffled[key].items()))
+        assert module.tables(shuffled) == module.tables(everything[name])
+
+
+def test_uncommitted_changes_are_told(everything: dict[str, dict]) -> None:
+    everything["cost"] |= {"uncommitted_changes": True}
+    assert "`0123456789ab` with uncommitted changes" in report.provenance(everything["cost"])
+
+
+def test_goals_that_are_met(everything: dict[str, dict]) -> None:
+    assert met(everything, "W4A8: QuEST over calibration") == "yes"
+    assert met(everything, "W4A8: denoiser ONNX") == "yes"
+    assert met(everything, "`quest-deploy --help`") == "yes"
+    assert met(everything, "W8A8: TensorRT") == "yes"
+    assert met(everything, "W4A8: torch to ONNX Runtime") == "yes"
+
+
+def test_a_gain_whose_interval_holds_zero_does_not_count(everything: dict[str, dict]) -> None:
+    gain = everything["quality"]["recipes"]["w4a8"]["differences"]["quest - calibrated"]["raw_snr_db"]
+    gain |= {"low": -0.1, "mean": 3.0}
+    assert met(everything, "W4A8: QuEST over calibration") == "**no**"
+
+
+def test_goals_that_are_missed(everything: dict[str, dict]) -> None:
+    everything["cost"]["denoiser_onnx_ratio"]["w4a8"] = 0.21
+    everything["cost"]["help"]["seconds"] = 0.6
+    everything["quality"]["recipes"]["w8a8"]["rows"]["quest"]["psnr_db"]["mean"] = 37.9
+    assert met(everything, "W4A8: denoiser ONNX") == "**no**"
+    assert met(everything, "`quest-deploy --help`") == "**no**"
+    assert met(everything, "W8A8: aim") == "**no**"
+    assert met(everything, "W4A8: TensorRT") == "**no**"
+
+
+def test_a_gate_that_was_not_measured_is_not_kept(made_up: ModuleType) -> None:
+    parity = made_up.parity_report()
+    assert runtimes.within_gates(runtimes.summarize(parity))
+    parity["gates"].append(made_up.gate("int8 codes that differ", None, None))
+    assert not runtimes.within_gates(runtimes.summarize(parity))
+
+
+def test_summary_is_of_the_deployment_alone(made_up: ModuleType) -> None:
+    summary = runtimes.summarize(made_up.parity_report())
+    assert [gate["quantity"] for gate in summary["gates"]] == ["noise SNR, same codes", "text encoder SNR"]
+    assert summary["image_psnr_db"] == {"upper": 30.0, "lower": 30.1}
+    assert summary["codes"] == {"places": 1000, "differing": 1, "fraction": 1e-3, "max_difference": 1}
+
+
+def test_worst_step_ignores_exact_matches(everything: dict[str, dict]) -> None:
+    (table,) = runtimes.tables(everything["runtimes"])
+    assert table.rows[0][table.columns.index("left alone, worst step, dB")] == "45.0"
+
+
+def test_resumed_and_unmeasured_times_are_marked(everything: dict[str, dict]) -> None:
+    timing = report.BENCHMARKS["cost"].tables(everything["cost"])[0]
+    assert timing.rows[0] == ("finetune", "–", "–", "[9.0 s], 512 MB")

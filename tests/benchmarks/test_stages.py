@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+
+import pytest
+
+from benchmarks import cost, environment, stages
+from benchmarks.__main__ import parse
+from benchmarks.settings import RESULTS, Settings, write_recipe
+from quest_deploy.quantize.recipe import load_recipe
+from scripts import demo
+
+
+class Work(Settings):
+    """Settings whose files lie in a temporary directory."""
+
+    @property
+    def work(self) -> Path:
+        return Path("work")
+
+
+@pytest.fixture
+def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the stages that were run; each writes a manifest and takes a second."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "manifest.json").write_text("{}")
+    names: list[str] = []
+
+    def run(stage: demo.Stage) -> demo.Outcome:
+        names.append(stage.name)
+        stage.output.mkdir(exist_ok=True)
+        (stage.output / "manifest.json").write_text(json.dumps(len(names)))
+        code = 1 if "fail" in stage.arguments else 0
+        return demo.Outcome(stage=stage.name, command="", exit_code=code, seconds=1.0, peak_memory_bytes=1)
+
+    monkeypatch.setattr(stages, "run", run)
+    return names
+
+
+def make(*arguments: str) -> dict:
+    return stages.make(Work(), "a stage", arguments, Path("out"), inputs=[Path("in")], sources=("sources",))
+
+
+def test_a_finished_stage_is_not_run_again(calls: list[str]) -> None:
+    assert make("verb") == make("verb")
+    assert calls == ["a stage"]
+
+
+def test_other_arguments_inputs_or_a_changed_output_run_it_again(calls: list[str]) -> None:
+    make("verb")
+    make("verb", "--option")
+    Path("in/manifest.json").write_text("changed")
+    make("verb", "--option")
+    Path("out/manifest.json").write_text("changed")
+    make("verb", "--option")
+    assert len(calls) == 4
+
+
+def test_a_failed_stage_is_run_again(calls: list[str]) -> None:
+    assert make("fail")["exit_code"] == 1
+    make("fail")
+    assert len(calls) == 2
+
+
+def test_a_required_stage_that_failed_ends_the_benchmark(calls: list[str]) -> None:
+    with pytest.raises(SystemExit, match="failed with code 1"):
+        stages.required(make("fail"))
+
+
+def test_a_finished_interrupted_run_says_so(calls: list[str]) -> None:
+    Path(".out.finetune").mkdir()
+    assert make("verb")["resumed"] is True
+
+
+def test_sources_digest_sees_content_and_names(tmp_path: Path) -> None:
+    (tmp_path / "package").mkdir()
+    file = tmp_path / "package" / "a.py"
+    digests = []
+    for content in ("x = 1", "x = 2"):
+        file.write_text(content)
+        digests.append(stages.sources_digest(["package"], tmp_path))
+    file.rename(tmp_path / "package" / "b.py")
+    digests.append(stages.sources_digest(["package"], tmp_path))
+    (tmp_path / "package" / "compiled.pyc").write_text("")
+    assert len(set(digests)) == 3
+    assert stages.sources_digest(["package"], tmp_path) == digests[-1]
+
+
+def test_written_recipe_reads_back(tmp_path: Path) -> None:
+    recipe = Settings(quick=True).recipe("w4a4")
+    assert load_recipe(str(write_recipe(recipe, tmp_path))) == recipe
+
+
+def test_quick_results_stay_out_of_the_repository() -> None:
+    assert Settings().results == RESULTS
+    assert Settings(quick=True).results.parts[0] == "artifacts"
+
+
+def test_full_run_measures_on_all_held_out_prompts() -> None:
+    assert len(Settings().prompts) == 64
+
+
+@pytest.mark.parametrize("recipes", ["w5a8", "w4a8,", ""])
+def test_unknown_recipes_are_a_usage_error(recipes: str) -> None:
+    with pytest.raises(SystemExit) as error:
+        parse(["quality", "--recipes", recipes])
+    assert error.value.code == 2
+
+
+def test_recipes_are_separated_by_commas() -> None:
+    assert parse(["--recipes", "w4a8, W4A4"]).recipes == ("w4a8", "w4a4")
+
+
+def test_values_are_counted_from_the_header(tmp_path: Path) -> None:
+    header = json.dumps({"__metadata__": {}, "a": {"shape": [2, 3]}, "b": {"shape": []}}).encode()
+    (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    assert cost.tensor_values(tmp_path / "x.safetensors") == 7
+
+
+def test_ratio_needs_both_sizes() -> None:
+    sizes = {"fp32": {"onnx": 1000}, "w4a8": {"onnx": 190, "engine": 5}}
+    assert cost.ratio(sizes, "w4a8", "onnx") == 0.19
+    assert cost.ratio(sizes, "w4a8", "engine") is None
+
+
+def test_processor_is_named_or_the_architecture(tmp_path: Path) -> None:
+    (tmp_path / "cpuinfo").write_text("processor\t: 0\nmodel name\t: Abacus 3000\nmodel name\t: other\n")
+    assert environment.cpu_model(tmp_path / "cpuinfo") == "Abacus 3000"
+    assert environment.cpu_model(tmp_path / "missing") == environment.platform.machine()
