@@ -29,7 +29,7 @@ MAX_HESSIAN_BYTES = 2 << 30
 def round_with_compensation(weight: Tensor, scale: Tensor, hessian: Tensor, bits: int) -> Tensor:
     """Quantize columns one by one, each time moving the rounding error to the columns that are left.
 
-    An output channel for which that ends worse than rounding to nearest (it is greedy, and clips) is rounded to nearest.
+    An output channel for which that ends worse than rounding to nearest (it is greedy, and clips) is left at nearest.
 
     Args:
         weight: [c_out, k].

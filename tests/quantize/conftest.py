@@ -1,0 +1,66 @@
+"""The tiny model, its recorded trajectories, and a quantized copy of its U-Net."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from quest_deploy.model.load import LoadedModel, load_model
+from quest_deploy.quantize.calibrate import CalibrationSet, collect_inputs, record_trajectories
+from quest_deploy.quantize.initialize import initialize
+from quest_deploy.quantize.insert import LayerQParams, insert
+from quest_deploy.quantize.layers import TimestepContext
+
+PROMPTS = ("a red heart", "a blue car", "the moon", "a cat")
+
+
+@pytest.fixture(scope="session")
+def float_model(tiny_model: Path) -> LoadedModel:
+    """The tiny model in memory; shared, so never changed."""
+    return load_model(tiny_model)
+
+
+@pytest.fixture(scope="session")
+def recorded(float_model: LoadedModel) -> CalibrationSet:
+    """Trajectories of four prompts over three timesteps."""
+    return record_trajectories(float_model, PROMPTS, steps=3, guidance_scale=3.0, seed=0, batch_size=2)
+
+
+@pytest.fixture(scope="session")
+def inputs(float_model: LoadedModel, recorded: CalibrationSet) -> dict[str, Tensor]:
+    """What each layer of the tiny U-Net saw, [3, 8, c_in]."""
+    return collect_inputs(float_model.unet, recorded, prompts_per_step=2, positions=8, seed=0)
+
+
+@pytest.fixture(scope="session")
+def qparams(float_model: LoadedModel, inputs: dict[str, Tensor]) -> Callable[[int, int], dict[str, LayerQParams]]:
+    """Starting scales at given weight and activation bits, those of the groups pulled apart."""
+
+    def make(weight_bits: int, activation_bits: int) -> dict[str, LayerQParams]:
+        scales = initialize(float_model.unet, inputs, weight_bits, activation_bits, method="minmax")
+        for layer in scales.values():
+            layer.group_scale.mul_(torch.tensor([0.9, 1.0, 1.2]))
+        return scales
+
+    return make
+
+
+@pytest.fixture
+def quantize_tiny(
+    float_model: LoadedModel,
+    recorded: CalibrationSet,
+    qparams: Callable[[int, int], dict[str, LayerQParams]],
+) -> Callable[[int, int], tuple[nn.Module, TimestepContext]]:
+    """Makes a copy of the tiny U-Net with quantized layers, not frozen yet."""
+
+    def make(weight_bits: int, activation_bits: int) -> tuple[nn.Module, TimestepContext]:
+        unet, context = copy.deepcopy(float_model.unet), TimestepContext(recorded.boundaries())
+        insert(unet, qparams(weight_bits, activation_bits), context)
+        return unet.requires_grad_(False), context
+
+    return make

@@ -1,0 +1,131 @@
+"""Recipes: packaged, from files, and everything that is wrong with one in one message."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quest_deploy.config import Recipe, to_dict
+from quest_deploy.errors import ConfigError
+from quest_deploy.quantize.recipe import PACKAGED, load_recipe, recipe_from_dict
+from quest_deploy.quantize.select import PRESETS
+
+PHASE = {"layers": "all", "steps": 2}
+
+
+def fields(**changes: Any) -> dict[str, Any]:
+    base = {"name": "mine", "weight_bits": 4, "activation_bits": 8, "temporal": PHASE, "sensitive": PHASE}
+    return base | changes
+
+
+@pytest.mark.parametrize("name", PACKAGED)
+def test_a_packaged_recipe_has_the_bits_of_its_name(name: str) -> None:
+    recipe = load_recipe(name)
+    assert (recipe.name, f"w{recipe.weight_bits}a{recipe.activation_bits}") == (name, name)
+
+
+@pytest.mark.parametrize("name", PACKAGED)
+def test_a_packaged_recipe_names_known_layers(name: str) -> None:
+    recipe = load_recipe(name)
+    assert {recipe.temporal.layers, recipe.sensitive.layers} <= PRESETS.keys()
+
+
+def test_a_file_is_named_after_itself(tmp_path: Path) -> None:
+    path = tmp_path / "gentle.yaml"
+    phase = "{layers: all, steps: 1}"
+    path.write_text(f"weight_bits: 8\nactivation_bits: 8\ntemporal: {phase}\nsensitive: {phase}\n")
+    assert load_recipe(str(path)).name == "gentle"
+
+
+@pytest.mark.parametrize("name", PACKAGED)
+def test_a_recipe_comes_back_from_a_manifest(name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe_from_dict(to_dict(recipe)) == recipe
+
+
+def test_every_mistyped_field_is_reported_at_once() -> None:
+    wrong = fields(weight_bits="4", time_aware=1, typo=3, initializer="rtn", temporal={"steps": 1.5, "rate": 1})
+    del wrong["sensitive"]
+    with pytest.raises(ConfigError) as caught:
+        recipe_from_dict(wrong)
+    for problem in (
+        "recipe mine: ",
+        "weight_bits is '4', expected a whole number",
+        "time_aware is 1, expected true or false",
+        "typo is unknown",
+        "initializer is 'rtn', expected one of nearest, gptq",
+        "temporal.layers is missing",
+        "temporal.steps is 1.5, expected a whole number",
+        "temporal.rate is unknown",
+        "sensitive is missing",
+    ):
+        assert problem in str(caught.value)
+
+
+def test_every_value_out_of_range_is_reported_at_once() -> None:
+    phase = PHASE | {"steps": -1, "learning_rate_weights": float("nan")}
+    with pytest.raises(ConfigError) as caught:
+        recipe_from_dict(fields(weight_bits=5, validation_prompts=0, temporal=phase, sensitive=phase))
+    for problem in (
+        "weight_bits is 5, expected 4 or 8",
+        "validation_prompts is 0, expected at least 1",
+        "temporal: finetuning phase: steps is -1, expected at least 0",
+        "learning_rate_weights is nan",
+        "sensitive: finetuning phase: steps is -1",
+    ):
+        assert problem in str(caught.value)
+
+
+def test_all_prompts_cannot_be_kept_for_validation() -> None:
+    with pytest.raises(ConfigError, match="validation_prompts is 4, expected fewer than calibration_prompts, 4"):
+        recipe_from_dict(fields(calibration_prompts=4, validation_prompts=4))
+
+
+def test_a_whole_number_is_a_number() -> None:
+    assert recipe_from_dict(fields(guidance_scale=3)) == recipe_from_dict(fields(guidance_scale=3.0))
+
+
+def test_true_is_not_a_number() -> None:
+    with pytest.raises(ConfigError, match="guidance_scale is True, expected a number"):
+        recipe_from_dict(fields(guidance_scale=True))
+
+
+def test_a_phase_has_to_be_a_mapping() -> None:
+    with pytest.raises(ConfigError, match="temporal is 'all', expected a mapping"):
+        recipe_from_dict(fields(temporal="all"))
+
+
+def test_an_unknown_name_is_refused_with_the_packaged_ones() -> None:
+    with pytest.raises(ConfigError, match="recipe 'w3a3' is unknown; choose w8a8, w4a8, w4a4, or give a YAML"):
+        load_recipe("w3a3")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"weight_bits: [4", "is not valid YAML"),
+        (b"- 4\n", "got list, expected a mapping of fields"),
+        (b"", "got NoneType, expected a mapping of fields"),
+        (b"\xff\xfe\x00", "cannot be read"),
+        (b"1: 2\n", "1 is unknown"),
+        (b"a: !!python/object/apply:os.getcwd []\n", "is not valid YAML"),
+    ],
+    ids=["unclosed", "list", "empty", "not text", "number as a field", "code"],
+)
+def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=message):
+        load_recipe(str(path))
+
+
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read .*No such file"):
+        load_recipe(str(tmp_path / "none.yaml"))
+
+
+def test_a_recipe_is_checked_when_made() -> None:
+    with pytest.raises(ConfigError, match="activation_bits is 16"):
+        Recipe(**{**vars(load_recipe("w4a8")), "activation_bits": 16})

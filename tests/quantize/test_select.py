@@ -1,0 +1,64 @@
+"""Presets: which layers of a Stable Diffusion U-Net each stands for."""
+
+from __future__ import annotations
+
+import pytest
+
+from quest_deploy.errors import ConfigError
+from quest_deploy.model.load import LoadedModel
+from quest_deploy.quantize.insert import quantizable_layers
+from quest_deploy.quantize.select import PRESETS, select
+
+BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"
+NAMES = (
+    "conv_in",
+    "time_embedding.linear_1",
+    "down_blocks.0.resnets.0.conv1",
+    "down_blocks.0.resnets.0.time_emb_proj",
+    "down_blocks.0.attentions.0.proj_in",
+    f"{BLOCK}.attn1.to_q",
+    f"{BLOCK}.attn1.to_k",
+    f"{BLOCK}.attn1.to_v",
+    f"{BLOCK}.attn1.to_out.0",
+    f"{BLOCK}.attn2.to_q",
+    f"{BLOCK}.attn2.to_k",
+    f"{BLOCK}.ff.net.0.proj",
+    f"{BLOCK}.ff.net.2",
+    "mid_block.attention.qkv",
+)
+FEED_FORWARD = {f"{BLOCK}.ff.net.0.proj", f"{BLOCK}.ff.net.2"}
+
+
+@pytest.mark.parametrize(
+    ("preset", "expected"),
+    [
+        ("none", set()),
+        ("all", set(NAMES)),
+        ("temporal", {"time_embedding.linear_1", "down_blocks.0.resnets.0.time_emb_proj"}),
+        ("paper-sd", FEED_FORWARD),
+        (
+            "paper-cldm",
+            FEED_FORWARD
+            | {f"{BLOCK}.attn1.to_q", f"{BLOCK}.attn1.to_k", f"{BLOCK}.attn1.to_v", f"{BLOCK}.attn2.to_q"},
+        ),
+        ("paper-uncond", {"mid_block.attention.qkv"}),
+        ("attention-and-feed-forward", {name for name in NAMES if name.startswith(BLOCK)}),
+    ],
+)
+def test_a_preset_stands_for_its_layers(preset: str, expected: set[str]) -> None:
+    assert select(NAMES, preset) == expected
+
+
+def test_an_unknown_preset_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match="'sensitiv' is unknown; choose one of none, temporal, paper-sd"):
+        select(NAMES, "sensitiv")
+
+
+def test_a_preset_that_finds_no_layer_is_refused() -> None:
+    with pytest.raises(ConfigError, match="'paper-uncond' stands for no layer of this model"):
+        select(NAMES[:4], "paper-uncond")
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS.keys() - {"none", "paper-uncond"}))
+def test_a_preset_finds_layers_in_a_stable_diffusion_unet(preset: str, float_model: LoadedModel) -> None:
+    assert select(quantizable_layers(float_model.unet), preset)
