@@ -52,8 +52,10 @@ def run(settings: Settings) -> dict[str, Any]:
     folder = settings.work / NAME
     # Finetuning runs in processes of its own, measured, before torch is loaded here.
     paths: dict[str, dict[str, Path]] = {}
+    made_by: dict[str, str] = {}
     for name in settings.recipes:
-        paths[name] = {"quest": stages.finetuned(settings, name)[0]}
+        checkpoint, outcome = stages.finetuned(settings, name)
+        paths[name], made_by[name] = {"quest": checkpoint}, outcome["made_by"]
         for row in ("calibrated", "start"):
             paths[name][row] = folder / "checkpoints" / f"{name}-{row}"
             stages.finetune(settings, variant(settings.recipe(name), row), paths[name][row])
@@ -64,6 +66,7 @@ def run(settings: Settings) -> dict[str, Any]:
         **header(settings),
         "prompts": list(settings.prompts),
         "torch_threads": _threads(),
+        "checkpoints_made_by": made_by,
         "recipes": recipes,
     }
 
@@ -169,7 +172,8 @@ def tables(result: dict[str, Any]) -> list[Table]:
             labels=2,
             note=f"Means over {prompts} held-out prompts, {steps} DDIM steps, guidance "
             f"{result['settings']['guidance_scale']:g}, same noise. Noise SNR is taken on the full-precision "
-            "trajectory: of the network's output, mean of both guidance branches in dB, and of the guided prediction.",
+            "trajectory: of the network's output, mean of both guidance branches in dB, and of the guided prediction."
+            + _doubts(result["checkpoints_made_by"]),
         ),
         Table(
             title="Differences, paired by prompt",
@@ -180,6 +184,12 @@ def tables(result: dict[str, Any]) -> list[Table]:
         ),
         _per_step(recipes),
     ]
+
+
+def _doubts(made_by: dict[str, str]) -> str:
+    """A sentence on checkpoints of which it is not certain that this code makes them."""
+    others = [name.upper() for name, code in sorted(made_by.items()) if code != "this code"]
+    return f" The code has changed since {', '.join(others)} was finetuned, or may have." if others else ""
 
 
 def _key(pair: tuple[str, str]) -> str:

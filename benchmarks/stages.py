@@ -91,7 +91,8 @@ def make(
         raise KeyboardInterrupt
     if outcome["exit_code"] in FINISHED:
         record.parent.mkdir(parents=True, exist_ok=True)
-        write_json(record, {"key": key, "output": identity(output), "outcome": outcome})
+        made_by = sources_digest(sources)
+        write_json(record, {"key": key, "sources": made_by, "output": identity(output), "outcome": outcome})
     return outcome
 
 
@@ -125,15 +126,16 @@ def finetune(settings: Settings, recipe: Recipe, output: Path) -> dict[str, Any]
 def finetuned(settings: Settings, name: str) -> tuple[Path, dict[str, Any]]:
     """The checkpoint of a packaged recipe, whichever session made it, and what making it took.
 
-    A checkpoint that is there is used as it is: it took long to make. Seconds and memory are None where it was made
-    otherwise than by a benchmark here.
+    A checkpoint that is there is used as it is: it took long to make (a quick run's is made anew when the code
+    changes). Seconds and memory are None where it was made otherwise than by a benchmark here. `made_by` in the outcome says
+    whether that was this code.
 
     Raises:
         SystemExit: it was made with other settings than the recipe has now.
     """
     path, recipe = settings.checkpoint(name), settings.recipe(name)
-    if not (path / MANIFEST_NAME).is_file():
-        return path, finetune(settings, recipe, path)
+    if not (path / MANIFEST_NAME).is_file() or (settings.quick and settings.checkpoints is None):
+        return path, {**finetune(settings, recipe, path), "made_by": "this code"}
     config = FinetuneConfig(recipe=recipe, prompts=load_prompts(default="calibration"), seed=settings.seed)
     if hash_mapping(read_manifest(path).config) != hash_mapping(to_dict(config)):
         raise SystemExit(
@@ -144,9 +146,10 @@ def finetuned(settings: Settings, name: str) -> tuple[Path, dict[str, Any]]:
     if record.is_file():
         known = read_json(record)
         if known["output"] == identity(path):
-            return path, known["outcome"]
+            same = known["sources"] == sources_digest(QUANTIZER)
+            return path, {**known["outcome"], "made_by": "this code" if same else "other code"}
     unknown = {"stage": f"finetune {name}", "command": "", "exit_code": 0, "resumed": False}
-    return path, {**unknown, "seconds": None, "peak_memory_bytes": None}
+    return path, {**unknown, "seconds": None, "peak_memory_bytes": None, "made_by": "unknown"}
 
 
 def export(settings: Settings, name: str, source: Path, target: str) -> tuple[Path, dict[str, Any]]:

@@ -75,6 +75,10 @@ def test_uncommitted_changes_are_told(everything: dict[str, dict]) -> None:
     assert "`0123456789ab` with uncommitted changes" in report.provenance(everything["cost"])
 
 
+def test_checkpoints_of_other_code_are_told(everything: dict[str, dict]) -> None:
+    assert "since W4A8 was finetuned" in report.render(everything, [])
+
+
 def test_goals_that_are_met(everything: dict[str, dict]) -> None:
     assert met(everything, "W4A8: QuEST over calibration") == "yes"
     assert met(everything, "W4A8: denoiser ONNX") == "yes"

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import struct
 from pathlib import Path
@@ -9,6 +10,9 @@ import pytest
 from benchmarks import cost, environment, stages
 from benchmarks.__main__ import parse
 from benchmarks.settings import RESULTS, Settings, write_recipe
+from quest_deploy.artifacts import write_artifact
+from quest_deploy.config import FinetuneConfig, to_dict
+from quest_deploy.prompts import load_prompts
 from quest_deploy.quantize.recipe import load_recipe
 from scripts import demo
 
@@ -73,6 +77,25 @@ def test_a_required_stage_that_failed_ends_the_benchmark(calls: list[str]) -> No
 def test_a_finished_interrupted_run_says_so(calls: list[str]) -> None:
     Path(".out.finetune").mkdir()
     assert make("verb")["resumed"] is True
+
+
+def test_a_checkpoint_of_other_settings_is_not_taken_for_the_recipes(
+    tmp_path: Path,
+) -> None:
+    settings = Settings(checkpoints=tmp_path)
+    recipe = settings.recipe("w4a8")
+    prompts = load_prompts(default="calibration")
+    for seed, config in ((0, recipe), (1, recipe), (0, dataclasses.replace(recipe, image_share=0.125))):
+        made = FinetuneConfig(recipe=config, prompts=prompts, seed=seed)
+        with write_artifact(
+            settings.checkpoint("w4a8"), stage="checkpoint", config=to_dict(made), overwrite=True
+        ):
+            pass
+        if (seed, config) == (0, recipe):
+            assert stages.finetuned(settings, "w4a8")[1]["seconds"] is None
+        else:
+            with pytest.raises(SystemExit, match="other settings"):
+                stages.finetuned(settings, "w4a8")
 
 
 def test_sources_digest_sees_content_and_names(tmp_path: Path) -> None:
