@@ -38,7 +38,9 @@ def inputs(float_model: LoadedModel, recorded: CalibrationSet) -> dict[str, Tens
 
 
 @pytest.fixture(scope="session")
-def qparams(float_model: LoadedModel, inputs: dict[str, Tensor]) -> Callable[[int, int], dict[str, LayerQParams]]:
+def qparams(
+    float_model: LoadedModel, inputs: dict[str, Tensor]
+) -> Callable[[int, int], dict[str, LayerQParams]]:
     """Starting scales at given weight and activation bits, those of the groups pulled apart."""
 
     def make(weight_bits: int, activation_bits: int) -> dict[str, LayerQParams]:

@@ -46,7 +46,9 @@ def test_a_recipe_comes_back_from_a_manifest(name: str) -> None:
 
 
 def test_every_mistyped_field_is_reported_at_once() -> None:
-    wrong = fields(weight_bits="4", time_aware=1, typo=3, initializer="rtn", temporal={"steps": 1.5, "rate": 1})
+    wrong = fields(
+        weight_bits="4", time_aware=1, typo=3, initializer="rtn", temporal={"steps": 1.5, "rate": 1}
+    )
     del wrong["sensitive"]
     with pytest.raises(ConfigError) as caught:
         recipe_from_dict(wrong)
@@ -79,7 +81,9 @@ def test_every_value_out_of_range_is_reported_at_once() -> None:
 
 
 def test_all_prompts_cannot_be_kept_for_validation() -> None:
-    with pytest.raises(ConfigError, match="validation_prompts is 4, expected fewer than calibration_prompts, 4"):
+    with pytest.raises(
+        ConfigError, match="validation_prompts is 4, expected fewer than calibration_prompts, 4"
+    ):
         recipe_from_dict(fields(calibration_prompts=4, validation_prompts=4))
 
 
@@ -98,7 +102,9 @@ def test_a_phase_has_to_be_a_mapping() -> None:
 
 
 def test_an_unknown_name_is_refused_with_the_packaged_ones() -> None:
-    with pytest.raises(ConfigError, match="recipe 'w3a3' is unknown; choose w8a8, w4a8, w4a4, or give a YAML"):
+    with pytest.raises(
+        ConfigError, match="recipe 'w3a3' is unknown; choose w8a8, w4a8, w4a4, or give a YAML"
+    ):
         load_recipe("w3a3")
 
 

@@ -1,0 +1,70 @@
+"""Where finetuning starts from: bits by role, groups by recipe, rows only where they pay."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from quest_deploy.errors import CalibrationError
+from quest_deploy.model.load import LoadedModel
+from quest_deploy.quantize.initialize import bits_of, choose_row, initialize, initialize_layer
+
+GROUPS = torch.tensor([0.3, 1.0, 2.0])[:, None, None]
+PLAIN = {"method": "search", "time_aware": True, "channel_wise": True}
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("conv_in", (8, 8)), ("conv_out", (8, 8)), ("time_embedding.linear_1", (4, 4)), ("mid_block.x", (4, 4))],
+)
+def test_first_and_last_convolution_keep_eight_bits(name: str, expected: tuple[int, int]) -> None:
+    assert bits_of(name, 4, 4) == expected
+
+
+def test_time_aware_scales_differ_by_group_and_others_do_not() -> None:
+    layer, x = nn.Linear(6, 5), torch.randn(3, 200, 6) * GROUPS
+    aware = initialize_layer(layer, x, 4, 4, **PLAIN).group_scale
+    common = initialize_layer(layer, x, 4, 4, **(PLAIN | {"time_aware": False})).group_scale
+    assert aware[0] < aware[1] < aware[2]
+    assert common.unique().numel() == 1
+
+
+def test_minmax_gives_one_plain_scale() -> None:
+    layer, x = nn.Linear(6, 5), torch.randn(3, 200, 6) * GROUPS
+    found = initialize_layer(layer, x, 8, 8, **(PLAIN | {"method": "minmax"}))
+    torch.testing.assert_close(found.group_scale, (x.abs().max() / 127).expand(3))
+    assert found.row is None
+
+
+def outlier_channel() -> torch.Tensor:
+    return torch.randn(3, 200, 6) * torch.tensor([1.0, 1.0, 50.0, 1.0, 1.0, 1.0])
+
+
+def test_a_channel_of_outliers_gets_a_row_at_four_bits() -> None:
+    assert initialize_layer(nn.Linear(6, 5), outlier_channel(), 8, 4, **PLAIN).row is not None
+
+
+@pytest.mark.parametrize(
+    ("bits", "changes", "layer"),
+    [
+        (8, {}, nn.Linear(6, 5)),
+        (4, {"channel_wise": False}, nn.Linear(6, 5)),
+        (4, {}, nn.Conv2d(6, 6, 3, groups=2)),
+    ],
+    ids=["eight bits", "switched off", "grouped"],
+)
+def test_no_row_is_made_where_none_belongs(bits: int, changes: dict, layer: nn.Module) -> None:
+    assert initialize_layer(layer, outlier_channel(), 8, bits, **(PLAIN | changes)).row is None
+
+
+def test_channels_that_are_alike_need_no_row() -> None:
+    # Random signs: every row would make some of these equal channels worse.
+    x = torch.randn(3, 200, 6).sign()
+    assert choose_row(torch.randn(5, 6).sign(), x, 8, 4) is None
+
+
+def test_a_layer_without_inputs_is_refused(float_model: LoadedModel, inputs: dict) -> None:
+    rest = {name: value for name, value in inputs.items() if name != "conv_out"}
+    with pytest.raises(CalibrationError, match="layer 'conv_out' was not run during calibration"):
+        initialize(float_model.unet, rest, 4, 8, method="minmax")
