@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from quest_deploy.artifacts import read_artifact
 from quest_deploy.config import Recipe, to_dict
-from quest_deploy.errors import ArtifactError
+from quest_deploy.errors import ArtifactError, CalibrationError, StaleArtifactError
 from quest_deploy.files import read_json, write_json
 from quest_deploy.model.components import parameters_frozen
 from quest_deploy.model.load import LoadedModel, load_directory
@@ -30,6 +30,7 @@ from quest_deploy.quantize.pack import pack_int4, unpack_int4
 SCHEMA_VERSION = 1
 SUMMARY = "quest.json"
 WEIGHTS = f"{DENOISER}/quest.safetensors"
+MALFORMED = (AttributeError, RuntimeError, TypeError, ValueError)
 CARRIED = ("README.md", "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE")
 
 
@@ -157,19 +158,20 @@ def load_checkpoint(path: str | Path) -> LoadedModel:
     """A checkpoint as a model whose denoiser has frozen quantized layers.
 
     Raises:
-        ArtifactError: the checkpoint is missing, corrupt, or was written by another version.
+        ArtifactError: the checkpoint is missing or corrupt.
+        StaleArtifactError: it was written by another version.
     """
     folder = Path(path)
     read_artifact(folder, stage="checkpoint")
     summary = read_json(folder / SUMMARY)
     if summary.get("schema_version") != SCHEMA_VERSION:
-        raise ArtifactError(
+        raise StaleArtifactError(
             f"{folder / SUMMARY}: got schema version {summary.get('schema_version')}, expected {SCHEMA_VERSION}; "
             "finetune the model again with this version of quest-deploy"
         )
     try:
         denoiser = _denoiser(folder, summary, load_file(folder / WEIGHTS))
-    except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+    except (OSError, SafetensorError, CalibrationError, KeyError, *MALFORMED) as error:
         raise ArtifactError(
             f"{folder}: is not a complete checkpoint ({type(error).__name__}: {error}); finetune the model again"
         ) from error
@@ -188,6 +190,8 @@ def _denoiser(folder: Path, summary: dict[str, Any], tensors: dict[str, Tensor])
         codes = tensors[f"{name}.codes"]
         if layer.weight_bits == 4:
             codes = unpack_int4(codes, entries[name]["shape"])
+        if codes.shape != layer.weight.shape:
+            raise ValueError(f"{name!r} has codes {list(codes.shape)}, expected {list(layer.weight.shape)}")
         layer.freeze(codes, tensors[f"{name}.weight_scale"], tensors.get(f"{name}.group_scale"))
         if layer.bias is not None:
             layer.bias.data = tensors[f"{name}.bias"]
@@ -209,5 +213,5 @@ def _qparams(entry: dict[str, Any], tensors: dict[str, Tensor], name: str) -> La
         group_scale=tensors[f"{name}.group_scale"] if quantized_input else None,
         qmin=entry["qmin"] if quantized_input else 0,
         qmax=entry["qmax"] if quantized_input else 0,
-        row=tensors.get(f"{name}.row"),
+        row=tensors[f"{name}.row"] if entry["channel_wise"] else None,
     )

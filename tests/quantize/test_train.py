@@ -1,0 +1,198 @@
+"""Finetuning: what learns, what stays, and that nothing ends worse than it began."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from quest_deploy.config import PhaseConfig
+from quest_deploy.model.load import LoadedModel
+from quest_deploy.quantize import train
+from quest_deploy.quantize.calibrate import CalibrationSet
+from quest_deploy.quantize.insert import quantized_layers, role_of
+from quest_deploy.quantize.layers import TimestepContext
+
+GUIDANCE = 3.0
+Make = Callable[[int, int], tuple[nn.Module, TimestepContext]]
+
+
+@pytest.fixture
+def task(float_model: LoadedModel, recorded: CalibrationSet, quantize_tiny: Make) -> train.Task:
+    """The tiny model at W4A4, two prompts to train on and two that judge."""
+    student, context = quantize_tiny(4, 4)
+    validation = torch.tensor([2, 3])
+    start = train.validation_errors(student, recorded, validation, GUIDANCE)
+    steps = train.sigma_steps(recorded.timesteps, float_model.scheduler.alphas_cumprod)
+    return train.Task(
+        student=student,
+        teacher=float_model.unet,
+        data=recorded,
+        training=torch.tensor([0, 1]),
+        validation=validation,
+        weights=train.loss_weights(start, steps, image_share=1.0, guidance_scale=GUIDANCE),
+        context=context,
+        seed=0,
+        num_train_timesteps=1000,
+    )
+
+
+def phase(**changes: Any) -> PhaseConfig:
+    base = {"layers": "all", "steps": 4, "batch_size": 2, "learning_rate_floats": 1e-4}
+    return PhaseConfig(**(base | changes))
+
+
+def run(
+    task: train.Task,
+    phase: PhaseConfig,
+    *,
+    temporal: bool = False,
+    after_step: Callable[[train.TrainState, torch.optim.Adam], None] = lambda state, optimizer: None,
+    resumed: tuple[dict[str, Tensor], dict[str, Any]] | None = None,
+) -> train.TrainState:
+    optimizer = torch.optim.Adam(train.trainable(task.student, phase, temporal=temporal), lr=1.0)
+    state = train.TrainState()
+    if resumed is not None:
+        train.restore(state, optimizer, *resumed)
+    train.run_phase(
+        task,
+        phase,
+        state,
+        optimizer,
+        temporal=temporal,
+        after_step=lambda state, loss: after_step(state, optimizer),
+    )
+    return state
+
+
+def parameters(task: train.Task) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in task.student.named_parameters()}
+
+
+def test_the_start_costs_one(task: train.Task) -> None:
+    assert task.validation_loss() == pytest.approx(1.0, rel=1e-4)
+
+
+@pytest.mark.parametrize("temporal", [True, False], ids=["temporal", "sensitive"])
+def test_an_absurd_learning_rate_never_ends_worse_than_the_start(task: train.Task, temporal: bool) -> None:
+    before, loss = parameters(task), task.validation_loss()
+    absurd = {"learning_rate_weights": 1e4, "learning_rate_scales": 50.0, "learning_rate_floats": 1e3}
+    state = run(task, phase(**absurd), temporal=temporal)
+    assert task.validation_loss() == loss
+    assert state.best_loss == loss
+    assert all(torch.equal(value, before[name]) for name, value in parameters(task).items())
+
+
+def test_finetuning_lowers_the_loss_on_prompts_it_was_not_trained_on(task: train.Task) -> None:
+    state = run(task, phase(steps=12, batch_size=3, learning_rate_scales=0.01))
+    assert task.validation_loss() == state.best_loss < 0.98
+
+
+def test_the_temporal_phase_lowers_the_error_of_the_temporal_layers(task: train.Task) -> None:
+    timestep = torch.linspace(0, 999, 50)
+
+    def local_loss() -> float:
+        with torch.no_grad():
+            return float(train.temporal_loss(task.student, task.teacher, timestep, task.context))
+
+    before = local_loss()
+    run(task, phase(layers="temporal", steps=10, learning_rate_scales=0.01, network_every=5), temporal=True)
+    assert local_loss() < before
+
+
+@pytest.mark.parametrize("temporal", [True, False], ids=["temporal", "sensitive"])
+def test_each_phase_learns_the_activation_scales_of_its_own_layers(task: train.Task, temporal: bool) -> None:
+    groups = train.trainable(task.student, phase(layers="none", learning_rate_floats=0.0), temporal=temporal)
+    expected = {
+        f"{name}.quantizer.log_scale"
+        for name in quantized_layers(task.student)
+        if (role_of(name) == "temporal") == temporal
+    }
+    assert set(train.learned(groups)) == expected
+
+
+def test_what_a_phase_does_not_name_keeps_its_bits(task: train.Task) -> None:
+    before = parameters(task)
+    run(task, phase(layers="paper-sd", learning_rate_floats=0.0))
+    changed = {name for name, value in parameters(task).items() if not torch.equal(value, before[name])}
+    assert changed
+    assert all(".ff.net." in name or name.endswith("quantizer.log_scale") for name in changed)
+
+
+def test_a_rate_of_zero_leaves_its_tensors_alone(task: train.Task) -> None:
+    still = phase(learning_rate_weights=0.0, learning_rate_scales=0.0)
+    names = train.learned(train.trainable(task.student, still, temporal=False))
+    assert names
+    assert all(name.endswith(("bias", "norm1.weight", "norm2.weight")) or "norm" in name for name in names)
+
+
+@pytest.mark.parametrize("temporal", [True, False], ids=["temporal", "sensitive"])
+@pytest.mark.parametrize("stop", [1, 3])
+def test_going_on_from_a_snapshot_ends_in_the_same_bits(task: train.Task, stop: int, temporal: bool) -> None:
+    start, taken = parameters(task), []
+
+    def take(state: train.TrainState, optimizer: torch.optim.Adam) -> None:
+        if state.step == stop:
+            tensors, facts = train.snapshot(state, optimizer)
+            copies = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+            taken.append((copies, json.loads(json.dumps(facts))))
+
+    whole = run(task, phase(), temporal=temporal, after_step=take)
+    expected = parameters(task)
+    with torch.no_grad():
+        for name, value in task.student.named_parameters():
+            value.copy_(start[name])
+    resumed = run(task, phase(), temporal=temporal, resumed=taken[0])
+    assert resumed.losses == whole.losses
+    assert all(torch.equal(value, expected[name]) for name, value in parameters(task).items())
+
+
+@torch.no_grad()
+def test_the_temporal_path_alone_gives_what_the_whole_network_computes(task: train.Task) -> None:
+    seen: list[Tensor] = []
+    hooks = [
+        module.register_forward_hook(lambda module, args, output: seen.append(output))
+        for name, module in task.student.named_modules()
+        if name == "time_embedding" or name.endswith("time_emb_proj")
+    ]
+    sample, timestep, text, _ = task.data.batch(torch.tensor([0, 1]), torch.tensor([0, 2]))
+    task.student(sample, timestep, text)
+    for hook in hooks:
+        hook.remove()
+    alone = train.temporal_outputs(task.student, timestep, task.context)
+    # The network computes them in the order in which it runs, not in that of its modules.
+    assert len(alone) == len(seen) > 1
+    for output in alone:
+        assert any(output.shape == other.shape and torch.equal(output, other) for other in seen)
+
+
+def test_a_denoiser_has_no_temporal_error_against_itself(task: train.Task) -> None:
+    loss = train.temporal_loss(task.teacher, task.teacher, torch.linspace(0, 999, 20), task.context)
+    assert float(loss) == 0.0
+
+
+def test_steps_in_sigma_add_up_to_the_noise_at_the_first_timestep() -> None:
+    alphas = torch.linspace(0.999, 0.01, 1000)
+    steps = train.sigma_steps(torch.tensor([980.0, 500.0, 20.0]), alphas)
+    assert (steps > 0).all()
+    torch.testing.assert_close(steps.sum(), ((1 - alphas[980]) / alphas[980]).sqrt())
+
+
+def test_errors_that_cancel_over_the_steps_cost_nothing() -> None:
+    error = torch.randn(1, 4, 8, 8)
+    weight = torch.tensor([1.0, 0.5])
+    assert train.final_error(torch.cat([error, -2 * error]), weight, 2) == 0
+    agreeing = train.final_error(torch.cat([error, 2 * error]), weight, 2)
+    torch.testing.assert_close(agreeing, 4 * error.square().mean())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_broken_scale_is_found(task: train.Task, value: float) -> None:
+    assert train.quantizers_are_finite(task.student)
+    with torch.no_grad():
+        quantized_layers(task.student)["conv_out"].quantizer.log_scale[1] = value
+    assert not train.quantizers_are_finite(task.student)
