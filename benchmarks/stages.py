@@ -126,9 +126,9 @@ def finetune(settings: Settings, recipe: Recipe, output: Path) -> dict[str, Any]
 def finetuned(settings: Settings, name: str) -> tuple[Path, dict[str, Any]]:
     """The checkpoint of a packaged recipe, whichever session made it, and what making it took.
 
-    A checkpoint that is there is used as it is: it took long to make (a quick run's is made anew when the code
-    changes). Seconds and memory are None where it was made otherwise than by a benchmark here. `made_by` in the outcome says
-    whether that was this code.
+    A checkpoint that is there is used as it is, since it took long to make (a quick run's is made anew when the code
+    changes). Seconds and memory are None where it was made otherwise than by a benchmark here. `made_by` in the outcome
+    says whether that was this code.
 
     Raises:
         SystemExit: it was made with other settings than the recipe has now.
