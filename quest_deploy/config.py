@@ -205,7 +205,7 @@ class Recipe:
         guidance_scale: Of the recorded trajectories.
         initializer: How weights are rounded at first.
         time_aware: Whether every timestep group has an activation scale of its own.
-        channel_wise: Whether activations below 8 bits may have a channel row folded into the weights.
+        channel_wise: Whether activations may have a channel row folded into the weights.
         image_share: Weight of errors by what they do to the final image, beside the network output's own.
         temporal: Phase 1.
         sensitive: Phase 2.

@@ -109,6 +109,21 @@ def search_group_scale(
     return best.clamp_min(MIN_SCALE)
 
 
+def minmax_group_scale(x: Tensor, grid: Grid) -> Tensor:
+    """float32 [G]: for each timestep group the least scale whose clip bounds hold every value.
+
+    Args:
+        x: float32 [G, ...].
+        grid: The common grid, whose clip bounds are kept.
+    """
+    flat = x.flatten(1)
+    scale = flat.amax(dim=1) / grid.qmax if grid.qmax else torch.zeros(flat.shape[0])
+    if grid.qmin:
+        scale = torch.maximum(scale, flat.amin(dim=1) / grid.qmin)
+    # A group in which nothing happens must not have a scale that makes the others' multiplier vanish.
+    return torch.maximum(scale, scale.max() * 1e-3).clamp_min(MIN_SCALE)
+
+
 def migration_row(x: Tensor, weight: Tensor, exponent: float) -> Tensor:
     """float32 [c_in]: b_c = max|x_c|^a / max|W_c|^(1-a), geometric mean 1 (SmoothQuant, arXiv 2211.10438, equation 4).
 

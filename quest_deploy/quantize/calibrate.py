@@ -18,6 +18,7 @@ from quest_deploy.model.components import Denoiser, TextEncoder
 from quest_deploy.model.load import LoadedModel
 from quest_deploy.quantize.insert import channel_axis, quantizable_layers
 
+EXTREME_ROWS = 2
 Report = Callable[[int, int], None]
 """(completed, total) of the running stage."""
 
@@ -201,7 +202,8 @@ def collect_inputs(
         report: Called after each timestep.
 
     Returns:
-        By layer name, float32 [G, positions, c_in]; groups ascend with the timestep, unlike the steps of `data`.
+        By layer name, float32 [G, positions + 2, c_in]; the last two hold each channel's least and largest value
+        over all positions. Groups ascend with the timestep, unlike the steps of `data`.
 
     Raises:
         CalibrationError: a layer was not run exactly once in each call of the denoiser.
@@ -212,7 +214,8 @@ def collect_inputs(
     def keep(name: str, axis: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             rows = args[0].movedim(axis, -1).flatten(0, -2)
-            kept[name].append(rows[torch.randint(rows.shape[0], (positions,), generator=generator)])
+            chosen = torch.randint(rows.shape[0], (positions,), generator=generator)
+            kept[name].append(torch.cat([rows[chosen], rows.amin(dim=0)[None], rows.amax(dim=0)[None]]))
 
         return hook
 
