@@ -5,12 +5,14 @@ import json
 import struct
 from pathlib import Path
 
+import click
 import pytest
 
 from benchmarks import cost, environment, stages
 from benchmarks.__main__ import parse
 from benchmarks.settings import RESULTS, Settings, write_recipe
 from quest_deploy.artifacts import write_artifact
+from quest_deploy.commands import main
 from quest_deploy.config import FinetuneConfig, to_dict
 from quest_deploy.prompts import load_prompts
 from quest_deploy.quantize.recipe import load_recipe
@@ -77,6 +79,28 @@ def test_a_required_stage_that_failed_ends_the_benchmark(calls: list[str]) -> No
 def test_a_finished_interrupted_run_says_so(calls: list[str]) -> None:
     Path(".out.finetune").mkdir()
     assert make("verb")["resumed"] is True
+
+
+def test_every_stage_is_a_valid_call_of_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[tuple[str, ...]] = []
+
+    def note(settings: Settings, name: str, arguments: tuple[str, ...], output: Path, **_: object) -> dict:
+        given.append((*arguments, "-o", str(output)))
+        return {"exit_code": 0}
+
+    monkeypatch.setattr(stages, "make", note)
+    settings, path = Settings(), Path("x")
+    stages.finetune(settings, settings.recipe("w4a8"), path)
+    for stage in (stages.build, stages.generate):
+        stage(settings, "w4a8", path)
+    for target in cost.TARGETS:
+        stages.export(settings, "w4a8", path, target)
+    stages.parity(settings, "w4a8", path, path)
+    for verb, *arguments in given:
+        command = main.get_command(click.Context(main), verb)
+        assert command is not None
+        command.make_context(verb, arguments)  # raises click.UsageError for an option that does not exist
+    assert len(given) == 6
 
 
 def test_a_checkpoint_of_other_settings_is_not_taken_for_the_recipes(
