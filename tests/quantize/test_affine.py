@@ -120,6 +120,29 @@ def test_group_scales_follow_the_spread_of_their_group() -> None:
     torch.testing.assert_close(scale / scale[1], torch.tensor([0.5, 1.0, 1.6]), rtol=0.15, atol=0)
 
 
+@QUICK
+@given(seed=SEEDS, bounds=st.sampled_from([(-128, 127), (0, 15), (-15, 0), (-3, 12)]))
+def test_a_minmax_scale_for_each_group_is_the_least_that_clips_nothing(
+    seed: int, bounds: tuple[int, int]
+) -> None:
+    qmin, qmax = bounds
+    x = heavy_tailed(seed, 3, 50).clamp(-1e3 if qmin else 0, 1e3 if qmax else 0)
+    scale = affine.minmax_group_scale(x, affine.Grid(1.0, qmin, qmax))
+    ratio = x / scale[:, None]
+    assert (ratio >= qmin * (1 + 1e-5)).all() and (ratio <= qmax * (1 + 1e-5)).all()
+    used = torch.maximum(
+        ratio.amax(dim=1) / qmax if qmax else torch.zeros(3),
+        ratio.amin(dim=1) / qmin if qmin else torch.zeros(3),
+    )
+    torch.testing.assert_close(used, torch.ones(3), rtol=1e-5, atol=0)
+
+
+def test_a_silent_group_does_not_make_the_others_multipliers_vanish() -> None:
+    x = torch.stack([torch.zeros(50), torch.linspace(-1, 1, 50)])
+    scale = affine.minmax_group_scale(x, affine.Grid(1.0, -128, 127))
+    assert scale.max() / scale.min() <= 1001
+
+
 @pytest.mark.parametrize("exponent", [0.25, 0.5, 1.0])
 def test_a_migration_row_is_that_of_smoothquant_with_mean_one(exponent: float) -> None:
     x = torch.randn(2, 40, 5) * torch.tensor([1.0, 10.0, 0.1, 3.0, 1.0])

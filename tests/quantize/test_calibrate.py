@@ -15,6 +15,7 @@ from quest_deploy.errors import CalibrationError
 from quest_deploy.model.components import Denoiser, TextEncoder
 from quest_deploy.model.load import LoadedModel
 from quest_deploy.quantize.calibrate import (
+    EXTREME_ROWS,
     CalibrationSet,
     collect_inputs,
     join,
@@ -119,7 +120,13 @@ def test_every_layer_is_sampled_at_every_timestep(float_model: LoadedModel, inpu
     layers = quantizable_layers(float_model.unet)
     assert inputs.keys() == layers.keys()
     for name, layer in layers.items():
-        assert inputs[name].shape == (3, 8, layer.weight.shape[1])
+        assert inputs[name].shape == (3, 8 + EXTREME_ROWS, layer.weight.shape[1])
+
+
+def test_the_last_rows_bound_the_others(inputs: dict) -> None:
+    for name, rows in inputs.items():
+        low, high = rows[:, -2:-1], rows[:, -1:]
+        assert ((rows >= low) & (rows <= high)).all(), name
 
 
 def test_groups_ascend_with_the_timestep(
@@ -127,7 +134,9 @@ def test_groups_ascend_with_the_timestep(
 ) -> None:
     embedding = float_model.unet.time_proj(recorded.timesteps.flip(0))
     for group in range(3):
-        assert torch.equal(inputs["time_embedding.linear_1"][group], embedding[group].expand(8, -1))
+        assert torch.equal(
+            inputs["time_embedding.linear_1"][group], embedding[group].expand(8 + EXTREME_ROWS, -1)
+        )
 
 
 def test_collecting_leaves_no_hook_behind(float_model: LoadedModel, inputs: dict) -> None:

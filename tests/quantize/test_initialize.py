@@ -8,6 +8,7 @@ from torch import nn
 
 from quest_deploy.errors import CalibrationError
 from quest_deploy.model.load import LoadedModel
+from quest_deploy.quantize.calibrate import EXTREME_ROWS
 from quest_deploy.quantize.initialize import bits_of, choose_row, initialize, initialize_layer
 
 GROUPS = torch.tensor([0.3, 1.0, 2.0])[:, None, None]
@@ -41,21 +42,32 @@ def outlier_channel() -> torch.Tensor:
     return torch.randn(3, 200, 6) * torch.tensor([1.0, 1.0, 50.0, 1.0, 1.0, 1.0])
 
 
-def test_a_channel_of_outliers_gets_a_row_at_four_bits() -> None:
-    assert initialize_layer(nn.Linear(6, 5), outlier_channel(), 8, 4, **PLAIN).row is not None
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_channel_of_outliers_gets_a_row(bits: int) -> None:
+    assert initialize_layer(nn.Linear(6, 5), outlier_channel(), 8, bits, **PLAIN).row is not None
 
 
 @pytest.mark.parametrize(
-    ("bits", "changes", "layer"),
-    [
-        (8, {}, nn.Linear(6, 5)),
-        (4, {"channel_wise": False}, nn.Linear(6, 5)),
-        (4, {}, nn.Conv2d(6, 6, 3, groups=2)),
-    ],
-    ids=["eight bits", "switched off", "grouped"],
+    ("changes", "layer"),
+    [({"channel_wise": False}, nn.Linear(6, 5)), ({}, nn.Conv2d(6, 6, 3, groups=2))],
+    ids=["switched off", "grouped"],
 )
-def test_no_row_is_made_where_none_belongs(bits: int, changes: dict, layer: nn.Module) -> None:
-    assert initialize_layer(layer, outlier_channel(), 8, bits, **(PLAIN | changes)).row is None
+def test_no_row_is_made_where_none_belongs(changes: dict, layer: nn.Module) -> None:
+    assert initialize_layer(layer, outlier_channel(), 8, 4, **(PLAIN | changes)).row is None
+
+
+def test_eight_bits_cover_every_value_of_every_group() -> None:
+    x = torch.randn(3, 200, 6) * GROUPS
+    x[1, 7, 2] = 90.0
+    found = initialize_layer(nn.Linear(6, 5), x, 8, 8, **(PLAIN | {"channel_wise": False}))
+    torch.testing.assert_close(found.group_scale, x.flatten(1).abs().amax(dim=1) / 127, rtol=0.01, atol=0)
+
+
+def test_four_bits_are_not_spent_on_the_extremes() -> None:
+    x = torch.randn(3, 200, 6)
+    with_extremes = torch.cat([x, torch.full((3, EXTREME_ROWS, 6), 1e3)], dim=1)
+    found = initialize_layer(nn.Linear(6, 5), with_extremes, 8, 4, **(PLAIN | {"channel_wise": False}))
+    assert (found.group_scale * 15 < 10).all()
 
 
 def test_channels_that_are_alike_need_no_row() -> None:

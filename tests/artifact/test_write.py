@@ -1,0 +1,151 @@
+"""What a writer is promised: all or nothing, and nothing of the user's is ever deleted."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from quest_deploy.artifacts import check_output, read_artifact, write_artifact
+from quest_deploy.errors import ArtifactError
+from tests.artifact.conftest import CONFIG, fail_inside, make, names
+
+# Output that must not be replaced
+
+
+def test_existing_artifact_needs_overwrite(tmp_path: Path) -> None:
+    path = make(tmp_path / "a")
+    with pytest.raises(ArtifactError, match="add --overwrite"):
+        make(path, text="new")
+    make(path, text="new", overwrite=True)
+    assert (read_artifact(path).path / "unet" / "model.onnx").read_text() == "new"
+    assert names(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True], ids=["new", "overwrite"])
+def test_output_appears_by_renaming(tmp_path: Path, overwrite: bool) -> None:
+    """A copy would be half there for a while, and would keep files of the older artifact."""
+    if overwrite:
+        make(tmp_path / "a")
+    with write_artifact(tmp_path / "a", stage="onnx", config=CONFIG, overwrite=overwrite) as writer:
+        (writer.path / "x").write_text("x")
+        inode = writer.path.stat().st_ino
+    assert (tmp_path / "a").stat().st_ino == inode
+    assert names(tmp_path / "a") == ["manifest.json", "x"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_user_files_are_never_deleted(tmp_path: Path, overwrite: bool) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "thesis.tex").write_text("x")
+    with pytest.raises(ArtifactError, match="is not empty and holds no artifact"):
+        make(tmp_path / "a", overwrite=overwrite)
+    assert names(tmp_path / "a") == ["thesis.tex"]
+
+
+def test_overwrite_spares_a_file_that_the_user_added(tmp_path: Path) -> None:
+    path = make(tmp_path / "a")
+    (path / ".notes").write_text("mine")
+    with pytest.raises(ArtifactError, match=r"also holds '.notes'"):
+        make(path, overwrite=True)
+    assert (path / ".notes").exists()
+
+
+def test_artifact_of_another_stage_is_not_overwritten(tmp_path: Path) -> None:
+    path = make(tmp_path / "a", stage="images")
+    with pytest.raises(ArtifactError, match="stage 'images', this would be 'onnx'"):
+        make(path, overwrite=True)
+
+
+def test_output_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("x")
+    with pytest.raises(ArtifactError, match="is a file"):
+        make(tmp_path / "a", overwrite=True)
+
+
+@pytest.mark.parametrize("output", ["file/a", "file/x/a"])
+def test_output_below_a_file_is_refused_before_the_body_runs(tmp_path: Path, output: str) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ArtifactError, match=r"file': a part of the path is a file, expected a directory"):
+        check_output(tmp_path / output, stage="onnx")
+
+
+def test_output_is_checked_before_the_body_runs(tmp_path: Path) -> None:
+    make(tmp_path / "a")
+    with pytest.raises(ArtifactError), write_artifact(tmp_path / "a", stage="onnx", config=CONFIG):
+        pytest.fail("the body ran")
+
+
+# Interrupted and failing writes
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit, ArtifactError])
+def test_whatever_ends_the_body_leaves_the_old_artifact_alone(
+    tmp_path: Path, error: type[BaseException]
+) -> None:
+    path = make(tmp_path / "a", text="old")
+    with pytest.raises(error):
+        fail_inside(path, error())
+    assert names(tmp_path) == ["a"]
+    assert (read_artifact(path).path / "unet" / "model.onnx").read_text() == "old"
+
+
+def test_failure_removes_the_parents_it_made(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError):
+        fail_inside(tmp_path / "x" / "y" / "a", RuntimeError())
+    assert names(tmp_path) == []
+
+
+def start_writer(output: Path) -> subprocess.Popen[str]:
+    """A process inside the body of write_artifact that waits there."""
+    code = (
+        "import sys, time\nfrom pathlib import Path\nfrom quest_deploy.artifacts import write_artifact\n"
+        "with write_artifact(Path(sys.argv[1]), stage='onnx', config={}) as writer:\n"
+        "    (writer.path / 'half').write_text('x')\n    print('inside', flush=True)\n    time.sleep(60)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(output)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "inside\n"
+    return process
+
+
+def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
+    process = start_writer(tmp_path / "a")
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=30)
+    assert names(tmp_path) == []
+
+
+def test_kill_leaves_a_sibling_that_the_next_write_removes(tmp_path: Path) -> None:
+    process = start_writer(tmp_path / "a")
+    process.kill()
+    process.communicate(timeout=30)
+    assert [name.startswith(".a.partial-") for name in names(tmp_path)] == [True]
+    make(tmp_path / "a")
+    assert names(tmp_path) == ["a"]
+
+
+def test_the_sibling_of_a_living_process_is_kept(tmp_path: Path) -> None:
+    process = start_writer(tmp_path / "a")
+    try:
+        make(tmp_path / "a")
+        assert len(names(tmp_path)) == 2
+    finally:
+        process.kill()
+        process.communicate(timeout=30)
+
+
+def test_killed_between_the_two_renames_gets_the_old_artifact_back(tmp_path: Path) -> None:
+    make(tmp_path / "a", text="old")
+    (tmp_path / "a").rename(tmp_path / ".a.replaced-0")
+    with pytest.raises(RuntimeError):
+        fail_inside(tmp_path / "a", RuntimeError())
+    assert (read_artifact(tmp_path / "a").path / "unet" / "model.onnx").read_text() == "old"
