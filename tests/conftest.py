@@ -83,6 +83,32 @@ def tiny_onnx(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Pat
     return path
 
 
+@pytest.fixture(scope="session")
+def tiny_recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A W4A8 recipe that takes seconds: it has to make a checkpoint, not a good one."""
+    path = tmp_path_factory.mktemp("tiny") / "tiny.yaml"
+    phase = "{layers: all, steps: 2, batch_size: 1}"
+    path.write_text(
+        "weight_bits: 4\nactivation_bits: 8\ncalibration_prompts: 2\nvalidation_prompts: 1\n"
+        f"calibration_steps: 2\ntemporal: {phase}\nsensitive: {phase}\n"
+    )
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_recipe: Path) -> Path:
+    """The tiny model, quantized."""
+    from quest_deploy.config import FinetuneConfig
+    from quest_deploy.quantize.finetune import finetune
+    from quest_deploy.quantize.recipe import load_recipe
+
+    path = tmp_path_factory.mktemp("tiny") / "checkpoint"
+    finetune(
+        tiny_model, path, FinetuneConfig(recipe=load_recipe(str(tiny_recipe)), prompts=("rocket", "pizza"))
+    )
+    return path
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     """Start every test from the same random state, whichever tests ran before it."""

@@ -32,7 +32,7 @@ from quest_deploy.quantize.calibrate import CalibrationSet
 from quest_deploy.quantize.checkpoint import freeze, save_checkpoint
 from quest_deploy.quantize.initialize import bits_of, initialize_layer
 from quest_deploy.quantize.insert import LayerQParams, insert, quantizable_layers
-from quest_deploy.quantize.layers import TimestepContext
+from quest_deploy.quantize.layers import Quantizable, TimestepContext
 from quest_deploy.quantize.resume import WorkDirectory, flatten_qparams, machine, unflatten_qparams
 
 logger = logging.getLogger(__name__)
@@ -118,9 +118,10 @@ def _quantize(
     qparams = _scales(model, data, config, work, progress)
     rounded = _round(model, data, qparams, config, work, progress) if recipe.initializer == "gptq" else {}
     student = copy.deepcopy(model.unet)
+    layers = quantizable_layers(student)
     with torch.no_grad():
         for name, weight in rounded.items():
-            student.get_submodule(name).weight.copy_(weight)
+            layers[name].weight.copy_(weight)
     context = TimestepContext(data.boundaries())
     insert(student, qparams, context)
     history = _train(model, student, data, context, config, work, progress)
@@ -178,9 +179,10 @@ def _scales(
     saved = work.load("scales")
     qparams = {} if saved is None else unflatten_qparams(*saved)
     throttle = Throttle()
+    layers = quantizable_layers(model.unet)
     for done, name in enumerate(inputs, start=1):
         if name not in qparams:
-            qparams[name] = initialize_one(model.unet, name, inputs[name], recipe)
+            qparams[name] = initialize_one(layers[name], name, inputs[name], recipe)
             if throttle.due() or done == len(inputs):
                 tensors, facts = flatten_qparams(qparams)
                 work.save("scales", tensors, **facts)
@@ -188,10 +190,10 @@ def _scales(
     return qparams
 
 
-def initialize_one(denoiser: nn.Module, name: str, inputs: Tensor, recipe: Recipe) -> LayerQParams:
-    """Starting scales of the layer `name` as the recipe wants them; `inputs` is float32 [G, s, c_in]."""
+def initialize_one(layer: Quantizable, name: str, inputs: Tensor, recipe: Recipe) -> LayerQParams:
+    """Starting scales of one layer as the recipe wants them; `inputs` as `collect_inputs` gives them."""
     return initialize_layer(
-        denoiser.get_submodule(name),
+        layer,
         inputs,
         *bits_of(name, recipe.weight_bits, recipe.activation_bits),
         method="search",

@@ -194,7 +194,7 @@ def temporal_outputs(denoiser: nn.Module, timestep: Tensor, context: TimestepCon
     """Outputs of every layer that carries time, for float32 timesteps [n], without running the U-Net."""
     if context is not None:
         context.set_timestep(timestep)
-    embedding = denoiser.time_embedding(denoiser.time_proj(timestep))
+    embedding = denoiser.get_submodule("time_embedding")(denoiser.get_submodule("time_proj")(timestep))
     outputs = [embedding]
     activated = nn.functional.silu(embedding)
     for name, module in denoiser.named_modules():
