@@ -8,6 +8,7 @@ Writes one JSON object to standard output.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -20,6 +21,7 @@ import torch
 
 from quest_deploy.config import FinetuneConfig, PhaseConfig, Recipe
 from quest_deploy.files import hash_file
+from quest_deploy.model.load import load_model
 from quest_deploy.quantize import finetune, resume
 
 RECIPE = Recipe(
@@ -87,6 +89,9 @@ def run(model: Path, output: Path, *, go_on: bool, prepare: Callable[[], None]) 
 def main(model: Path, folder: Path, moments: list[str]) -> None:
     torch.set_num_threads(1)
     finetune.SAVE_EVERY_SECONDS, finetune.BATCH_PROMPTS = 0.0, 1
+    # Whatever is imported only now (torch._dynamo by optimizers) would be imported by every child.
+    load_model(model)
+    importlib.import_module("torch._dynamo")
     whole, interrupted = folder / "whole", folder / "interrupted"
     statuses = [run(model, whole, go_on=False, prepare=lambda: None)]
     for index, moment in enumerate(moments):

@@ -36,10 +36,8 @@ MOMENTS = (
     "rounded-:1:after",
     "phase-temporal:1:after",
     "phase-temporal:2:during",
-    "phase-temporal:2:after",
     "phase-sensitive:1:after",
-    "phase-sensitive:1:during",
-    "phase-sensitive:2:after",
+    "phase-sensitive:2:during",
     "output:1:during",
 )
 
