@@ -45,7 +45,7 @@ def finetune(
     from quest_deploy.quantize.recipe import load_recipe
 
     # Before torch is imported and anything is loaded: a mistyped path or recipe is answered at once.
-    check_output(output, stage="checkpoint", overwrite=overwrite)
+    check_output(output, stage="checkpoint", overwrite=overwrite or resume)
     texts = load_prompts(prompts, default="calibration")
     config = FinetuneConfig(recipe=load_recipe(recipe), prompts=texts, seed=seed)
 

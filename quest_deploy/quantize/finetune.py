@@ -6,6 +6,7 @@ Four parts, each resumable: record trajectories, find scales, round the weights,
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -17,15 +18,17 @@ import torch
 from torch import Tensor, nn
 
 from quest_deploy.artifacts import (
+    MANIFEST_NAME,
     Artifact,
     check_output,
     hash_directory,
     hash_file,
     read_artifact,
+    stage_of,
     write_artifact,
 )
 from quest_deploy.config import FinetuneConfig, PhaseConfig, ProgressEvent, Recipe, to_dict
-from quest_deploy.errors import CalibrationError
+from quest_deploy.errors import CalibrationError, ConfigError
 from quest_deploy.model.load import LoadedModel, load_model
 from quest_deploy.quantize import calibrate, gptq, train
 from quest_deploy.quantize.calibrate import CalibrationSet
@@ -34,6 +37,7 @@ from quest_deploy.quantize.initialize import bits_of, initialize_layer
 from quest_deploy.quantize.insert import LayerQParams, insert, quantizable_layers
 from quest_deploy.quantize.layers import Quantizable, TimestepContext
 from quest_deploy.quantize.resume import WorkDirectory, flatten_qparams, machine, unflatten_qparams
+from quest_deploy.quantize.select import select
 
 logger = logging.getLogger(__name__)
 
@@ -67,10 +71,16 @@ def finetune(
     Raises:
         QuestDeployError: with what to do next. A run that was interrupted goes on with `resume`.
     """
+    work = WorkDirectory(Path(output))
+    if resume and not overwrite and (finished := _finished(Path(model), Path(output), config)) is not None:
+        work.remove()
+        return finished
     check_output(output, stage="checkpoint", overwrite=overwrite)
     loaded = load_model(model)
     source = hash_directory(loaded.path) if loaded.path.is_dir() else hash_file(loaded.path)
-    work = WorkDirectory(Path(output))
+    # Before the minutes that come first: a preset that stands for nothing is an error in the recipe.
+    for phase in (config.recipe.temporal, config.recipe.sensitive):
+        select(quantizable_layers(loaded.unet), phase.layers)
     run = {"config": to_dict(config), "source": source, "machine": machine()}
     work.open(run, resume=resume, overwrite=overwrite)
     with deterministic(config.seed):
@@ -95,6 +105,15 @@ def finetune(
         writer.details.update(history)
     work.remove()
     return read_artifact(output, stage="checkpoint")
+
+
+def _finished(model: Path, output: Path, config: FinetuneConfig) -> Artifact | None:
+    """The checkpoint at `output`, if this very run was killed after its last write."""
+    if not (output / MANIFEST_NAME).is_file() or not model.is_dir() or stage_of(output) != "checkpoint":
+        return None
+    artifact = read_artifact(output, stage="checkpoint")
+    same_config = artifact.manifest.config == json.loads(json.dumps(to_dict(config)))
+    return artifact if same_config and artifact.manifest.inputs["source"] == hash_directory(model) else None
 
 
 @contextmanager
@@ -286,6 +305,10 @@ def _train_phase(
 ) -> train.TrainState:
     temporal = name == "temporal"
     groups = train.trainable(task.student, phase, temporal=temporal)
+    if not groups:
+        raise ConfigError(
+            f"the {name} phase has steps but nothing to train; raise a learning rate, or set steps to 0"
+        )
     optimizer = torch.optim.Adam(groups, lr=1.0)
     state = train.TrainState()
     saved = work.load(f"phase-{name}")

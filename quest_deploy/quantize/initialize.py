@@ -45,22 +45,21 @@ def initialize_layer(
         weight_bits: 4 or 8.
         activation_bits: 4 or 8.
         method: "minmax" covers every value; "search" takes the ranges of least error.
-        time_aware: Whether each group gets a scale of its own (otherwise all start equal).
+        time_aware: Whether each group gets a scale of its own (otherwise there is one, G = 1).
         channel_wise: Whether a migration row is tried.
     """
     weight = layer.weight.detach()
-    groups = inputs.shape[0]
     if method == "minmax":
         grid = affine.minmax_grid(inputs, activation_bits)
         scale = affine.minmax_weight_scale(weight, weight_bits)
-        return _qparams(scale, weight_bits, activation_bits, grid, torch.full((groups,), grid.scale), None)
+        return _qparams(scale, weight_bits, activation_bits, grid, torch.tensor([grid.scale]), None)
     row = None
     if channel_wise and getattr(layer, "groups", 1) == 1:
         row = choose_row(weight, inputs, weight_bits, activation_bits)
     scaled_inputs = inputs if row is None else inputs / row
     scaled_weight = weight if row is None else weight * channel_shape(row, weight.ndim, 1)
     grid = activation_grid(scaled_inputs, activation_bits)
-    group_scale = torch.full((groups,), grid.scale)
+    group_scale = torch.tensor([grid.scale])
     if time_aware and activation_bits == 8:
         group_scale = affine.minmax_group_scale(scaled_inputs, grid)
     elif time_aware:
@@ -108,7 +107,7 @@ def choose_row(weight: Tensor, inputs: Tensor, weight_bits: int, activation_bits
         weight: [c_out, c_in, ...].
         inputs: [G, s + 2, c_in].
         weight_bits: 4 or 8.
-        activation_bits: Fewer than 8.
+        activation_bits: 4 or 8.
     """
     rows = inputs[:, :-EXTREME_ROWS].flatten(0, 1)
     rows = rows[:: max(1, rows.shape[0] // MAX_ERROR_ROWS)]

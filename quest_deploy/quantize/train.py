@@ -24,6 +24,7 @@ from quest_deploy.sampling import guide
 
 VALIDATIONS_PER_PHASE = 8
 TIMESTEPS_PER_LOCAL_BATCH = 256
+SEEDS = 1 << 63
 NORMS = (nn.GroupNorm, nn.LayerNorm)
 
 
@@ -324,14 +325,14 @@ def run_phase(
 def _validate(task: Task, parameters: dict[str, Tensor], state: TrainState) -> None:
     loss = task.validation_loss()
     state.losses.append((state.step, loss))
-    if loss < state.best_loss:
+    if not state.best or loss < state.best_loss:
         state.best_loss = loss
         state.best = {name: tensor.detach().clone() for name, tensor in parameters.items()}
 
 
 def _loss(task: Task, phase: PhaseConfig, step: int, *, temporal: bool) -> Tensor:
     # A generator of each step's own makes the order of samples independent of where a run was interrupted.
-    generator = torch.Generator().manual_seed((task.seed << 24) + (int(temporal) << 23) + step)
+    generator = torch.Generator().manual_seed(((task.seed << 24) + (int(temporal) << 23) + step) % SEEDS)
     losses = []
     if temporal:
         timestep = torch.rand(TIMESTEPS_PER_LOCAL_BATCH, generator=generator) * (task.num_train_timesteps - 1)

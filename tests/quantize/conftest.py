@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -45,9 +46,11 @@ def qparams(
 
     def make(weight_bits: int, activation_bits: int) -> dict[str, LayerQParams]:
         scales = initialize(float_model.unet, inputs, weight_bits, activation_bits, method="minmax")
-        for layer in scales.values():
-            layer.group_scale.mul_(torch.tensor([0.9, 1.0, 1.2]))
-        return scales
+        apart = torch.tensor([0.9, 1.0, 1.2])
+        return {
+            name: dataclasses.replace(layer, group_scale=layer.group_scale * apart)
+            for name, layer in scales.items()
+        }
 
     return make
 

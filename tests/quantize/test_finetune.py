@@ -232,6 +232,42 @@ def test_an_existing_checkpoint_is_refused_before_any_work(checkpoint: Path) -> 
         finetune(Path("no model here"), checkpoint, config())
 
 
+def test_resuming_a_finished_run_gives_its_checkpoint_and_clears_its_state(
+    checkpoint: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    output = shutil.copytree(checkpoint, tmp_path / "out")
+    state = tmp_path / ".out.finetune"
+    state.mkdir()
+    (state / "run.json").write_text("{}")
+    assert finetune(tiny_model, output, config(initializer="gptq"), resume=True).path == output
+    assert not state.exists()
+
+
+def test_resuming_into_the_checkpoint_of_another_model_is_refused(
+    checkpoint: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    other = shutil.copytree(tiny_model, tmp_path / "model")
+    (other / "README.md").write_text("another")
+    output = shutil.copytree(checkpoint, tmp_path / "out")
+    with pytest.raises(ArtifactError, match="exists already; add --overwrite"):
+        finetune(other, output, config(initializer="gptq"), resume=True)
+
+
+def test_a_preset_of_no_layers_is_refused_before_any_work(tiny_model: Path, tmp_path: Path) -> None:
+    wrong = config()
+    recipe = dataclasses.replace(wrong.recipe, sensitive=PhaseConfig(layers="paper-uncond", steps=1))
+    with pytest.raises(ConfigError, match="'paper-uncond' stands for no layer of this model"):
+        finetune(tiny_model, tmp_path / "out", dataclasses.replace(wrong, recipe=recipe))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_phase_with_nothing_to_train_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    still = PhaseConfig(layers="none", steps=1, learning_rate_scales=0.0)
+    recipe = dataclasses.replace(config().recipe, sensitive=still)
+    with pytest.raises(ConfigError, match="sensitive phase has steps but nothing to train"):
+        finetune(tiny_model, tmp_path / "out", dataclasses.replace(config(), recipe=recipe))
+
+
 def test_finetuning_leaves_torchs_settings_and_generator_alone(tiny_model: Path, tmp_path: Path) -> None:
     before = torch.get_rng_state()
     finetune(tiny_model, tmp_path / "out", config())

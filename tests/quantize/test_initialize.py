@@ -28,13 +28,13 @@ def test_time_aware_scales_differ_by_group_and_others_do_not() -> None:
     aware = initialize_layer(layer, x, 4, 4, **PLAIN).group_scale
     common = initialize_layer(layer, x, 4, 4, **(PLAIN | {"time_aware": False})).group_scale
     assert aware[0] < aware[1] < aware[2]
-    assert common.unique().numel() == 1
+    assert common.numel() == 1
 
 
 def test_minmax_gives_one_plain_scale() -> None:
     layer, x = nn.Linear(6, 5), torch.randn(3, 200, 6) * GROUPS
     found = initialize_layer(layer, x, 8, 8, **(PLAIN | {"method": "minmax"}))
-    torch.testing.assert_close(found.group_scale, (x.abs().max() / 127).expand(3))
+    torch.testing.assert_close(found.group_scale, (x.abs().max() / 127).reshape(1))
     assert found.row is None
 
 
