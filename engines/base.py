@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -35,6 +35,28 @@ class Engine(Protocol):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None: ...
+
+
+Closable = TypeVar("Closable", bound="Closing")
+
+
+class Closing:
+    """`with` for whatever holds something until `close`."""
+
+    def close(self) -> None:
+        """Free everything; calling it again does nothing."""
+        raise TypeError(f"{type(self).__name__} does not define how it is closed")
+
+    def __enter__(self: Closable) -> Closable:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
 
 
 def check_inputs(spec: ComponentSpec, inputs: Mapping[str, Tensor], limits: Limits | None = None) -> None:

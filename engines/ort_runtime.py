@@ -5,14 +5,13 @@ from __future__ import annotations
 import logging
 import re
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from quest_deploy.artifacts import read_artifact
-from quest_deploy.engines.base import Engine, check_inputs
+from quest_deploy.engines.base import Closing, Engine, check_inputs
 from quest_deploy.engines.libraries import gpus
 from quest_deploy.errors import ArtifactError, EngineInputError, MissingDependencyError, StaleArtifactError
 from quest_deploy.model.spec import ComponentSpec, component_specs
@@ -24,7 +23,7 @@ _ERRORS_ONLY = 3
 _CODE = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ")
 
 
-class OrtEngine:
+class OrtEngine(Closing):
     """One component in one ONNX Runtime session."""
 
     def __init__(self, spec: ComponentSpec, session: Any) -> None:
@@ -54,17 +53,6 @@ class OrtEngine:
 
     def close(self) -> None:
         self.session = None
-
-    def __enter__(self) -> OrtEngine:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def load_ort_engines(onnx_dir: Path, *, threads: int | None = None) -> dict[str, Engine]:

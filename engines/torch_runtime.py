@@ -5,19 +5,18 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 
 import torch
 from torch import Tensor, nn
 
 from quest_deploy.artifacts import stage_of
-from quest_deploy.engines.base import Engine, check_inputs
+from quest_deploy.engines.base import Closing, Engine, check_inputs
 from quest_deploy.model.components import first_device
 from quest_deploy.model.load import LoadedModel, load_model, wrap_components
 from quest_deploy.model.spec import ComponentSpec, component_specs
 
 
-class TorchEngine:
+class TorchEngine(Closing):
     """One component as a module whose positional inputs and outputs are those of its specification."""
 
     def __init__(self, spec: ComponentSpec, module: nn.Module, *, threads: int | None = None) -> None:
@@ -44,17 +43,6 @@ class TorchEngine:
 
     def close(self) -> None:
         self.module = None
-
-    def __enter__(self) -> TorchEngine:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def default_device() -> torch.device:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from quest_deploy.artifacts import read_artifact
 from quest_deploy.config import TensorRTBackend
-from quest_deploy.engines.base import Engine, check_inputs
+from quest_deploy.engines.base import Closing, Engine, check_inputs
 from quest_deploy.engines.libraries import gpus, import_tensorrt, title_of
 from quest_deploy.engines.profiles import InputRange, Profile, Shape, limits_of, select_profile
 from quest_deploy.engines.trt_api import CudaEngine, ExecutionContext, Runtime
@@ -31,7 +30,7 @@ logger = logging.getLogger(__name__)
 PLAN_NAME = "model.plan"
 
 
-class TensorRTEngine:
+class TensorRTEngine(Closing):
     """One component in one execution context."""
 
     def __init__(self, spec: ComponentSpec, engine: CudaEngine, runtime: Runtime | None = None) -> None:
@@ -77,17 +76,6 @@ class TensorRTEngine:
         self.context = None
         self.engine = None
         self.runtime = None
-
-    def __enter__(self) -> TensorRTEngine:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def bind_outputs(context: ExecutionContext, spec: ComponentSpec, device: torch.device) -> dict[str, Tensor]:

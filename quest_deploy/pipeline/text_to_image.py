@@ -9,14 +9,13 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from quest_deploy import sampling
-from quest_deploy.engines.base import Engine
+from quest_deploy.engines.base import Closing, Engine
 from quest_deploy.errors import ConfigError
 from quest_deploy.model.spec import (
     DENOISER,
@@ -31,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
-class Pipeline:
+class Pipeline(Closing):
     """Three engines and what joins them. A context manager that frees the engines.
 
     Tensors may be given on any device; those returned lie on `device`.
@@ -224,14 +223,3 @@ class Pipeline:
         """Free the engines; calling it again does nothing."""
         for engine in self.engines.values():
             engine.close()
-
-    def __enter__(self) -> Pipeline:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
