@@ -88,13 +88,12 @@ def _minmax(settings: Settings, name: str, folder: Path) -> Path:
         "seed": settings.seed,
     }
     cache = folder / f"calibration-{hash_mapping(calibration)[:12]}"
-    bits = f"w{recipe.weight_bits}a{recipe.activation_bits}"
-    output = cache / f"{bits}-minmax"
+    output = cache / f"{name}-minmax"
     if not (output / MANIFEST_NAME).is_file():
         from benchmarks.trajectories import minmax_checkpoint
 
         print(f"\nmin-max ranges of {name}", flush=True)
-        minmax_checkpoint(settings, dataclasses.replace(recipe, name=f"{bits}-minmax"), output, cache)
+        minmax_checkpoint(settings, dataclasses.replace(recipe, name=f"{name}-minmax"), output, cache)
     return output
 
 

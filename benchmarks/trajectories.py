@@ -24,9 +24,10 @@ from quest_deploy.prompts import load_prompts
 from quest_deploy.quantize import calibrate
 from quest_deploy.quantize.calibrate import CalibrationSet
 from quest_deploy.quantize.checkpoint import freeze, save_checkpoint
-from quest_deploy.quantize.initialize import bits_of, initialize
+from quest_deploy.quantize.initialize import initialize
 from quest_deploy.quantize.insert import insert, quantizable_layers
 from quest_deploy.quantize.layers import TimestepContext
+from quest_deploy.quantize.select import layer_bits
 from quest_deploy.sampling import guide
 
 
@@ -214,12 +215,11 @@ def minmax_checkpoint(settings: Settings, recipe: Recipe, output: Path, cache: P
         name: ends[None, :, None].expand(1, 2, layers[name].weight.shape[1])
         for name, ends in load_file(file).items()
     }
-    bits = (recipe.weight_bits, recipe.activation_bits)
-    qparams = initialize(model.unet, inputs, *bits, method="minmax", time_aware=False, channel_wise=False)
+    bits = layer_bits(layers, recipe)
+    qparams = initialize(model.unet, inputs, bits, method="minmax", time_aware=False, channel_wise=False)
     student, context = copy.deepcopy(model.unet), TimestepContext(torch.empty(0))
     insert(student, qparams, context)
     freeze(student)
-    activation_bits = {name: bits_of(name, *bits)[1] for name in layers}
     source = hash_directory(model.path)
     with write_artifact(
         output, stage="checkpoint", config=to_dict(config), inputs={"source": source}, overwrite=True
@@ -229,7 +229,7 @@ def minmax_checkpoint(settings: Settings, recipe: Recipe, output: Path, cache: P
             model,
             student,
             recipe=recipe,
-            activation_bits=activation_bits,
+            activation_bits={name: activation for name, (_, activation) in bits.items()},
             context=context,
             history={},
         )

@@ -160,11 +160,38 @@ class ProgressEvent:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BitsOverride:
+    """Other bits for some layers.
+
+    Attributes:
+        layers: Preset of :mod:`quest_deploy.quantize.select`, shell pattern, or name of the layers.
+        weight_bits: 4 or 8; None leaves them as they are.
+        activation_bits: 4 or 8; None leaves them as they are.
+    """
+
+    layers: str
+    weight_bits: int | None = None
+    activation_bits: int | None = None
+
+    def __post_init__(self) -> None:
+        given = {"weight_bits": self.weight_bits, "activation_bits": self.activation_bits}
+        problems = [
+            f"{name} is {value!r}, expected 4 or 8"
+            for name, value in given.items()
+            if value not in (None, 4, 8)
+        ]
+        if set(given.values()) == {None}:
+            problems.append("neither weight_bits nor activation_bits is given")
+        raise_if_any(problems, f"override of layers {self.layers!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class PhaseConfig:
     """One finetuning phase.
 
     Attributes:
-        layers: Preset of :mod:`quest_deploy.quantize.select`: the layers whose weights learn.
+        layers: Presets of :mod:`quest_deploy.quantize.select` or shell patterns (one, or several): the layers whose
+            weights learn.
         steps: Updates.
         batch_size: Timesteps, of one prompt's trajectory, in an update that runs the network on both branches.
         learning_rate_weights: Adam's rate for weights and their scales, in steps of each layer's own weight grid.
@@ -174,7 +201,7 @@ class PhaseConfig:
             (temporal phase; the sensitive phase uses the network's output at every update).
     """
 
-    layers: str
+    layers: str | tuple[str, ...]
     steps: int
     batch_size: int = 12
     learning_rate_weights: float = 0.01
@@ -199,6 +226,7 @@ class Recipe:
         name: For manifests and reports.
         weight_bits: 4 or 8.
         activation_bits: 4 or 8.
+        overrides: Other bits for some layers; where two apply, the later one holds.
         calibration_prompts: How many of the prompts are used, those that select the result included.
         validation_prompts: How many of those are kept from training and choose the result.
         calibration_steps: Denoising steps of the recorded trajectories, hence timestep groups.
@@ -214,6 +242,7 @@ class Recipe:
     name: str
     weight_bits: int
     activation_bits: int
+    overrides: tuple[BitsOverride, ...] = ()
     calibration_prompts: int = 96
     validation_prompts: int = 6
     calibration_steps: int = 25

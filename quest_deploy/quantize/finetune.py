@@ -33,11 +33,11 @@ from quest_deploy.model.load import LoadedModel, load_model
 from quest_deploy.quantize import calibrate, gptq, train
 from quest_deploy.quantize.calibrate import CalibrationSet
 from quest_deploy.quantize.checkpoint import freeze, save_checkpoint
-from quest_deploy.quantize.initialize import bits_of, initialize_layer
+from quest_deploy.quantize.initialize import initialize_layer
 from quest_deploy.quantize.insert import LayerQParams, insert, quantizable_layers
 from quest_deploy.quantize.layers import Quantizable, TimestepContext
 from quest_deploy.quantize.resume import WorkDirectory, flatten_qparams, machine, unflatten_qparams
-from quest_deploy.quantize.select import select
+from quest_deploy.quantize.select import layer_bits, select
 
 logger = logging.getLogger(__name__)
 
@@ -78,18 +78,14 @@ def finetune(
     check_output(output, stage="checkpoint", overwrite=overwrite)
     loaded = load_model(model)
     source = hash_directory(loaded.path) if loaded.path.is_dir() else hash_file(loaded.path)
-    # Before the minutes that come first: a preset that stands for nothing is an error in the recipe.
+    # Before the minutes that come first: layers that stand for nothing are an error in the recipe.
+    bits = layer_bits(quantizable_layers(loaded.unet), config.recipe)
     for phase in (config.recipe.temporal, config.recipe.sensitive):
-        select(quantizable_layers(loaded.unet), phase.layers)
+        select(bits, phase.layers)
     run = {"config": to_dict(config), "source": source, "machine": machine()}
     work.open(run, resume=resume, overwrite=overwrite)
     with deterministic(config.seed):
         denoiser, context, history = _quantize(loaded, config, work, progress or (lambda event: None))
-    recipe = config.recipe
-    bits = {
-        name: bits_of(name, recipe.weight_bits, recipe.activation_bits)[1]
-        for name in quantizable_layers(loaded.unet)
-    }
     with write_artifact(
         output, stage="checkpoint", config=to_dict(config), inputs={"source": source}, overwrite=overwrite
     ) as writer:
@@ -97,8 +93,8 @@ def finetune(
             writer.path,
             loaded,
             denoiser,
-            recipe=recipe,
-            activation_bits=bits,
+            recipe=config.recipe,
+            activation_bits={name: activation for name, (_, activation) in bits.items()},
             context=context,
             history=history,
         )
@@ -199,9 +195,10 @@ def _scales(
     qparams = {} if saved is None else unflatten_qparams(*saved)
     throttle = Throttle()
     layers = quantizable_layers(model.unet)
+    bits = layer_bits(layers, recipe)
     for done, name in enumerate(inputs, start=1):
         if name not in qparams:
-            qparams[name] = initialize_one(layers[name], name, inputs[name], recipe)
+            qparams[name] = initialize_one(layers[name], inputs[name], bits[name], recipe)
             if throttle.due() or done == len(inputs):
                 tensors, facts = flatten_qparams(qparams)
                 work.save("scales", tensors, **facts)
@@ -209,12 +206,12 @@ def _scales(
     return qparams
 
 
-def initialize_one(layer: Quantizable, name: str, inputs: Tensor, recipe: Recipe) -> LayerQParams:
+def initialize_one(layer: Quantizable, inputs: Tensor, bits: tuple[int, int], recipe: Recipe) -> LayerQParams:
     """Starting scales of one layer as the recipe wants them; `inputs` as `collect_inputs` gives them."""
     return initialize_layer(
         layer,
         inputs,
-        *bits_of(name, recipe.weight_bits, recipe.activation_bits),
+        *bits,
         method="search",
         time_aware=recipe.time_aware,
         channel_wise=recipe.channel_wise,

@@ -12,19 +12,13 @@ from quest_deploy.errors import CalibrationError
 from quest_deploy.quantize import affine
 from quest_deploy.quantize.calibrate import EXTREME_ROWS
 from quest_deploy.quantize.grid import channel_shape, weight_bounds
-from quest_deploy.quantize.insert import LayerQParams, quantizable_layers, role_of
+from quest_deploy.quantize.insert import LayerQParams, quantizable_layers
 from quest_deploy.quantize.layers import Quantizable
 
 Method = Literal["minmax", "search"]
-BOUNDARY_BITS = 8
 MIGRATION_EXPONENTS = (0.25, 0.5, 0.75)
 COARSE_SEARCH_STEPS = 16
 MAX_ERROR_ROWS = 512
-
-
-def bits_of(name: str, weight_bits: int, activation_bits: int) -> tuple[int, int]:
-    """Weight and activation bits of one layer: first and last convolution have 8 of both."""
-    return (BOUNDARY_BITS, BOUNDARY_BITS) if role_of(name) == "boundary" else (weight_bits, activation_bits)
 
 
 def initialize_layer(
@@ -134,14 +128,21 @@ def choose_row(weight: Tensor, inputs: Tensor, weight_bits: int, activation_bits
 def initialize(
     denoiser: nn.Module,
     inputs: Mapping[str, Tensor],
-    weight_bits: int,
-    activation_bits: int,
+    bits: Mapping[str, tuple[int, int]],
     *,
     method: Method = "search",
     time_aware: bool = True,
     channel_wise: bool = True,
 ) -> dict[str, LayerQParams]:
-    """Scales of every quantizable layer of `denoiser`, by name. `inputs` come from `collect_inputs`.
+    """Scales of every quantizable layer of `denoiser`, by name.
+
+    Args:
+        denoiser: Full precision.
+        inputs: As `collect_inputs` gives them.
+        bits: Of weights and activations, as `layer_bits` gives them.
+        method: As for `initialize_layer`.
+        time_aware: As there.
+        channel_wise: As there.
 
     Raises:
         CalibrationError: a layer was never run during calibration.
@@ -152,8 +153,7 @@ def initialize(
             raise CalibrationError(
                 f"layer {name!r} was not run during calibration; leave it out of the recipe"
             )
-        bits = bits_of(name, weight_bits, activation_bits)
         result[name] = initialize_layer(
-            layer, inputs[name], *bits, method=method, time_aware=time_aware, channel_wise=channel_wise
+            layer, inputs[name], *bits[name], method=method, time_aware=time_aware, channel_wise=channel_wise
         )
     return result

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import types
 import typing
 from importlib import resources
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from quest_deploy.config import PhaseConfig, Recipe, raise_if_any
+from quest_deploy.config import BitsOverride, PhaseConfig, Recipe, raise_if_any
 from quest_deploy.errors import ConfigError
 
 PACKAGED = ("w8a8", "w4a8", "w4a4")
@@ -50,17 +51,30 @@ def recipe_from_dict(fields: dict[str, Any]) -> Recipe:
             problems += _problems(PhaseConfig, value, f"{phase}.")
         elif phase in fields:
             problems.append(f"{phase} is {value!r}, expected a mapping of fields")
+    overrides = fields.get("overrides", ())
+    if isinstance(overrides, list | tuple):
+        for index, entry in enumerate(overrides):
+            if isinstance(entry, dict):
+                problems += _problems(BitsOverride, entry, f"overrides[{index}].")
+            else:
+                problems.append(f"overrides[{index}] is {entry!r}, expected a mapping of fields")
     raise_if_any(problems, what)
-    phases = {}
+    parts: dict[str, Any] = {"overrides": ()}
     for phase in PHASES:
         try:
-            phases[phase] = PhaseConfig(**fields[phase])
+            layers = fields[phase]["layers"]
+            layers = layers if isinstance(layers, str) else tuple(layers)
+            parts[phase] = PhaseConfig(**{**fields[phase], "layers": layers})
         except ConfigError as error:
             problems.append(f"{phase}: {error}")
             # Stands in, so that what is wrong elsewhere is found as well.
-            phases[phase] = PhaseConfig(layers="none", steps=0)
+            parts[phase] = PhaseConfig(layers="none", steps=0)
     try:
-        recipe = Recipe(**{**fields, **phases})
+        parts["overrides"] = tuple(BitsOverride(**entry) for entry in overrides)
+    except ConfigError as error:
+        problems.append(str(error))
+    try:
+        recipe = Recipe(**{**fields, **parts})
     except ConfigError as error:
         problems.append(str(error).removeprefix(f"{what}: "))
     raise_if_any(problems, what)
@@ -87,15 +101,28 @@ def _fits(value: object, hint: Any) -> bool:
         return isinstance(value, int) and not isinstance(value, bool)
     if typing.get_origin(hint) is typing.Literal:
         return value in typing.get_args(hint)
+    if typing.get_origin(hint) is types.UnionType:
+        return any(_fits(value, kind) for kind in typing.get_args(hint))
+    if typing.get_origin(hint) is tuple:
+        kind = typing.get_args(hint)[0]
+        return isinstance(value, list | tuple) and all(_fits(item, kind) for item in value)
     return not isinstance(hint, type) or dataclasses.is_dataclass(hint) or isinstance(value, hint)
 
 
 def _describe(hint: Any) -> str:
     if typing.get_origin(hint) is typing.Literal:
         return "one of " + ", ".join(map(str, typing.get_args(hint)))
-    return {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}.get(
-        getattr(hint, "__name__", ""), str(hint)
-    )
+    if typing.get_origin(hint) is types.UnionType:
+        return " or ".join(_describe(kind) for kind in typing.get_args(hint))
+    if typing.get_origin(hint) is tuple:
+        return "a list"
+    return {
+        "int": "a whole number",
+        "float": "a number",
+        "bool": "true or false",
+        "str": "text",
+        "NoneType": "nothing",
+    }.get(getattr(hint, "__name__", ""), str(hint))
 
 
 def _read(source: str) -> str:

@@ -45,7 +45,9 @@ def qparams(
     """Starting scales at given weight and activation bits, those of the groups pulled apart."""
 
     def make(weight_bits: int, activation_bits: int) -> dict[str, LayerQParams]:
-        scales = initialize(float_model.unet, inputs, weight_bits, activation_bits, method="minmax")
+        bits = dict.fromkeys(inputs, (weight_bits, activation_bits))
+        bits |= dict.fromkeys(("conv_in", "conv_out"), (8, 8))
+        scales = initialize(float_model.unet, inputs, bits, method="minmax")
         apart = torch.tensor([0.9, 1.0, 1.2])
         return {
             name: dataclasses.replace(layer, group_scale=layer.group_scale * apart)

@@ -9,18 +9,10 @@ from torch import nn
 from quest_deploy.errors import CalibrationError
 from quest_deploy.model.load import LoadedModel
 from quest_deploy.quantize.calibrate import EXTREME_ROWS
-from quest_deploy.quantize.initialize import bits_of, choose_row, initialize, initialize_layer
+from quest_deploy.quantize.initialize import choose_row, initialize, initialize_layer
 
 GROUPS = torch.tensor([0.3, 1.0, 2.0])[:, None, None]
 PLAIN = {"method": "search", "time_aware": True, "channel_wise": True}
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [("conv_in", (8, 8)), ("conv_out", (8, 8)), ("time_embedding.linear_1", (4, 4)), ("mid_block.x", (4, 4))],
-)
-def test_first_and_last_convolution_keep_eight_bits(name: str, expected: tuple[int, int]) -> None:
-    assert bits_of(name, 4, 4) == expected
 
 
 def test_time_aware_scales_differ_by_group_and_others_do_not() -> None:
@@ -79,4 +71,4 @@ def test_channels_that_are_alike_need_no_row() -> None:
 def test_a_layer_without_inputs_is_refused(float_model: LoadedModel, inputs: dict) -> None:
     rest = {name: value for name, value in inputs.items() if name != "conv_out"}
     with pytest.raises(CalibrationError, match="layer 'conv_out' was not run during calibration"):
-        initialize(float_model.unet, rest, 4, 8, method="minmax")
+        initialize(float_model.unet, rest, dict.fromkeys(inputs, (4, 8)), method="minmax")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from quest_deploy.config import Recipe, to_dict
+from quest_deploy.config import BitsOverride, Recipe, to_dict
 from quest_deploy.errors import ConfigError
 from quest_deploy.quantize.recipe import PACKAGED, load_recipe, recipe_from_dict
 from quest_deploy.quantize.select import PRESETS
@@ -29,7 +29,11 @@ def test_a_packaged_recipe_has_the_bits_of_its_name(name: str) -> None:
 @pytest.mark.parametrize("name", PACKAGED)
 def test_a_packaged_recipe_names_known_layers(name: str) -> None:
     recipe = load_recipe(name)
-    assert {recipe.temporal.layers, recipe.sensitive.layers} <= PRESETS.keys()
+    assert {
+        recipe.temporal.layers,
+        recipe.sensitive.layers,
+        *(o.layers for o in recipe.overrides),
+    } <= PRESETS.keys()
 
 
 def test_a_file_is_named_after_itself(tmp_path: Path) -> None:
@@ -94,6 +98,33 @@ def test_a_whole_number_is_a_number() -> None:
 def test_true_is_not_a_number() -> None:
     with pytest.raises(ConfigError, match="guidance_scale is True, expected a number"):
         recipe_from_dict(fields(guidance_scale=True))
+
+
+def test_overrides_are_read() -> None:
+    recipe = recipe_from_dict(fields(overrides=[{"layers": "mid_block.*", "activation_bits": 4}]))
+    assert recipe.overrides == (BitsOverride(layers="mid_block.*", activation_bits=4),)
+    assert recipe_from_dict(to_dict(recipe)) == recipe
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ("mid_block", "overrides is 'mid_block', expected a list"),
+        (["mid_block"], r"overrides\[0\] is 'mid_block', expected a mapping"),
+        ([{"layers": "x", "bits": 4}], r"overrides\[0\].bits is unknown"),
+        ([{"layers": "x", "weight_bits": "4"}], "weight_bits is '4', expected a whole number or nothing"),
+        ([{"layers": "x", "weight_bits": 3}], "layers 'x': weight_bits is 3, expected 4 or 8"),
+        ([{"layers": "x"}], "layers 'x': neither weight_bits nor activation_bits is given"),
+    ],
+)
+def test_a_wrong_override_is_refused(overrides: object, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        recipe_from_dict(fields(overrides=overrides))
+
+
+def test_several_patterns_may_choose_the_layers_of_a_phase() -> None:
+    recipe = recipe_from_dict(fields(temporal={"layers": ["a.*", "b"], "steps": 1}))
+    assert recipe.temporal.layers == ("a.*", "b")
 
 
 def test_a_phase_has_to_be_a_mapping() -> None:

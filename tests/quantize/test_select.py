@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
+from quest_deploy.config import BitsOverride
 from quest_deploy.errors import ConfigError
 from quest_deploy.model.load import LoadedModel
 from quest_deploy.quantize.insert import quantizable_layers
-from quest_deploy.quantize.select import PRESETS, select
+from quest_deploy.quantize.recipe import load_recipe
+from quest_deploy.quantize.select import PRESETS, layer_bits, select
 
 BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"
 NAMES = (
     "conv_in",
     "time_embedding.linear_1",
     "down_blocks.0.resnets.0.conv1",
+    "down_blocks.0.resnets.0.conv_shortcut",
     "down_blocks.0.resnets.0.time_emb_proj",
     "down_blocks.0.attentions.0.proj_in",
     f"{BLOCK}.attn1.to_q",
@@ -42,6 +47,10 @@ FEED_FORWARD = {f"{BLOCK}.ff.net.0.proj", f"{BLOCK}.ff.net.2"}
             | {f"{BLOCK}.attn1.to_q", f"{BLOCK}.attn1.to_k", f"{BLOCK}.attn1.to_v", f"{BLOCK}.attn2.to_q"},
         ),
         ("paper-uncond", {"mid_block.attention.qkv"}),
+        (
+            "residual-projections",
+            {"down_blocks.0.attentions.0.proj_in", "down_blocks.0.resnets.0.conv_shortcut"},
+        ),
         ("attention-and-feed-forward", {name for name in NAMES if name.startswith(BLOCK)}),
     ],
 )
@@ -50,7 +59,10 @@ def test_a_preset_stands_for_its_layers(preset: str, expected: set[str]) -> None
 
 
 def test_an_unknown_preset_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match="'sensitiv' is unknown; choose one of none, temporal, paper-sd"):
+    with pytest.raises(
+        ConfigError,
+        match="'sensitiv' stands for no layer of this model; give a preset .none, temporal, paper-sd",
+    ):
         select(NAMES, "sensitiv")
 
 
@@ -62,3 +74,37 @@ def test_a_preset_that_finds_no_layer_is_refused() -> None:
 @pytest.mark.parametrize("preset", sorted(PRESETS.keys() - {"none", "paper-uncond"}))
 def test_a_preset_finds_layers_in_a_stable_diffusion_unet(preset: str, float_model: LoadedModel) -> None:
     assert select(quantizable_layers(float_model.unet), preset)
+
+
+def test_patterns_and_names_choose_layers_together() -> None:
+    assert select(NAMES, ("mid_block.*", "conv_in")) == {"mid_block.attention.qkv", "conv_in"}
+
+
+def test_a_pattern_that_finds_no_layer_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"'up_blocks\.9\.\*' stands for no layer"):
+        select(NAMES, ("conv_in", "up_blocks.9.*"))
+
+
+def overridden(*overrides: BitsOverride) -> dict[str, tuple[int, int]]:
+    return layer_bits(NAMES, dataclasses.replace(load_recipe("w4a8"), overrides=overrides))
+
+
+def test_both_ends_keep_eight_bits_and_others_have_the_recipes() -> None:
+    bits = overridden()
+    assert (bits["conv_in"], bits[f"{BLOCK}.ff.net.2"]) == ((8, 8), (4, 8))
+
+
+def test_a_later_override_holds() -> None:
+    bits = overridden(
+        BitsOverride(layers="*.attn1.*", activation_bits=4, weight_bits=8),
+        BitsOverride(layers="*.to_q", weight_bits=4),
+    )
+    assert bits[f"{BLOCK}.attn1.to_q"] == (4, 4)
+    assert bits[f"{BLOCK}.attn1.to_k"] == (8, 4)
+    assert bits[f"{BLOCK}.attn2.to_q"] == (4, 8)
+
+
+def test_an_override_by_a_preset_may_find_nothing_but_one_by_a_pattern_may_not() -> None:
+    assert layer_bits(["conv_in"], load_recipe("w4a4")) == {"conv_in": (8, 8)}
+    with pytest.raises(ConfigError, match="'nothing' stands for no layer"):
+        overridden(BitsOverride(layers="nothing", weight_bits=8))
