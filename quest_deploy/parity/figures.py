@@ -9,7 +9,12 @@ from torch import Tensor
 
 from quest_deploy.metrics import IDENTICAL_DB, mean_db, paired_interval
 from quest_deploy.parity.codes import FlipReport
-from quest_deploy.parity.gates import DEPLOYMENT_SNR_DB_MIN, DeploymentFigures, QuantizationFigures
+from quest_deploy.parity.gates import (
+    DEPLOYMENT_SNR_DB_MIN,
+    DeploymentFigures,
+    PsnrChange,
+    QuantizationFigures,
+)
 from quest_deploy.parity.ladder import Rung
 from quest_deploy.parity.measure import Forced, Trace
 
@@ -103,8 +108,8 @@ def quantization_figures(
     )
 
 
-def psnr_change(outcome: Outcome, anchor: Outcome) -> tuple[float, float, float] | None:
-    """Low end, mean and high end of what deployment changed in the image PSNR, paired by prompt.
+def psnr_change(outcome: Outcome, anchor: Outcome) -> PsnrChange | None:
+    """What deployment changed in the image PSNR, paired by prompt.
 
     None where the anchor is the reference itself (nothing to be compared with) or a figure is not finite.
     """
@@ -112,7 +117,11 @@ def psnr_change(outcome: Outcome, anchor: Outcome) -> tuple[float, float, float]
     if above is None or below is None:
         return None
     differences = below.clamp(max=IDENTICAL_DB) - above.clamp(max=IDENTICAL_DB)
-    return paired_interval(differences) if bool(torch.isfinite(differences).all()) else None
+    if not bool(torch.isfinite(differences).all()):
+        return None
+    low, mean, high = paired_interval(differences)
+    median = float(differences.to(torch.float64).quantile(0.5))
+    return PsnrChange(low=low, mean=mean, high=high, median=median)
 
 
 def deployment_figures(outcome: Outcome, upper: Outcome, anchor: Outcome) -> DeploymentFigures:
@@ -124,7 +133,7 @@ def deployment_figures(outcome: Outcome, upper: Outcome, anchor: Outcome) -> Dep
     total = None if against.codes is None else against.codes.total
     change = psnr_change(outcome, anchor)
     if change is None and anchor.image_psnr_db is not None:
-        change = (torch.nan, torch.nan, torch.nan)
+        change = PsnrChange(low=torch.nan, mean=torch.nan, high=torch.nan, median=torch.nan)
     return DeploymentFigures(
         noise_snr_db=_lowest(step_medians(snr)),
         same_codes_snr_db=None
@@ -135,8 +144,7 @@ def deployment_figures(outcome: Outcome, upper: Outcome, anchor: Outcome) -> Dep
         flip_fraction=None if total is None else total.fraction,
         flip_max=None if total is None else total.max_difference,
         flip_detail=_flip_detail(against),
-        psnr_change_db=None if change is None else change[1],
-        psnr_interval=None if change is None else (change[0], change[2]),
+        psnr_change=change,
         first_divergence="" if below is None else below[1],
     )
 
