@@ -3,6 +3,7 @@
 The Python API has the verbs of the command line; each is imported when it is first used::
 
     import quest_deploy
+    quest_deploy.analyze("model", Path("analysis"), AnalyzeConfig(...))
     quest_deploy.finetune("model", Path("checkpoint"), FinetuneConfig(...))
     quest_deploy.export(Path("checkpoint"), Path("onnx"), ExportConfig(target="tensorrt-rtx"))
     quest_deploy.build_engine(Path("onnx"), Path("engines"), BuildConfig())
@@ -24,7 +25,16 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "build_engine", "compare", "export", "finetune", "generate", "load_pipeline"]
+__all__ = [
+    "__version__",
+    "analyze",
+    "build_engine",
+    "compare",
+    "export",
+    "finetune",
+    "generate",
+    "load_pipeline",
+]
 
 _VERBS = {
     "finetune": "quest_deploy.quantize.finetune",
@@ -33,12 +43,13 @@ _VERBS = {
     "load_pipeline": "quest_deploy.pipeline",
     "compare": "quest_deploy.parity",
 }
+_CALLABLE_PACKAGES = ("analyze", "export")
 
 
 def __getattr__(name: str) -> Any:
-    if name == "export":
+    if name in _CALLABLE_PACKAGES:
         # The subpackage itself, which can be called: see its __init__.
-        return importlib.import_module("quest_deploy.export")
+        return importlib.import_module(f"quest_deploy.{name}")
     if name in _VERBS:
         return getattr(importlib.import_module(_VERBS[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,7 +9,6 @@ import base64
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -78,11 +77,14 @@ def write_report(path: Path, document: Mapping[str, Any], rungs: Sequence[RungIm
 def render(document: Mapping[str, Any], rungs: Sequence[RungImages]) -> str:
     """The page as HTML. Every string of the document is escaped."""
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.PackageLoader("quest_deploy", "data/templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters.update(figure=figure, size=size_text)
-    source = resources.files("quest_deploy") / "data" / "templates" / TEMPLATE
-    template = environment.from_string(source.read_text(encoding="utf-8"))
+    template = environment.get_template(TEMPLATE)
     colors = {rung["name"]: index for index, rung in enumerate(document["rungs"])}
     free = [
         (rung["name"], rung["against_reference"]["noise_snr_db"])

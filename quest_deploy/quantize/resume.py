@@ -1,4 +1,4 @@
-"""What an interrupted finetuning run leaves beside its output, so that it can go on from there.
+"""What an interrupted run of a stage leaves beside its output, so that it can go on from there.
 
 Every file is written to a temporary name and renamed, so that a process killed at any moment leaves the previous state.
 """
@@ -24,11 +24,11 @@ RUN = "run.json"
 
 
 class WorkDirectory:
-    """The hidden sibling of an output in which a run keeps its state."""
+    """The hidden sibling of an output in which a run of the verb `verb` keeps its state."""
 
-    def __init__(self, output: Path) -> None:
+    def __init__(self, output: Path, verb: str = "finetune") -> None:
         self.output = output
-        self.path = output.resolve().parent / f".{output.name}.finetune"
+        self.path = output.resolve().parent / f".{output.name}.{verb}"
 
     def open(self, run: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
         """Start afresh, or go on with the run that is there.

@@ -1,0 +1,172 @@
+"""The `analyze` stage: a full-precision model, and if there is one its checkpoint, to an analysis.
+
+``analysis.json`` holds, lists over timesteps following ``timesteps``:
+
+=================  =================================================================================================
+``schema_version``  1
+``config``          the analysis' configuration
+``model``           ``path``, ``digest``; ``checkpoint`` the same, or null
+``timesteps``       of the recorded trajectories, as the scheduler visits them
+``run_order``       names of the layers as they run
+``activations``     ``before`` and ``after`` (null without a checkpoint): by layer what
+                    :meth:`~quest_deploy.analyze.activations.Activations.summary` says
+``histograms``      ``before``, ``after``: of the worst layers at ``steps``
+``temporal``        ``embedding`` (layer or null), ``start`` and ``checkpoint``: ``layers``, ``confusion``
+``sensitivity``     ``bits``, ``timesteps`` and ``layers[]``: ``name role weights macs damage{bits}``
+``network``         damage of the whole network quantized: ``start``, ``checkpoint``, and ``predicted_snr_db``
+=================  =================================================================================================
+
+"Start" is the recipe's quantization before finetuning, weights rounded to nearest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from quest_deploy.analyze.config import AnalyzeConfig
+from quest_deploy.analyze.measure import Progress, measure, reporter
+from quest_deploy.analyze.page import write_page
+from quest_deploy.artifacts import (
+    MANIFEST_NAME,
+    Artifact,
+    check_output,
+    hash_directory,
+    hash_file,
+    read_artifact,
+    stage_of,
+    write_artifact,
+    write_json,
+)
+from quest_deploy.config import to_dict
+from quest_deploy.errors import ArtifactError, StaleArtifactError
+from quest_deploy.model.load import load_model
+from quest_deploy.quantize import calibrate
+from quest_deploy.quantize.checkpoint import load_checkpoint
+from quest_deploy.quantize.finetune import BATCH_PROMPTS
+from quest_deploy.quantize.insert import quantizable_layers, role_of
+from quest_deploy.quantize.resume import WorkDirectory, machine
+
+SCHEMA_VERSION = 1
+DOCUMENT, PAGE = "analysis.json", "analysis.html"
+
+
+def analyze(
+    model: str | Path,
+    output: Path,
+    config: AnalyzeConfig,
+    *,
+    checkpoint: Path | None = None,
+    progress: Progress | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> Artifact:
+    """Measure what low bits do to `model`, layer by layer, and write an analysis to `output`.
+
+    Args:
+        model: Full precision: diffusers directory, single .safetensors file, or hub id.
+        output: Directory to make.
+        config: Recipe, prompts and how much is measured.
+        checkpoint: What `finetune` made of the model, to be compared with it.
+        progress: Told how far each part is.
+        resume: Go on with the interrupted analysis of the same settings, if there is one.
+        overwrite: Replace an existing analysis, throw away an interrupted one.
+
+    Raises:
+        QuestDeployError: with what to do next.
+    """
+    report = progress or (lambda event: None)
+    config = dataclasses.replace(config, prompts=config.prompts[: config.num_prompts])
+    inputs = _inputs(model, checkpoint)
+    if resume and not overwrite and (finished := _finished(output, config, inputs)) is not None:
+        return finished
+    check_output(output, stage="analysis", overwrite=overwrite)
+    loaded = load_model(model)
+    inputs.setdefault("source", _digest(loaded.path))
+    work = WorkDirectory(Path(output), "analyze")
+    work.open(
+        {"config": to_dict(config), "inputs": inputs, "machine": machine()},
+        resume=resume,
+        overwrite=overwrite,
+    )
+    data = calibrate.record_trajectories(
+        loaded,
+        config.prompts,
+        steps=config.steps,
+        guidance_scale=config.recipe.guidance_scale,
+        seed=config.seed,
+        batch_size=BATCH_PROMPTS,
+        report=reporter(report, "record trajectories"),
+    )
+    quantized = None if checkpoint is None else load_checkpoint(checkpoint).unet
+    roles = {name: role_of(name) for name in quantizable_layers(loaded.unet)}
+    document = {
+        "schema_version": SCHEMA_VERSION,
+        "config": to_dict(config),
+        "model": {"path": str(model), "digest": inputs["source"]},
+        "checkpoint": None
+        if checkpoint is None
+        else {"path": str(checkpoint), "digest": inputs["checkpoint"]},
+        **measure(loaded.unet, quantized, data, roles, config, work, report),
+    }
+    with write_artifact(
+        output, stage="analysis", config=to_dict(config), inputs=inputs, overwrite=overwrite
+    ) as writer:
+        write_json(writer.path / DOCUMENT, document)
+        write_page(writer.path / PAGE, document)
+        writer.details.update(layers=len(document["run_order"]), network=_without_steps(document["network"]))
+    work.remove()
+    return read_artifact(output, stage="analysis")
+
+
+def _inputs(model: str | Path, checkpoint: Path | None) -> dict[str, str]:
+    """Digests of what is read; the model's only where it lies on this disk.
+
+    Raises:
+        ArtifactError: one is not what it is taken for.
+        StaleArtifactError: the checkpoint was made from another model.
+    """
+    inputs: dict[str, str] = {}
+    path = Path(model)
+    if path.exists():
+        stage = stage_of(path)
+        if stage == "checkpoint":
+            raise ArtifactError(
+                f"'{path}' is a checkpoint, expected the full-precision model that it was made from; "
+                "give that model, and this as --checkpoint"
+            )
+        if stage != "model":
+            raise ArtifactError(
+                f"'{path}' is an artifact of stage '{stage}', which has no layers to analyze; "
+                "give the full-precision model, and its checkpoint as --checkpoint"
+            )
+        inputs["source"] = _digest(path)
+    if checkpoint is not None:
+        artifact = read_artifact(checkpoint, stage="checkpoint")
+        if inputs.get("source") not in (None, artifact.manifest.inputs["source"]):
+            raise StaleArtifactError(
+                f"checkpoint '{checkpoint}' was not made from '{path}' (its manifest names another source); "
+                "give the model that it was made from, or finetune this one"
+            )
+        inputs["checkpoint"] = artifact.digest
+    return inputs
+
+
+def _digest(path: Path) -> str:
+    return hash_directory(path) if path.is_dir() else hash_file(path)
+
+
+def _finished(output: Path, config: AnalyzeConfig, inputs: Mapping[str, str]) -> Artifact | None:
+    """The analysis at `output`, if it is of these settings and inputs."""
+    if not (output / MANIFEST_NAME).is_file() or stage_of(output) != "analysis":
+        return None
+    artifact = read_artifact(output, stage="analysis")
+    same = artifact.manifest.config == json.loads(json.dumps(to_dict(config)))
+    return artifact if same and artifact.manifest.inputs == dict(inputs) else None
+
+
+def _without_steps(network: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value["snr_db"] if isinstance(value, dict) else value for name, value in network.items()}

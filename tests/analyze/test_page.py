@@ -1,0 +1,75 @@
+"""The page: self-contained, escaped, readable in both themes."""
+
+from __future__ import annotations
+
+import copy
+import re
+import xml.etree.ElementTree as ET
+from typing import Any
+
+import pytest
+
+from quest_deploy.analyze import figures
+from quest_deploy.analyze.page import number, render
+
+
+@pytest.fixture(scope="module")
+def page(document: dict[str, Any]) -> str:
+    return render(document)
+
+
+def test_page_loads_nothing_from_elsewhere(page: str) -> None:
+    sources = re.findall(r'(?:src|href)="([^"]*)"', page)
+    assert sources
+    assert all(source.startswith(("#", "data:")) for source in sources)
+    assert "@import" not in page
+
+
+def test_every_plot_is_well_formed_svg(page: str) -> None:
+    plots = re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL)
+    assert len(plots) >= 8
+    for svg in plots:
+        ET.fromstring(svg)
+
+
+def test_plots_follow_the_theme(page: str) -> None:
+    stand_ins = [color for color in figures.VARIABLES if color in page]
+    assert stand_ins == []
+    assert "var(--c1)" in page
+    assert "#000000" not in re.sub(r"data:[^\"]*", "", page)
+
+
+def test_names_are_escaped(document: dict[str, Any], quick_plots: None) -> None:
+    changed = copy.deepcopy(document)
+    changed["model"]["path"] = "<script>alert(1)</script>"
+    assert "<script>" not in render(changed)
+
+
+def test_page_without_a_checkpoint(document: dict[str, Any], quick_plots: None) -> None:
+    changed = copy.deepcopy(document)
+    changed["checkpoint"] = changed["activations"]["after"] = changed["histograms"]["after"] = None
+    changed["temporal"]["checkpoint"] = changed["network"]["checkpoint"] = None
+    page = render(changed)
+    assert "after finetuning" not in page.lower().replace("before finetuning means", "")
+
+
+def test_page_of_a_model_without_time(document: dict[str, Any], quick_plots: None) -> None:
+    changed = copy.deepcopy(document)
+    changed["temporal"]["embedding"] = None
+    assert "Which time is it" not in render(changed)
+
+
+def test_page_of_weights_alone(document: dict[str, Any], quick_plots: None) -> None:
+    changed = copy.deepcopy(document)
+    changed["sensitivity"]["bits"] = ["w4"]
+    for layer in changed["sensitivity"]["layers"]:
+        layer["damage"] = {"w4": layer["damage"]["w4"]}
+    changed["network"]["predicted_snr_db"] = None
+    assert "Most sensitive at W4" in render(changed)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(None, "–"), (0.0, "0"), (0.001234, "1.2e-03"), (12.3456, "12.35")]
+)
+def test_numbers_are_readable(value: float | None, text: str) -> None:
+    assert number(value) == text

@@ -1,0 +1,132 @@
+"""The stage on the tiny model: everything is measured, a killed run goes on, other inputs are refused."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quest_deploy.analyze import measure
+from quest_deploy.analyze.config import AnalyzeConfig
+from quest_deploy.analyze.stage import analyze
+from quest_deploy.artifacts import read_artifact
+from quest_deploy.config import ProgressEvent
+from quest_deploy.errors import ArtifactError, ConfigError, StaleArtifactError
+from quest_deploy.files import read_json
+
+
+def test_every_layer_is_analyzed_before_and_after(document: dict[str, Any], tiny_checkpoint: Path) -> None:
+    layers = set(read_json(tiny_checkpoint / "quest.json")["layers"])
+    assert set(document["run_order"]) == layers
+    assert {layer["name"] for layer in document["sensitivity"]["layers"]} == layers
+    for when in ("before", "after"):
+        assert set(document["activations"][when]) == layers
+
+
+def test_series_follow_the_timesteps(document: dict[str, Any]) -> None:
+    assert len(document["timesteps"]) == 2
+    for layer in document["activations"]["after"].values():
+        assert {len(series) for series in layer["by_timestep"].values()} == {2}
+
+
+def test_checkpoint_says_how_much_it_clips(document: dict[str, Any]) -> None:
+    assert all("clipped" in layer["by_timestep"] for layer in document["activations"]["after"].values())
+    assert all("clipped" not in layer["by_timestep"] for layer in document["activations"]["before"].values())
+
+
+def test_first_convolution_sees_the_same_latents_before_and_after(document: dict[str, Any]) -> None:
+    before, after = (document["activations"][when]["conv_in"]["by_timestep"] for when in ("before", "after"))
+    assert before["max"] == after["max"]
+
+
+def test_quantized_time_embedding_is_near_the_true_one_but_not_equal(document: dict[str, Any]) -> None:
+    temporal = document["temporal"]
+    assert temporal["embedding"] == "time_embedding.linear_2"
+    for when in ("start", "checkpoint"):
+        errors = temporal[when]["layers"]["time_embedding.linear_2"]["relative_error"]
+        assert all(0 < error < 0.5 for error in errors)
+
+
+def test_damages_of_layers_predict_that_of_the_network(document: dict[str, Any]) -> None:
+    """Within 3 dB, a factor of two: what mixed precision counts on."""
+    network = document["network"]
+    assert network["predicted_snr_db"] == pytest.approx(network["start"]["snr_db"], abs=3.0)
+
+
+class Killed(BaseException):
+    """Ends a run as a signal would: no `except Exception` sees it."""
+
+
+def test_killed_run_goes_on_to_the_same_analysis(
+    tmp_path: Path,
+    tiny_model: Path,
+    analyze_config: AnalyzeConfig,
+    document: dict[str, Any],
+    quick_plots: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(measure.Throttle, "due", lambda self: True)
+    layers: list[str] = []
+
+    def kill(event: ProgressEvent) -> None:
+        if event.stage == "quantize each layer alone" and event.completed == 40:
+            raise Killed
+
+    with pytest.raises(Killed):
+        analyze(tiny_model, tmp_path / "out", analyze_config, progress=kill)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ConfigError, match="--resume"):
+        analyze(tiny_model, tmp_path / "out", analyze_config)
+
+    def watch(event: ProgressEvent) -> None:
+        layers.append(event.message)
+
+    original = measure.measure_sensitivity
+
+    def count(*args: Any, finished: dict[str, Any], **rest: Any) -> Any:
+        assert len(finished) == 40
+        return original(*args, finished=finished, **rest)
+
+    monkeypatch.setattr(measure, "measure_sensitivity", count)
+    resumed = analyze(tiny_model, tmp_path / "out", analyze_config, progress=watch, resume=True)
+    assert read_json(resumed.path / "analysis.json")["sensitivity"] == document["sensitivity"]
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+
+
+def test_finished_analysis_is_reused(
+    analysis: Path, tiny_model: Path, tiny_checkpoint: Path, analyze_config: AnalyzeConfig
+) -> None:
+    before = (analysis / "manifest.json").stat().st_mtime_ns
+    again = analyze(tiny_model, analysis, analyze_config, checkpoint=tiny_checkpoint, resume=True)
+    assert again.digest == read_artifact(analysis).digest
+    assert (analysis / "manifest.json").stat().st_mtime_ns == before
+
+
+def test_checkpoint_in_place_of_the_model_is_refused(
+    tmp_path: Path, tiny_checkpoint: Path, analyze_config: AnalyzeConfig
+) -> None:
+    with pytest.raises(ArtifactError, match="expected the full-precision model .* as --checkpoint"):
+        analyze(tiny_checkpoint, tmp_path / "out", analyze_config)
+
+
+def test_artifact_without_layers_is_refused(
+    tmp_path: Path, analysis: Path, analyze_config: AnalyzeConfig
+) -> None:
+    with pytest.raises(ArtifactError, match="stage 'analysis', which has no layers"):
+        analyze(analysis, tmp_path / "out", analyze_config)
+
+
+def test_checkpoint_of_another_model_is_refused(
+    tmp_path: Path, reference_model: Path, tiny_checkpoint: Path, analyze_config: AnalyzeConfig
+) -> None:
+    with pytest.raises(StaleArtifactError, match="was not made from"):
+        analyze(reference_model, tmp_path / "out", analyze_config, checkpoint=tiny_checkpoint)
+
+
+def test_every_problem_of_a_configuration_is_named(analyze_config: AnalyzeConfig) -> None:
+    with pytest.raises(ConfigError) as caught:
+        dataclasses.replace(analyze_config, num_prompts=9, steps=1, bits=("w4", "w5"))
+    for part in ("num_prompts is 9", "steps is 1", "'w5'"):
+        assert part in str(caught.value)

@@ -1,0 +1,108 @@
+"""`quest-deploy analyze`: from the command line to a recipe that finetuning takes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from quest_deploy.analyze import figures
+from quest_deploy.commands import main
+from quest_deploy.files import read_json
+from quest_deploy.quantize.allocate import read_table, summarize
+from quest_deploy.quantize.recipe import load_recipe
+from quest_deploy.quantize.select import layer_bits, select
+
+SMALL = ("--num-prompts", "2", "--steps", "2", "--sensitivity-steps", "1", "--sensitivity-prompts", "1")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_recipe: Path) -> Path:
+    """A directory in which the tiny model was analyzed, and a recipe written with it."""
+    folder = tmp_path_factory.mktemp("analyze")
+    with pytest.MonkeyPatch.context() as patch:
+        # Drawing takes longer than everything else.
+        patch.setattr(figures, "to_svg", lambda figure: "<svg/>")
+        done = run(folder, tiny_model, tiny_recipe, "--average-weight-bits", "6", "--finetune-share", "0.3")
+    assert done["recipe"]["average_weight_bits"] <= 6
+    return folder
+
+
+def run(folder: Path, model: Path, recipe: Path, *options: str) -> dict:
+    """Analyze, or reuse what is there, and write `mixed.yaml`."""
+    words = [
+        "analyze",
+        str(model),
+        "-o",
+        str(folder / "out"),
+        "--recipe",
+        str(recipe),
+        *SMALL,
+        "--json",
+        "--resume",
+    ]
+    words += ["--bits", "w4,w8,a4,a8", "--write-recipe", str(folder / "mixed.yaml"), *options]
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == 0, done.stderr
+    result: dict = json.loads(done.stdout)
+    return result
+
+
+def test_artifact_and_page_are_there(place: Path) -> None:
+    assert {file.name for file in (place / "out").iterdir()} == {
+        "analysis.html",
+        "analysis.json",
+        "manifest.json",
+    }
+
+
+def test_recipe_gives_layers_the_bits_of_the_budget(place: Path) -> None:
+    table = read_table(read_json(place / "out" / "analysis.json")["sensitivity"])
+    bits = layer_bits([layer.name for layer in table], load_recipe(str(place / "mixed.yaml")))
+    assert 5.5 < summarize(table, bits).average_weight_bits <= 6
+
+
+def test_recipe_trains_a_share_of_the_weights(place: Path) -> None:
+    table = read_table(read_json(place / "out" / "analysis.json")["sensitivity"])
+    recipe = load_recipe(str(place / "mixed.yaml"))
+    chosen = select([layer.name for layer in table], recipe.sensitive.layers)
+    share = sum(layer.weights for layer in table if layer.name in chosen) / sum(
+        layer.weights for layer in table
+    )
+    assert 0.2 < share <= 0.3
+
+
+def test_another_recipe_needs_no_new_measurement(place: Path, tiny_model: Path, tiny_recipe: Path) -> None:
+    before = (place / "out" / "manifest.json").stat().st_mtime_ns
+    done = run(place, tiny_model, tiny_recipe, "--average-activation-bits", "5")
+    assert done["recipe"]["average_activation_bits"] <= 5
+    assert (place / "out" / "manifest.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--average-weight-bits", "6"], "add --write-recipe FILE.yaml"),
+        (["--write-recipe", "mixed.yaml"], "nothing to choose"),
+        (["--write-recipe", "mixed.json", "--finetune-share", "0.5"], "ends in .yaml"),
+        (["--write-recipe", "nowhere/mixed.yaml", "--finetune-share", "2"], "expected above 0 and at most 1"),
+        (["--bits", "w4,w3"], "'w3' are unknown"),
+        (["--steps", "1"], "steps is 1, expected at least 2"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused_before_anything_is_loaded(
+    options: list[str], message: str, tmp_path: Path
+) -> None:
+    # The model does not exist, which would be the message if it were loaded first.
+    done = CliRunner().invoke(main, ["analyze", "nowhere/model", "-o", str(tmp_path / "out"), *options])
+    assert done.exit_code == 1
+    assert message in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_onnx_is_refused(tmp_path: Path, tiny_onnx: Path) -> None:
+    done = CliRunner().invoke(main, ["analyze", str(tiny_onnx), "-o", str(tmp_path / "out")])
+    assert done.exit_code == 1
+    assert "stage 'onnx', which has no layers to analyze" in done.stderr
