@@ -17,8 +17,8 @@ from benchmarks.settings import MODEL, Settings
 from quest_deploy.artifacts import hash_directory, write_artifact
 from quest_deploy.config import FinetuneConfig, Recipe, to_dict
 from quest_deploy.metrics import IDENTICAL_DB, psnr_db, snr_db, ssim
+from quest_deploy.model.components import predict
 from quest_deploy.model.load import load_model
-from quest_deploy.model.spec import DENOISER
 from quest_deploy.pipeline import Pipeline, load_pipeline
 from quest_deploy.prompts import load_prompts
 from quest_deploy.quantize import calibrate
@@ -28,6 +28,7 @@ from quest_deploy.quantize.initialize import initialize
 from quest_deploy.quantize.insert import insert, quantizable_layers
 from quest_deploy.quantize.layers import TimestepContext
 from quest_deploy.quantize.select import layer_bits
+from quest_deploy.quantize.trace import trace
 from quest_deploy.sampling import guide
 
 
@@ -49,7 +50,7 @@ def record(
 ) -> CalibrationSet:
     """The full-precision model's trajectories, kept in `file`."""
     if file.is_file():
-        return CalibrationSet(**load_file(file))
+        return calibrate.from_tensors(load_file(file))
     data = calibrate.record_trajectories(
         load_model(MODEL),
         prompts,
@@ -59,7 +60,7 @@ def record(
         batch_size=batch_size,
         report=lambda completed, total: print(f"  recorded {completed} of {total} prompts", flush=True),
     )
-    save(file, vars(data))
+    save(file, data.tensors())
     return data
 
 
@@ -98,7 +99,7 @@ def draw(pipeline: Pipeline, settings: Settings) -> Tensor:
         latents = pipeline.denoise(
             pipeline.initial_noise(seeds),
             pipeline.encode(chunk),
-            pipeline.encode([""] * len(chunk)),
+            pipeline.encode_negative(len(chunk)),
             steps=settings.denoising_steps,
             guidance_scale=settings.guidance_scale,
         )
@@ -116,10 +117,10 @@ def teacher_forced(pipeline: Pipeline, data: CalibrationSet, settings: Settings)
     for step in range(data.timesteps.numel()):
         raw_parts, guided_parts = [], []
         for prompt in torch.arange(data.num_prompts).split(settings.batch_size):
-            sample, timestep, text, target = data.batch(prompt, torch.full_like(prompt, step))
-            output = pipeline.engines[DENOISER](
-                sample=sample, timestep=timestep[:1], encoder_hidden_states=text
-            )["out_sample"].cpu()
+            sample, timestep, conditioning, target = data.batch(prompt, torch.full_like(prompt, step))
+            output = pipeline.engines["unet"](sample=sample, timestep=timestep[:1], **conditioning)[
+                "out_sample"
+            ].cpu()
             raw_parts.append(decibel(snr_db(target, output)).reshape(2, -1).mean(0))
             pair = (guide(tensor, settings.guidance_scale) for tensor in (target, output))
             guided_parts.append(decibel(snr_db(*pair)))
@@ -179,8 +180,8 @@ def extremes(denoiser: nn.Module, data: CalibrationSet, batch_size: int) -> dict
     try:
         for step in range(data.timesteps.numel()):
             for prompt in torch.arange(data.num_prompts).split(batch_size):
-                sample, timestep, text, _ = data.batch(prompt, torch.full_like(prompt, step))
-                denoiser(sample, timestep[:1], text)
+                sample, timestep, conditioning, _ = data.batch(prompt, torch.full_like(prompt, step))
+                predict(denoiser, sample, timestep[:1], conditioning)
     finally:
         for handle in handles:
             handle.remove()
@@ -208,16 +209,16 @@ def minmax_checkpoint(settings: Settings, recipe: Recipe, output: Path, cache: P
     )
     file = cache / "extremes.safetensors"
     if not file.is_file():
-        save(file, extremes(model.unet, data, settings.batch_size))
+        save(file, extremes(model.denoiser, data, settings.batch_size))
     # As inputs [G = 1, 2, c_in] that hold nothing but the two ends: one scale for all timesteps.
-    layers = quantizable_layers(model.unet)
+    layers = quantizable_layers(model.denoiser)
     inputs = {
         name: ends[None, :, None].expand(1, 2, layers[name].weight.shape[1])
         for name, ends in load_file(file).items()
     }
-    bits = layer_bits(layers, recipe)
-    qparams = initialize(model.unet, inputs, bits, method="minmax", time_aware=False, channel_wise=False)
-    student, context = copy.deepcopy(model.unet), TimestepContext(torch.empty(0))
+    bits = layer_bits(trace(model).roles, recipe)
+    qparams = initialize(model.denoiser, inputs, bits, method="minmax", time_aware=False, channel_wise=False)
+    student, context = copy.deepcopy(model.denoiser), TimestepContext(torch.empty(0))
     insert(student, qparams, context)
     freeze(student)
     source = hash_directory(model.path)

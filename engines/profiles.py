@@ -13,15 +13,15 @@ from pathlib import Path
 
 from quest_deploy.config import BuildConfig, ShapeRange
 from quest_deploy.errors import ConfigError, EngineInputError
+from quest_deploy.model.families import TEXT_ENCODER, VAE_DECODER
 from quest_deploy.model.spec import (
-    DENOISER,
-    TEXT_ENCODER,
-    VAE_DECODER,
     ComponentSpec,
+    classes_of,
+    component_configs,
     component_specs,
-    default_image_size,
-    read_config,
-    vae_config_path,
+    family_of,
+    latent_granularity,
+    latent_size,
     vae_scale_factor,
 )
 
@@ -61,27 +61,27 @@ def dimension_ranges(
 ) -> dict[str, dict[str, ShapeRange]]:
     """The range of every symbolic dimension, by component: the same symbol means another range in each.
 
-    The denoiser's batch starts at 1 (one image without guidance) and ends at twice the largest image batch; its
-    optimum is the guided one. The text encoder takes prompts and negative prompts in one call.
+    The denoiser's batch starts at 1 (one image without guidance) and ends at twice the largest image batch, if the
+    model knows guidance; its optimum is the guided one. The text encoder takes prompts and negative ones in one call.
     """
-    scale = vae_scale_factor(read_config(vae_config_path(model_dir)))
-    latents = {
-        axis: latent_range(axis, getattr(config, axis), model_dir, scale) for axis in ("height", "width")
-    }
+    family, classes = family_of(model_dir), classes_of(model_dir)
+    latents = latent_ranges(model_dir, specs[family.denoiser], config)
     batch = config.batch
-    guided = ShapeRange(min=batch.min, opt=2 * batch.opt, max=2 * batch.max)
-    tokens = _token_count(specs[TEXT_ENCODER])
-    return {
-        TEXT_ENCODER: {"batch": ShapeRange(min=1, opt=batch.opt, max=2 * batch.max)},
-        DENOISER: {
-            "batch": guided,
+    branches = 2 if family.has_text or (classes is not None and classes.null is not None) else 1
+    ranges = {
+        family.denoiser: {
+            "batch": ShapeRange(min=batch.min, opt=branches * batch.opt, max=branches * batch.max),
             # The pipeline gives one timestep for the whole batch; a comparison may give one for each sample.
-            "steps": ShapeRange(min=1, opt=1, max=2 * batch.max),
-            "sequence": ShapeRange(min=tokens, opt=tokens, max=tokens),
+            "steps": ShapeRange(min=1, opt=1, max=branches * batch.max),
             **latents,
         },
         VAE_DECODER: {"batch": batch, **latents},
     }
+    if family.has_text:
+        tokens = _token_count(specs[TEXT_ENCODER])
+        ranges[TEXT_ENCODER] = {"batch": ShapeRange(min=1, opt=batch.opt, max=2 * batch.max)}
+        ranges[family.denoiser]["sequence"] = ShapeRange(min=tokens, opt=tokens, max=tokens)
+    return ranges
 
 
 def _token_count(text_encoder: ComponentSpec) -> int:
@@ -91,16 +91,32 @@ def _token_count(text_encoder: ComponentSpec) -> int:
     return tokens
 
 
-def latent_range(axis: str, pixels: ShapeRange | None, model_dir: Path, scale: int) -> ShapeRange:
-    """The range of the latents' height or width for a range in pixels; None is the model's own size alone.
+def latent_ranges(model_dir: Path, denoiser: ComponentSpec, config: BuildConfig) -> dict[str, ShapeRange]:
+    """The ranges of the latents' height and width for ranges in pixels; None is the model's own size alone.
 
     Raises:
-        ConfigError: a size is not a multiple of what the VAE and the U-Net halve.
+        ConfigError: a size is not a multiple of what the VAE and the denoiser divide it by, or the model has one size.
     """
-    if pixels is None:
-        size = default_image_size(model_dir)
-        pixels = ShapeRange(min=size, opt=size, max=size)
-    step = size_multiple(model_dir, scale)
+    configs = component_configs(model_dir)
+    denoiser_config = configs[denoiser.name]
+    scale = vae_scale_factor(configs.get(VAE_DECODER))
+    # An exported U-Net doubles what it halved: latents that leave a remainder no longer fit their skip connections.
+    step = scale * latent_granularity(denoiser_config)
+    resizable = isinstance(denoiser.inputs[0].shape[-1], str)
+    ranges = {}
+    for axis, own in zip(("height", "width"), latent_size(denoiser_config), strict=True):
+        wanted: ShapeRange | None = getattr(config, axis)
+        pixels = wanted or ShapeRange(min=own * scale, opt=own * scale, max=own * scale)
+        if not resizable and {pixels.min, pixels.max} != {own * scale}:
+            raise ConfigError(
+                f"{axis}: got {pixels.min}..{pixels.max} pixels, but this model draws {own * scale} only"
+            )
+        _check_multiple(axis, pixels, step)
+        ranges[axis] = ShapeRange(min=pixels.min // scale, opt=pixels.opt // scale, max=pixels.max // scale)
+    return ranges
+
+
+def _check_multiple(axis: str, pixels: ShapeRange, step: int) -> None:
     bad = sorted({size for size in (pixels.min, pixels.opt, pixels.max) if size % step})
     if bad:
         below = bad[0] // step * step
@@ -109,16 +125,6 @@ def latent_range(axis: str, pixels: ShapeRange | None, model_dir: Path, scale: i
             f"{axis}: got {', '.join(map(str, bad))} pixels, expected multiples of {step} (the VAE and the "
             f"U-Net halve the image {int(math.log2(step))} times); choose {near}"
         )
-    return ShapeRange(min=pixels.min // scale, opt=pixels.opt // scale, max=pixels.max // scale)
-
-
-def size_multiple(model_dir: Path, scale: int) -> int:
-    """The number of pixels that image sizes must be a multiple of.
-
-    An exported U-Net doubles what it halved: latents that leave a remainder no longer fit their skip connections.
-    """
-    blocks = read_config(model_dir / DENOISER / "config.json").get("block_out_channels", [0])
-    return int(scale * 2 ** (len(blocks) - 1))
 
 
 def profile_of(spec: ComponentSpec, ranges: Mapping[str, ShapeRange]) -> dict[str, InputRange]:

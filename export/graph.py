@@ -25,6 +25,7 @@ from quest_deploy.export.passes.strip_metadata import StripMetadata
 from quest_deploy.export.passes.unshare_dequantize import UnshareDequantize
 from quest_deploy.export.qdq import translation_table
 from quest_deploy.export.wrap import traceable
+from quest_deploy.model.components import Denoiser
 from quest_deploy.model.spec import ComponentSpec, TensorSpec
 
 logger = logging.getLogger(__name__)
@@ -61,7 +62,7 @@ def component_graph(
             program = torch.export.export(
                 module,
                 tuple(_example(tensor, granularity) for tensor in spec.inputs),
-                dynamic_shapes=_dynamic_shapes(spec, granularity),
+                dynamic_shapes=_dynamic_shapes(spec, granularity, variadic=isinstance(module, Denoiser)),
                 strict=False,
             )
             exported = torch.onnx.export(
@@ -114,7 +115,7 @@ def _example(tensor: TensorSpec, granularity: int) -> Tensor:
     return torch.zeros(shape, dtype=getattr(torch, tensor.dtype))
 
 
-def _dynamic_shapes(spec: ComponentSpec, granularity: int) -> tuple[dict[int, Any], ...]:
+def _dynamic_shapes(spec: ComponentSpec, granularity: int, *, variadic: bool) -> tuple[Any, ...]:
     batch = Dim("batch", max=MAX_TRACED_BATCH)
     symbols = {
         "batch": batch,
@@ -123,10 +124,12 @@ def _dynamic_shapes(spec: ComponentSpec, granularity: int) -> tuple[dict[int, An
         "width": granularity * Dim("width_granules", max=MAX_GRANULES),
         "sequence": Dim("sequence"),
     }
-    return tuple(
+    shapes = tuple(
         {axis: symbols[size] for axis, size in enumerate(tensor.shape) if isinstance(size, str)}
         for tensor in spec.inputs
     )
+    # A denoiser takes its inputs as one variadic argument.
+    return (shapes,) if variadic else shapes
 
 
 @contextlib.contextmanager

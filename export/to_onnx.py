@@ -18,14 +18,7 @@ from quest_deploy.errors import ExportError
 from quest_deploy.export.check import GraphSummary, check_file
 from quest_deploy.export.graph import component_graph
 from quest_deploy.model.load import LoadedModel, load_model, wrap_components
-from quest_deploy.model.spec import (
-    DENOISER,
-    VAE_DECODER,
-    ComponentSpec,
-    component_specs,
-    read_config,
-    vae_config_path,
-)
+from quest_deploy.model.spec import ComponentSpec, config_paths, family_of, latent_granularity
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +29,6 @@ MODEL_FILE = "model.onnx"
 EXTERNAL_DATA_FILE = "model.onnx_data"
 # protobuf ends at 2 GB; the graph itself needs a little of it.
 INLINE_LIMIT_BYTES = 1_800_000_000
-COPIED_FOLDERS = ("scheduler", "tokenizer")
 COPIED_FILES = ("model_index.json", "quest.json", "README.md")
 LICENCE_PATTERN = "LICEN[CS]E*"
 
@@ -49,7 +41,7 @@ def export(
     progress: Progress | None = None,
     overwrite: bool = False,
 ) -> Artifact:
-    """Write text encoder, denoiser and VAE decoder as ONNX, in optimum-onnx's layout.
+    """Write every component (text encoder, denoiser, VAE decoder) as ONNX, in optimum-onnx's layout.
 
     Args:
         source: A diffusers model (mode "none") or a checkpoint of `finetune` (mode "int8").
@@ -69,7 +61,7 @@ def export(
         output, stage=STAGE, config=to_dict(config), inputs={"source": digest}, overwrite=overwrite
     ) as writer:
         model = _load(source, stage)
-        specs = component_specs(model.path)
+        specs = model.specs
         modules = wrap_components(model)
         components: dict[str, Any] = {}
         for done, (name, spec) in enumerate(specs.items()):
@@ -80,7 +72,7 @@ def export(
                 spec,
                 writer.path / name / MODEL_FILE,
                 config,
-                granularity=_granularity(model.path) if name == DENOISER else 1,
+                granularity=latent_granularity(model.denoiser.config) if name == model.family.denoiser else 1,
                 quantized_layers=len(quantized),
             )
             logger.info("%s: %d nodes, %d bytes", name, summary.nodes, summary.size_bytes)
@@ -130,7 +122,7 @@ def quantized_layer_names(module: nn.Module) -> list[str]:
 
 def copy_configuration(source: Path, output: Path) -> None:
     """Copy what makes an ONNX directory self-contained: configurations, tokenizer, scheduler, model card, licence."""
-    for folder in COPIED_FOLDERS:
+    for folder in family_of(source).companions:
         shutil.copytree(source / folder, output / folder)
     for name in COPIED_FILES:
         if (source / name).is_file():
@@ -138,10 +130,9 @@ def copy_configuration(source: Path, output: Path) -> None:
     for licence in sorted(source.glob(LICENCE_PATTERN)):
         if licence.is_file():
             shutil.copyfile(licence, output / licence.name)
-    for name in component_specs(source):
-        config = vae_config_path(source) if name == VAE_DECODER else source / name / "config.json"
+    for name, path in config_paths(source).items():
         (output / name).mkdir(exist_ok=True)
-        shutil.copyfile(config, output / name / "config.json")
+        shutil.copyfile(path, output / name / "config.json")
 
 
 def _check_mode(source: Path, config: ExportConfig) -> str:
@@ -170,15 +161,6 @@ def _load(source: Path, stage: str) -> LoadedModel:
     from quest_deploy.quantize.checkpoint import load_checkpoint
 
     return load_checkpoint(source)
-
-
-def _granularity(model_dir: Path) -> int:
-    """What the denoiser's height and width are multiples of: every level but the last halves them.
-
-    For other sizes diffusers resizes by a size computed at run time, which is another graph.
-    """
-    levels = len(read_config(model_dir / DENOISER / "config.json")["block_out_channels"])
-    return int(2 ** (levels - 1))
 
 
 def _report(progress: Progress | None, completed: int, total: int, message: str) -> None:

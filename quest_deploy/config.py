@@ -102,9 +102,12 @@ class BuildConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateConfig:
-    """One text-to-image request. Image `i` of prompt `p` has seed `seed + p * num_images + i`."""
+    """One request. Image `i` of prompt `p` has seed `seed + p * num_images + i`.
 
-    prompts: tuple[str, ...]
+    A class-conditional model takes names or numbers of classes for prompts; an unconditional one takes none.
+    """
+
+    prompts: tuple[str, ...] = ()
     negative_prompt: str = ""
     steps: int = 25
     guidance_scale: float = 7.5
@@ -117,8 +120,6 @@ class GenerateConfig:
 
     def __post_init__(self) -> None:
         problems: list[str] = []
-        if not self.prompts:
-            problems.append("no prompt was given")
         at_least(problems, 1, steps=self.steps, num_images=self.num_images, batch_size=self.batch_size)
         at_least(problems, 0, guidance_scale=self.guidance_scale, seed=self.seed)
         for name in ("height", "width"):
@@ -130,7 +131,10 @@ class GenerateConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ParityConfig:
-    """Which prompts two artifacts are compared on, and how. `prompts` empty means the packaged held-out list."""
+    """Which prompts two artifacts are compared on, and how.
+
+    `prompts` empty means what the model's kind suggests: the packaged held-out list, every class in turn, or none.
+    """
 
     prompts: tuple[str, ...] = ()
     num_prompts: int = 16
@@ -278,16 +282,19 @@ class Recipe:
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig:
-    """One finetuning run. Prompt `i` starts from the noise of seed `seed + i`."""
+    """One finetuning run. Prompt `i` starts from the noise of seed `seed + i`.
+
+    `prompts` empty means what the model's kind suggests: the packaged list, every class in turn, or none.
+    """
 
     recipe: Recipe
-    prompts: tuple[str, ...]
+    prompts: tuple[str, ...] = ()
     seed: int = 0
 
     def __post_init__(self) -> None:
         problems: list[str] = []
         at_least(problems, 0, seed=self.seed)
-        if len(self.prompts) < self.recipe.calibration_prompts:
+        if 0 < len(self.prompts) < self.recipe.calibration_prompts:
             problems.append(
                 f"{len(self.prompts)} prompts were given, "
                 f"recipe {self.recipe.name} calibrates on {self.recipe.calibration_prompts}"

@@ -1,8 +1,8 @@
 """Noise, guidance, and the one denoising loop that calibration, generation and parity share.
 
 Plain functions on tensors; nothing here knows whether the denoiser is torch, ONNX Runtime or TensorRT. On the torch
-backend the latents equal those of diffusers' ``StableDiffusionPipeline.__call__`` bit for bit, which fixes the order of
-every operation below.
+backend the latents equal those of the ``__call__`` of diffusers' pipelines bit for bit, which fixes the order of every
+operation below.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from quest_deploy.errors import ConfigError
+from quest_deploy.model.components import Conditioning, join_conditioning
 
-Denoise = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(sample [b, c, h, w], timestep [1], encoder_hidden_states [b, l, d]) -> noise prediction [b, c, h, w]."""
+Denoise = Callable[[Tensor, Tensor, Conditioning], Tensor]
+"""(sample [b, c, h, w], timestep [1], conditioning [b, ...] by input name) -> prediction [b, c, h, w]."""
 
 SCHEDULERS = {
     "ddim": "DDIMScheduler",
@@ -32,6 +33,7 @@ SCHEDULERS = {
     "dpm++-single": "DPMSolverSinglestepScheduler",
     "deis": "DEISMultistepScheduler",
     "unipc": "UniPCMultistepScheduler",
+    "flow-euler": "FlowMatchEulerDiscreteScheduler",
 }
 """Short names; the diffusers class names are accepted as well."""
 
@@ -68,14 +70,24 @@ def make_scheduler(name: str | None, config: Any) -> Any:
     """
     import diffusers
 
-    own = config.get("_class_name")
+    own = str(config.get("_class_name"))
     class_name = own if name is None else SCHEDULERS.get(name.lower(), name)
     if class_name not in {*SCHEDULERS.values(), own} or not hasattr(diffusers, str(class_name)):
         known = ", ".join(SCHEDULERS)
         raise ConfigError(
             f"scheduler {class_name!r} is unknown; choose one of {known} or the diffusers class name of one"
         )
+    if is_flow(str(class_name)) != is_flow(own):
+        raise ConfigError(
+            f"scheduler {class_name!r} is for {'flow' if is_flow(str(class_name)) else 'noise'} predictions, and the "
+            f"model's own is a {own}; leave the scheduler out"
+        )
     return getattr(diffusers, str(class_name)).from_config({**DEFAULTS.get(str(class_name), {}), **config})
+
+
+def is_flow(class_name: str) -> bool:
+    """Whether a scheduler class of diffusers takes the velocity of a flow from noise to data."""
+    return class_name.startswith("FlowMatch")
 
 
 def timesteps(scheduler: Any, steps: int, device: torch.device | None = None) -> Tensor:
@@ -130,18 +142,18 @@ def predict_noise(
     denoise_fn: Denoise,
     latents: Tensor,
     timestep: Tensor,
-    positive: Tensor,
-    negative: Tensor,
+    positive: Conditioning,
+    negative: Conditioning | None,
     guidance_scale: float,
 ) -> Tensor:
     """The guided noise prediction of `latents` [n, c, h, w], which are already scaled for the timestep.
 
-    Guidance up to 1 needs no second branch, as in diffusers.
+    Guidance up to 1 needs no second branch, as in diffusers; a model that has no negative branch is never guided.
     """
     timestep = timestep.reshape(1)
-    if guidance_scale <= 1:
+    if negative is None or guidance_scale <= 1:
         return denoise_fn(latents, timestep, positive)
-    both = denoise_fn(torch.cat([latents] * 2), timestep, torch.cat([negative, positive]))
+    both = denoise_fn(torch.cat([latents] * 2), timestep, join_conditioning([negative, positive]))
     return guide(both, guidance_scale)
 
 
@@ -149,8 +161,8 @@ def denoise(
     denoise_fn: Denoise,
     scheduler: Any,
     noise: Tensor,
-    positive: Tensor,
-    negative: Tensor,
+    positive: Conditioning,
+    negative: Conditioning | None,
     *,
     steps: int,
     guidance_scale: float,
@@ -163,8 +175,8 @@ def denoise(
         denoise_fn: The denoiser, with inputs and output on the device of `noise`.
         scheduler: A diffusers scheduler of its own for this call (it is stateful).
         noise: Unit Gaussian noise, [n, c, h, w].
-        positive: Prompt embeddings, [n, l, d].
-        negative: Embeddings of the negative prompts, [n, l, d].
+        positive: What the denoiser is told, [n, ...] by input name.
+        negative: What it is told for the negative branch; None where the model has none.
         steps: Number of denoising steps.
         guidance_scale: Up to 1 means no guidance.
         generators: One for each image, for schedulers that draw noise at every step.
@@ -177,9 +189,11 @@ def denoise(
     extra = {}
     if generators is not None and "generator" in inspect.signature(scheduler.step).parameters:
         extra["generator"] = list(generators)
-    latents = noise * scheduler.init_noise_sigma
+    # Flow-matching schedulers have neither: they start from unit noise and scale nothing.
+    scale = getattr(scheduler, "scale_model_input", lambda sample, timestep: sample)
+    latents = noise * getattr(scheduler, "init_noise_sigma", 1.0)
     for index, timestep in enumerate(schedule):
-        scaled = scheduler.scale_model_input(latents, timestep)
+        scaled = scale(latents, timestep)
         noise_pred = predict_noise(denoise_fn, scaled, timestep, positive, negative, guidance_scale)
         latents = scheduler.step(noise_pred, timestep, latents, **extra, return_dict=False)[0]
         if callback is not None:

@@ -26,6 +26,7 @@ from quest_deploy.prompts import load_prompts
 from quest_deploy.sampling import Step
 
 REFERENCE_MODEL = Path(__file__).parents[1] / "reference-model" / "pipeline"
+TEXT = "encoder_hidden_states"
 CONFIG = ParityConfig(
     prompts=("a red apple", "a <b>cat</b>", "a house"), num_prompts=3, steps=4, batch_size=2
 )
@@ -60,17 +61,27 @@ class StubPipeline:
     def __exit__(self, *_: object) -> None:
         return None
 
-    def encode(self, prompts: Sequence[str]) -> Tensor:
+    def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         lengths = torch.tensor([float(len(prompt)) for prompt in prompts])
-        return torch.sin(lengths[:, None, None] * torch.arange(1, 13).reshape(1, 3, 4)) + self.damage.text
+        waves = torch.sin(lengths[:, None, None] * torch.arange(1, 13).reshape(1, 3, 4))
+        return {TEXT: waves + self.damage.text}
+
+    def encode_negative(self, count: int) -> dict[str, Tensor]:
+        return self.encode([""] * count)
 
     def initial_noise(self, seeds: Sequence[int]) -> Tensor:
         return torch.cat([torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(s)) for s in seeds])
 
     def predict_noise(
-        self, latents: Tensor, timestep: Tensor, positive: Tensor, negative: Tensor, *, guidance_scale: float
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        positive: dict[str, Tensor],
+        negative: dict[str, Tensor],
+        *,
+        guidance_scale: float,
     ) -> Tensor:
-        text = (positive - negative).mean((1, 2)).reshape(-1, 1, 1, 1)
+        text = (positive[TEXT] - negative[TEXT]).mean((1, 2)).reshape(-1, 1, 1, 1)
         prediction = torch.tanh(latents + guidance_scale * text + timestep / 1000)
         step = round((1000 - timestep.item()) / 100)
         if step == self.damage.nan_at_step:
@@ -80,8 +91,8 @@ class StubPipeline:
     def denoise(
         self,
         noise: Tensor,
-        positive: Tensor,
-        negative: Tensor,
+        positive: dict[str, Tensor],
+        negative: dict[str, Tensor],
         *,
         steps: int,
         guidance_scale: float,

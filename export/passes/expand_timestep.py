@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from quest_deploy.model.spec import TIMESTEP
+
 
 class ExpandTimestep(ir.passes.InPlacePass):
     """Accept `timestep` of one value or of one value a sample.
@@ -11,18 +13,20 @@ class ExpandTimestep(ir.passes.InPlacePass):
     torch's exporter gives a rank-1 `timestep` the batch's dimension for good, since a size of 1 would broadcast where
     the batch's does not.
 
-    1. In a graph with inputs `sample` and `timestep` [batch], every reader of `timestep` reads
-       ``Expand(timestep, Shape(sample)[0:1])`` instead, and the input's dimension is called `steps`.
-    2. Must not fire where either input is missing, where `timestep` is not rank 1, where nothing reads it, or where
-       the rule has been applied.
+    1. In a graph whose second input is `timestep` [batch], every reader of it reads
+       ``Expand(timestep, Shape(latents)[0:1])`` instead, where the latents are the first input, and the input's
+       dimension is called `steps`.
+    2. Must not fire where the second input is another one, where `timestep` is not rank 1, where nothing reads it, or
+       where the rule has been applied.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Apply the rules to `model`."""
         graph = model.graph
-        inputs = {value.name: value for value in graph.inputs}
-        sample, timestep = inputs.get("sample"), inputs.get("timestep")
-        if sample is None or timestep is None or timestep.shape is None or len(timestep.shape) != 1:
+        if len(graph.inputs) < 2 or graph.inputs[1].name != TIMESTEP:
+            return ir.passes.PassResult(model, modified=False)
+        sample, timestep = graph.inputs[:2]
+        if timestep.shape is None or len(timestep.shape) != 1:
             return ir.passes.PassResult(model, modified=False)
         uses = list(timestep.uses())
         if not uses or all(use.node.op_type == "Expand" for use in uses):

@@ -26,7 +26,7 @@ RESUME_HINT = "run the same command with --resume to go on from the last saved s
     "--prompts",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Calibration prompts, one a line.  [default: the packaged list]",
+    help="Calibration prompts or classes, one a line.  [default: the packaged list, or every class]",
 )
 @click.option("--seed", default=0, show_default=True, help="Seed of noise and of sample order.")
 @click.option("--resume", is_flag=True, help="Go on where an interrupted run stopped.")
@@ -46,7 +46,7 @@ def finetune(
 
     # Before torch is imported and anything is loaded: a mistyped path or recipe is answered at once.
     check_output(output, stage="checkpoint", overwrite=overwrite or resume)
-    texts = load_prompts(prompts, default="calibration")
+    texts = () if prompts is None else load_prompts(prompts)
     config = FinetuneConfig(recipe=load_recipe(recipe), prompts=texts, seed=seed)
 
     from quest_deploy.quantize.finetune import finetune as run

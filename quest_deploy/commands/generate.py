@@ -1,4 +1,4 @@
-"""`quest-deploy generate`: prompts in, images out, from any artifact."""
+"""`quest-deploy generate`: prompts (or classes, or nothing) in, images out, from any artifact."""
 
 from __future__ import annotations
 
@@ -58,16 +58,17 @@ def generate(
 ) -> Result:
     """Draw the PROMPTs with the model, checkpoint, ONNX or engines in DIR.
 
+    A class-conditional model takes names or numbers of classes; an unconditional one takes no PROMPT, and --num-images.
     Writes one PNG per image, with its parameters in the metadata, and a contact sheet.
     """
-    if bool(prompts) == (prompts_file is not None):
+    if prompts and prompts_file is not None:
         raise click.UsageError("give either PROMPTs or --prompts-file")
     from quest_deploy.artifacts import check_output
     from quest_deploy.prompts import load_prompts
 
     check_output(output, stage="images", overwrite=overwrite)
     config = GenerateConfig(
-        prompts=prompts or load_prompts(prompts_file),
+        prompts=prompts if prompts_file is None else load_prompts(prompts_file),
         negative_prompt=negative_prompt,
         steps=steps,
         guidance_scale=guidance_scale,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,31 +14,50 @@ from torch import nn
 from quest_deploy.artifacts import refuse_pickle
 from quest_deploy.errors import ModelLoadError
 from quest_deploy.model.components import Denoiser, TextEncoder, VaeDecoder, parameters_frozen
-from quest_deploy.model.spec import DENOISER, TEXT_ENCODER, VAE_DECODER, component_specs, read_config
+from quest_deploy.model.families import (
+    FAMILIES,
+    TEXT_ENCODER,
+    VAE_DECODER,
+    Classes,
+    Family,
+    read_classes,
+)
+from quest_deploy.model.spec import ComponentSpec, component_specs, family_of, make_spec, read_config
 
 SINGLE_FILE_SUFFIX = ".safetensors"
-VAE = "vae"
+SINGLE_FILE_FAMILY = FAMILIES["StableDiffusionPipeline"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedModel:
-    """The parts of a text-to-image pipeline, as diffusers and transformers define them.
+    """The parts of a pipeline, as diffusers and transformers define them.
 
     Attributes:
         path: Where the model lies (for a hub id, the local snapshot).
-        text_encoder: `CLIPTextModel`.
-        tokenizer: `CLIPTokenizer`.
-        unet: `UNet2DConditionModel`; in a quantized checkpoint its layers are quantized ones.
-        vae: `AutoencoderKL`.
+        family: What kind of pipeline it is.
+        specs: Inputs and outputs of its components, by component name.
+        denoiser: U-Net or transformer; in a quantized checkpoint its layers are quantized ones.
         scheduler: The model's own scheduler.
+        text_encoder: `CLIPTextModel`; None for a model that reads no text.
+        tokenizer: `CLIPTokenizer`, or None.
+        vae: `AutoencoderKL` or `VQModel`; None where the denoiser draws pixels.
+        classes: What a class-conditional model draws, else None.
     """
 
     path: Path
-    text_encoder: nn.Module
-    tokenizer: Any
-    unet: nn.Module
-    vae: nn.Module
+    family: Family
+    specs: dict[str, ComponentSpec]
+    denoiser: nn.Module
     scheduler: Any
+    text_encoder: nn.Module | None = None
+    tokenizer: Any = None
+    vae: nn.Module | None = None
+    classes: Classes | None = None
+
+    @property
+    def denoiser_spec(self) -> ComponentSpec:
+        """The denoiser's inputs and outputs."""
+        return self.specs[self.family.denoiser]
 
 
 def load_model(source: str | Path) -> LoadedModel:
@@ -51,7 +70,10 @@ def load_model(source: str | Path) -> LoadedModel:
     refuse_pickle(path)
     if path.is_file() and path.suffix == SINGLE_FILE_SUFFIX:
         with loading_errors(path):
-            return _loaded(path, _pipeline_class().from_single_file(str(path), **_options()))
+            pipeline = _pipeline_class(SINGLE_FILE_FAMILY).from_single_file(
+                str(path), **_options(SINGLE_FILE_FAMILY)
+            )
+            return _loaded(path, SINGLE_FILE_FAMILY, {}, pipeline)
     directory = path if path.is_dir() else _snapshot(str(source))
     component_specs(directory)
     return load_directory(directory)
@@ -68,15 +90,17 @@ def load_directory(directory: Path, **components: Any) -> LoadedModel:
         ModelLoadError: a part is missing, incomplete, corrupt or pickled.
     """
     _hide_loading_bars()
-    _refuse_pickled_weights(directory, components)
+    family = family_of(directory)
+    needed = sorted(set(family.weights) - components.keys())
+    _refuse_pickled_weights(directory, needed)
     index = read_config(directory / "model_index.json")
     with loading_errors(directory):
-        for name in sorted({TEXT_ENCODER, DENOISER, VAE} - components.keys()):
+        for name in needed:
             components[name] = _load_component(directory / name, index.get(name))
-        pipeline = _pipeline_class().from_pretrained(
-            str(directory), use_safetensors=True, **_options(), **components
+        pipeline = _pipeline_class(family).from_pretrained(
+            str(directory), use_safetensors=True, **_options(family), **components
         )
-        return _loaded(directory, pipeline)
+        return _loaded(directory, family, index, pipeline)
 
 
 def _load_component(folder: Path, entry: object) -> nn.Module:
@@ -124,14 +148,17 @@ def _dtype() -> Any:
     return torch.float32
 
 
-def _pipeline_class() -> Any:
-    from diffusers import StableDiffusionPipeline
+def _pipeline_class(family: Family) -> Any:
+    import diffusers
 
-    return StableDiffusionPipeline
+    return getattr(diffusers, family.pipeline)
 
 
-def _options() -> dict[str, Any]:
-    return {"torch_dtype": _dtype(), "safety_checker": None, "requires_safety_checker": False}
+def _options(family: Family) -> dict[str, Any]:
+    options = {"torch_dtype": _dtype()}
+    if family.has_text:
+        options |= {"safety_checker": None, "requires_safety_checker": False}
+    return options
 
 
 @contextlib.contextmanager
@@ -152,24 +179,37 @@ def loading_errors(source: Path) -> Iterator[None]:
         ) from error
 
 
-def _loaded(path: Path, pipeline: Any) -> LoadedModel:
+def _loaded(path: Path, family: Family, index: Mapping[str, Any], pipeline: Any) -> LoadedModel:
+    denoiser = getattr(pipeline, family.denoiser)
+    vae = None if family.autoencoder is None else getattr(pipeline, family.autoencoder)
+    text_encoder = pipeline.text_encoder if family.has_text else None
+    modules = {TEXT_ENCODER: text_encoder, family.denoiser: denoiser, VAE_DECODER: vae}
     return LoadedModel(
         path=path,
-        text_encoder=parameters_frozen(pipeline.text_encoder),
-        tokenizer=pipeline.tokenizer,
-        unet=parameters_frozen(pipeline.unet),
-        vae=parameters_frozen(pipeline.vae),
+        family=family,
+        specs={
+            name: make_spec(family, name, module.config.to_dict() if name == TEXT_ENCODER else module.config)
+            for name, module in modules.items()
+            if module is not None
+        },
+        denoiser=parameters_frozen(denoiser),
         scheduler=pipeline.scheduler,
+        text_encoder=None if text_encoder is None else parameters_frozen(text_encoder),
+        tokenizer=pipeline.tokenizer if family.has_text else None,
+        vae=None if vae is None else parameters_frozen(vae),
+        classes=read_classes(index, denoiser.config),
     )
 
 
 def wrap_components(model: LoadedModel) -> dict[str, nn.Module]:
     """The components with the signatures of :func:`quest_deploy.model.spec.component_specs`, by name."""
-    return {
-        TEXT_ENCODER: parameters_frozen(TextEncoder(model.text_encoder)),
-        DENOISER: parameters_frozen(Denoiser(model.unet)),
-        VAE_DECODER: parameters_frozen(VaeDecoder(model.vae)),
-    }
+    modules: dict[str, nn.Module] = {}
+    if model.text_encoder is not None:
+        modules[TEXT_ENCODER] = TextEncoder(model.text_encoder)
+    modules[model.family.denoiser] = Denoiser(model.denoiser, model.denoiser_spec)
+    if model.vae is not None:
+        modules[VAE_DECODER] = VaeDecoder(model.vae)
+    return {name: parameters_frozen(module) for name, module in modules.items()}
 
 
 def _hide_loading_bars() -> None:
@@ -181,8 +221,8 @@ def _hide_loading_bars() -> None:
     transformers_logging.disable_progress_bar()
 
 
-def _refuse_pickled_weights(directory: Path, given: Mapping[str, Any]) -> None:
-    for component in sorted({TEXT_ENCODER, DENOISER, VAE} - given.keys()):
+def _refuse_pickled_weights(directory: Path, components: Sequence[str]) -> None:
+    for component in components:
         folder = directory / component
         if not any(folder.glob("*.safetensors")):
             for file in sorted(folder.glob("*")):

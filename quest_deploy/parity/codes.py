@@ -19,8 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from quest_deploy.metrics import CodeFlips, code_flips, snr_db
-from quest_deploy.model.components import first_device
-from quest_deploy.model.spec import DENOISER
+from quest_deploy.model.components import Conditioning, denoiser_inputs, first_device, without_variance
 from quest_deploy.parity.measure import Trace
 from quest_deploy.quantize.grid import dequantize
 from quest_deploy.quantize.layers import ActivationQuantizer
@@ -37,11 +36,11 @@ Codes = Mapping[str, Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """The denoiser's inputs in its order: `sample` [n, c, h, w], `timestep` [1], `encoder_hidden_states` [n, l, d]."""
+    """The denoiser's inputs: `sample` [n, c, h, w], `timestep` [1], and what it is told, [n, ...] by input name."""
 
     sample: Tensor
     timestep: Tensor
-    encoder_hidden_states: Tensor
+    conditioning: Conditioning
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +92,7 @@ def make_probes(trace: Trace) -> tuple[Probe, ...]:
         Probe(
             sample=trace.latents[step][:CODE_PROMPTS],
             timestep=trace.timesteps[step].reshape(1).float(),
-            encoder_hidden_states=trace.positive[:CODE_PROMPTS],
+            conditioning={name: value[:CODE_PROMPTS] for name, value in trace.positive.items()},
         )
         for step in sorted({0, last // 2, last})
     )
@@ -141,20 +140,23 @@ def take_codes(
         probes: Inputs of the denoiser.
         forced: Codes that every product uses instead of the chosen ones, one mapping for each probe.
     """
-    given: Sequence[Codes | None] = [None] * len(probes) if forced is None else forced
-    if pipeline.backend == "torch":
-        engine: Any = pipeline.engines[DENOISER]
-        return tuple(
-            torch_codes(engine.module, probe, codes) for probe, codes in zip(probes, given, strict=True)
-        )
+    if pipeline.backend not in ("torch", "onnxruntime"):
+        return f"{pipeline.backend} quantizes inside fused kernels and shows no codes"
+    spec = pipeline.denoiser_spec
+    inputs = [denoiser_inputs(spec, probe.sample, probe.timestep, probe.conditioning) for probe in probes]
     if pipeline.backend == "onnxruntime":
-        return onnxruntime_codes(pipeline.path / DENOISER / "model.onnx", probes, forced)
-    return f"{pipeline.backend} quantizes inside fused kernels and shows no codes"
+        return onnxruntime_codes(pipeline.path / spec.name / "model.onnx", inputs, forced)
+    engine: Any = pipeline.engines[spec.name]
+    given: Sequence[Codes | None] = [None] * len(probes) if forced is None else forced
+    return tuple(torch_codes(engine.module, one, codes) for one, codes in zip(inputs, given, strict=True))
 
 
 @torch.no_grad()
-def torch_codes(denoiser: nn.Module, probe: Probe, forced: Codes | None = None) -> CodeRun:
-    """Run `denoiser` once and read the codes off its quantizers' outputs, which are scale times code."""
+def torch_codes(denoiser: nn.Module, inputs: Mapping[str, Tensor], forced: Codes | None = None) -> CodeRun:
+    """Run `denoiser` once on `inputs`, in their order, and read the codes off its quantizers' outputs.
+
+    Those are scale times code.
+    """
     chosen: dict[str, Tensor] = {}
 
     def watch(path: str, quantizer: ActivationQuantizer) -> Any:
@@ -175,17 +177,25 @@ def torch_codes(denoiser: nn.Module, probe: Probe, forced: Codes | None = None) 
     handles = [watch(path, quantizer) for path, quantizer in quantizers]
     try:
         device = first_device(denoiser)
-        (noise_pred,) = denoiser(*(tensor.to(device) for tensor in vars(probe).values()))
+        (output,) = denoiser(*(tensor.to(device) for tensor in inputs.values()))
     finally:
         for handle in handles:
             handle.remove()
-    return CodeRun(codes=chosen, noise_pred=noise_pred.cpu())
+    return CodeRun(codes=chosen, noise_pred=_prediction(output.cpu(), inputs))
+
+
+def _prediction(output: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+    """A denoiser's output without the variance that it may have learned; the first input are the latents."""
+    return without_variance(output, next(iter(inputs.values())).shape[1])
 
 
 def onnxruntime_codes(
-    onnx_path: Path, probes: Sequence[Probe], forced: Sequence[Codes] | None = None
+    onnx_path: Path, probes: Sequence[Mapping[str, Tensor]], forced: Sequence[Codes] | None = None
 ) -> tuple[CodeRun, ...] | str:
-    """Run the denoiser's graph with the output of every QuantizeLinear as an output of the graph."""
+    """Run the denoiser's graph on each of `probes`, its inputs by name.
+
+    The output of every QuantizeLinear is made an output of the graph.
+    """
     import onnx
     import onnxruntime
 
@@ -210,14 +220,16 @@ def onnxruntime_codes(
     )
     runs = []
     for index, probe in enumerate(probes):
-        inputs = {name: value.numpy() for name, value in vars(probe).items()}
+        inputs = {name: value.numpy() for name, value in probe.items()}
         if forced is not None:
             inputs |= {
                 forced_name(name): forced[index][path].numpy()
                 for name, path in zip(names, paths, strict=True)
             }
-        noise_pred, *codes = (
+        output, *codes = (
             torch.from_numpy(output) for output in session.run([graph.graph.output[0].name, *names], inputs)
         )
-        runs.append(CodeRun(codes=dict(zip(paths, codes, strict=True)), noise_pred=noise_pred))
+        runs.append(
+            CodeRun(codes=dict(zip(paths, codes, strict=True)), noise_pred=_prediction(output, probe))
+        )
     return tuple(runs)

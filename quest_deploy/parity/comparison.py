@@ -9,11 +9,14 @@ from typing import Any
 
 from quest_deploy.artifacts import check_output, write_artifact, write_json
 from quest_deploy.config import ParityConfig, to_dict
+from quest_deploy.model.families import Classes, Family, choose_prompts
+from quest_deploy.model.load import SINGLE_FILE_FAMILY
+from quest_deploy.model.spec import classes_of, family_of
 from quest_deploy.parity.budgets import Budget, load_budget
 from quest_deploy.parity.document import make_document
 from quest_deploy.parity.figures import Outcome, deployment_figures, quantization_figures
 from quest_deploy.parity.gates import Gate, deployment_gates, finite_gate, quantization_gates
-from quest_deploy.parity.ladder import Edge, make_ladder
+from quest_deploy.parity.ladder import Edge, Rung, make_ladder
 from quest_deploy.parity.run import Progress, run_ladder
 from quest_deploy.prompts import load_prompts
 from quest_deploy.report import RungImages, write_report
@@ -70,7 +73,10 @@ def compare(
     budget_path = None if config.budget is None else Path(config.budget)
     # All budgets are read before the work starts: a typing mistake should not cost an hour.
     budgets = {rung.name: load_budget(budget_path, rung.recipe) for rung in rungs}
-    prompts = (config.prompts or load_prompts(default="heldout"))[: config.num_prompts]
+    family, classes = reference_kind(rungs)
+    prompts = choose_prompts(
+        family, classes, config.prompts, default=load_prompts(default="heldout"), count=config.num_prompts
+    )[: config.num_prompts]
     outcomes = run_ladder(rungs, edges, prompts, config, progress)
     gates = make_gates(outcomes, edges, budgets)
     verdict = judge(gates, outcomes)
@@ -91,6 +97,12 @@ def compare(
         write_report(writer.path / "report.html", document, _report_images(outcomes))
         writer.details = {"verdict": verdict}
     return ParityResult(verdict=verdict, gates=tuple(gates), report=document, path=Path(output))
+
+
+def reference_kind(rungs: Sequence[Rung]) -> tuple[Family, Classes | None]:
+    """What kind of model the rungs are, from the first that is a directory: a single file says little of itself."""
+    path = next((rung.path for rung in rungs if rung.path.is_dir()), None)
+    return (SINGLE_FILE_FAMILY, None) if path is None else (family_of(path), classes_of(path))
 
 
 def make_gates(

@@ -160,7 +160,9 @@ def _edge(edge: Edge, outcomes: Sequence[Outcome]) -> dict[str, Any]:
     return {
         **document,
         "noise_snr_db": _snr(against.forced.snr_db),
-        "text_encoder_snr_db": numbers(against.text_encoder_snr_db),
+        "text_encoder_snr_db": None
+        if against.text_encoder_snr_db is None
+        else numbers(against.text_encoder_snr_db),
         "vae_decoder_snr_db": numbers(against.vae_decoder_snr_db),
         "codes": None if against.codes is None else _codes(against.codes),
         "codes_reason": against.codes_reason or None,

@@ -98,7 +98,7 @@ class DeploymentFigures:
     Attributes:
         noise_snr_db: The worst step's median over prompts, left alone.
         same_codes_snr_db: The same where every product is given the upper rung's codes; None where that cannot be done.
-        text_encoder_snr_db: Median over prompts.
+        text_encoder_snr_db: Median over prompts; None for a model that reads no text.
         vae_decoder_snr_db: Median over prompts, the same latents decoded.
         flip_fraction: Share of the integer codes that differ; None where codes were not compared.
         flip_max: Largest difference of a code.
@@ -109,7 +109,7 @@ class DeploymentFigures:
 
     noise_snr_db: float
     same_codes_snr_db: float | None
-    text_encoder_snr_db: float
+    text_encoder_snr_db: float | None
     vae_decoder_snr_db: float
     flip_fraction: float | None
     flip_max: int | None
@@ -185,6 +185,7 @@ def deployment_gates(rung: str, figures: DeploymentFigures, *, quantized: bool) 
             ("text encoder SNR", figures.text_encoder_snr_db, ""),
             ("VAE decoder SNR", figures.vae_decoder_snr_db, ""),
         )
+        if (quantity, measured) != ("text encoder SNR", None)
     ]
     if not quantized:
         return gates

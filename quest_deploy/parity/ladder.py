@@ -13,7 +13,7 @@ from typing import Any, Literal
 from quest_deploy.artifacts import hash_directory, read_artifact, read_json, stage_of
 from quest_deploy.errors import ParityError
 from quest_deploy.files import hash_mapping, list_files
-from quest_deploy.model.spec import component_specs
+from quest_deploy.model.spec import component_specs, family_of
 
 RUNG_STAGES = ("model", "checkpoint", "onnx", "engines")
 QUANTIZATION_FILE = "quest.json"
@@ -99,8 +99,15 @@ def read_rung(path: Path) -> Rung:
         digest=digest,
         inputs=inputs,
         size_bytes=sum(files.values()) if path.is_dir() else path.stat().st_size,
-        denoiser_bytes=sum(size for name, size in files.items() if name.startswith("unet/")),
+        denoiser_bytes=_denoiser_bytes(path, files),
     )
+
+
+def _denoiser_bytes(path: Path, files: Mapping[str, int]) -> int:
+    if not path.is_dir():
+        return 0
+    folder = f"{family_of(path).denoiser}/"
+    return sum(size for name, size in files.items() if name.startswith(folder))
 
 
 def recipe_name(content: Mapping[str, Any]) -> str:
@@ -168,8 +175,8 @@ def _check_architecture(rungs: Sequence[Rung]) -> None:
     directories = [rung for rung in rungs if rung.path.is_dir()]
     for rung in directories[1:]:
         expected, got = component_specs(directories[0].path), component_specs(rung.path)
-        for name in expected:
-            if got[name] != expected[name]:
+        for name in expected.keys() | got.keys():
+            if got.get(name) != expected.get(name):
                 raise ParityError(
                     f"'{rung.path}' and '{directories[0].path}' have different {name} inputs or outputs; "
                     "compare artifacts made from one model"

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from quest_deploy.config import ParityConfig
 from quest_deploy.metrics import cosine, snr_db
+from quest_deploy.model.components import Conditioning, join_conditioning
 from quest_deploy.sampling import draw_noise, generators_of
 
 if TYPE_CHECKING:
@@ -54,8 +55,8 @@ class Trace:
     """Everything a rung computed when it ran freely, on the CPU.
 
     Attributes:
-        positive: Prompt embeddings, [n, l, d].
-        negative: Embeddings of the empty prompt, [n, l, d].
+        positive: What the denoiser was told for the prompts, [n, ...] by input name.
+        negative: What it was told for the empty prompt; None for a model without guidance.
         timesteps: One 0-d tensor a step.
         latents: The denoiser's input at each step, [n, c, h, w].
         noise_pred: The guided prediction at each step, [n, c, h, w].
@@ -64,8 +65,8 @@ class Trace:
         problem: Names the first tensor with a NaN or Inf; None if all are finite.
     """
 
-    positive: Tensor
-    negative: Tensor
+    positive: Conditioning
+    negative: Conditioning | None
     timesteps: tuple[Tensor, ...]
     latents: tuple[Tensor, ...]
     noise_pred: tuple[Tensor, ...]
@@ -102,7 +103,7 @@ def draw(pipeline: Pipeline, request: Request, tick: Tick) -> Trace:
     recordings, embeddings, finals, images = [], [], [], []
     for batch in request.batches():
         prompts = request.prompts[batch]
-        positive, negative = pipeline.encode(prompts), pipeline.encode([""] * len(prompts))
+        positive, negative = pipeline.encode(prompts), pipeline.encode_negative(len(prompts))
         recording = _Recording()
 
         def record(step: Step, recording: _Recording = recording) -> None:
@@ -122,13 +123,13 @@ def draw(pipeline: Pipeline, request: Request, tick: Tick) -> Trace:
             callback=record,
         )
         recordings.append(recording)
-        embeddings.append((positive.cpu(), negative.cpu()))
+        embeddings.append((_on_cpu(positive), None if negative is None else _on_cpu(negative)))
         finals.append(final.cpu())
         images.append(pipeline.decode(final).cpu())
     positives, negatives = zip(*embeddings, strict=True)
     trace = Trace(
-        positive=torch.cat(positives),
-        negative=torch.cat(negatives),
+        positive=join_conditioning(positives),
+        negative=None if None in negatives else join_conditioning(negatives),
         timesteps=tuple(recordings[0].timesteps),
         latents=_by_step([recording.latents for recording in recordings]),
         noise_pred=_by_step([recording.noise_pred for recording in recordings]),
@@ -150,8 +151,8 @@ def teacher_forced(pipeline: Pipeline, trace: Trace, request: Request, tick: Tic
             prediction = pipeline.predict_noise(
                 latents[batch],
                 timestep,
-                trace.positive[batch],
-                trace.negative[batch],
+                _rows(trace.positive, batch),
+                None if trace.negative is None else _rows(trace.negative, batch),
                 guidance_scale=request.config.guidance_scale,
             )
             predictions.append(prediction.cpu())
@@ -181,6 +182,14 @@ def first_non_finite(name: str, values: Tensor, prompts: Sequence[str]) -> str |
     )
 
 
+def _on_cpu(conditioning: Conditioning) -> dict[str, Tensor]:
+    return {name: value.cpu() for name, value in conditioning.items()}
+
+
+def _rows(conditioning: Conditioning, batch: slice) -> dict[str, Tensor]:
+    return {name: value[batch] for name, value in conditioning.items()}
+
+
 def _by_step(batches: Sequence[Sequence[Tensor]]) -> tuple[Tensor, ...]:
     return tuple(torch.cat(parts) for parts in zip(*batches, strict=True))
 
@@ -191,7 +200,8 @@ def _at_step(index: int, timestep: Tensor) -> str:
 
 def _with_problem(trace: Trace, prompts: Sequence[str]) -> Trace:
     # In the order of computation, so that the first one found is where it began.
-    tensors = [("text embeddings", trace.positive), ("text embeddings of the empty prompt", trace.negative)]
+    tensors = [(f"{name} of the prompts", value) for name, value in trace.positive.items()]
+    tensors += [(f"{name} of the empty prompt", value) for name, value in (trace.negative or {}).items()]
     for index, timestep in enumerate(trace.timesteps):
         where = _at_step(index, timestep)
         tensors.append((f"latents {where}", trace.latents[index]))

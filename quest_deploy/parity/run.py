@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from quest_deploy.config import ParityConfig, ProgressEvent
 from quest_deploy.errors import MissingDependencyError, ParityError
 from quest_deploy.metrics import psnr_db, snr_db, ssim
@@ -119,12 +121,18 @@ def _compare(
         flips = _flips(upper_codes, pipeline, upper)
     against = Against(
         forced=forced if edge.upper == 0 else teacher_forced(pipeline, upper, request, tick),
-        text_encoder_snr_db=snr_db(upper.positive, own.positive),
+        text_encoder_snr_db=text_encoder_snr_db(upper, own),
         vae_decoder_snr_db=snr_db(upper.images, decode_again(pipeline, upper, request)),
         codes=None if isinstance(flips, str) else flips,
         codes_reason=flips if isinstance(flips, str) else "",
     )
     return dataclasses.replace(outcome, against=against)
+
+
+def text_encoder_snr_db(upper: Trace, own: Trace) -> Tensor | None:
+    """Of every prompt's embeddings [n]; None for a model that reads no text."""
+    embeddings = upper.positive.get("encoder_hidden_states")
+    return None if embeddings is None else snr_db(embeddings, own.positive["encoder_hidden_states"])
 
 
 def _flips(upper_codes: Sequence[CodeRun] | str, pipeline: Pipeline, upper: Trace) -> FlipReport | str:

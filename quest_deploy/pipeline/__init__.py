@@ -1,4 +1,4 @@
-"""From prompts to images: the same code for every backend, around three engines."""
+"""From prompts to images: the same code for every backend, around one engine for each component."""
 
 from quest_deploy.pipeline.load import load_pipeline
 from quest_deploy.pipeline.stage import generate

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from quest_deploy import sampling
 from quest_deploy.config import GenerateConfig, ProgressEvent
-from quest_deploy.errors import QuestDeployError
+from quest_deploy.errors import ConfigError, QuestDeployError
 from quest_deploy.pipeline.images import to_pil
 from quest_deploy.pipeline.text_to_image import Pipeline
 from quest_deploy.sampling import Step
@@ -45,10 +45,32 @@ class Drawn:
 
 def make_jobs(config: GenerateConfig) -> list[Job]:
     """All images of a request, prompt by prompt, each with a seed of its own."""
+    prompts = config.prompts or ("",)
     return [
-        Job(index=index, prompt=config.prompts[index // config.num_images], seed=config.seed + index)
-        for index in range(len(config.prompts) * config.num_images)
+        Job(index=index, prompt=prompts[index // config.num_images], seed=config.seed + index)
+        for index in range(len(prompts) * config.num_images)
     ]
+
+
+def check_prompts(pipeline: Pipeline, config: GenerateConfig) -> None:
+    """Check that the prompts are what the model takes: texts, classes or none.
+
+    Raises:
+        ConfigError: they are not.
+    """
+    if pipeline.classes is None and not pipeline.family.has_text:
+        if config.prompts:
+            raise ConfigError(
+                f"{len(config.prompts)} prompts were given, but this model draws without any; "
+                "leave them out, and say how many images with --num-images"
+            )
+        return
+    if not config.prompts:
+        wanted = "a prompt" if pipeline.classes is None else "the name or number of a class"
+        raise ConfigError(f"no prompt was given; give {wanted}")
+    if pipeline.classes is not None:
+        for prompt in config.prompts:
+            pipeline.classes.number(prompt)
 
 
 def draw_images(
@@ -94,15 +116,15 @@ def draw_batch(
         QuestDeployError: names the component, and the step, that gave the first NaN or infinity.
     """
     positive = pipeline.encode([job.prompt for job in batch])
-    negative = pipeline.encode([config.negative_prompt] * len(batch))
-    check_finite("text_encoder", positive, negative)
+    negative = pipeline.encode_negative(len(batch), config.negative_prompt)
+    check_finite("text_encoder", *positive.values(), *(negative or {}).values())
     shape = pipeline.latent_shape(config.height, config.width)
     generators = sampling.generators_of([job.seed for job in batch])
 
     def watch(step: Step) -> None:
         where = f"step {step.index + 1} (timestep {step.timestep.item():g})"
         check_finite(f"the scheduler before {where}", step.latents)
-        check_finite(f"unet at {where}", step.noise_pred)
+        check_finite(f"{pipeline.family.denoiser} at {where}", step.noise_pred)
         count(len(batch))
 
     latents = pipeline.denoise(

@@ -13,7 +13,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from quest_deploy.engines.base import Engine
 from quest_deploy.errors import ConfigError
-from quest_deploy.model.spec import DENOISER, TEXT_ENCODER, VAE_DECODER
+from quest_deploy.model.families import TEXT_ENCODER, VAE_DECODER
 from quest_deploy.pipeline.parts import run_in_parts
 
 
@@ -117,7 +117,7 @@ def diffusers_pipeline(
     """
     return StableDiffusionPipeline(
         text_encoder=TextEncoderStandIn(engines[TEXT_ENCODER], configs[TEXT_ENCODER], device),
-        unet=DenoiserStandIn(engines[DENOISER], configs[DENOISER], device),
+        unet=DenoiserStandIn(engines["unet"], configs["unet"], device),
         vae=VaeStandIn(engines[VAE_DECODER], configs[VAE_DECODER], device),
         tokenizer=tokenizer,
         scheduler=scheduler,

@@ -31,8 +31,10 @@ class Cell:
 
 
 def to_pil(image: Tensor) -> Image.Image:
-    """Float [3, h, w] in [0, 1] -> 8-bit RGB, rounded as diffusers does."""
+    """Float [3, h, w] in [0, 1] -> 8-bit RGB, rounded as diffusers does; [1, h, w] -> grey."""
     pixels = (image.float() * 255).round().to(torch.uint8)
+    if pixels.shape[0] == 1:
+        return Image.fromarray(pixels[0].cpu().contiguous().numpy())
     return Image.fromarray(pixels.permute(1, 2, 0).cpu().contiguous().numpy())
 
 

@@ -14,14 +14,7 @@ from quest_deploy.engines import load_engines, resolve_backend
 from quest_deploy.engines.torch_runtime import TorchEngine, load_torch_model, torch_engines
 from quest_deploy.errors import ArtifactError, ConfigError
 from quest_deploy.model.load import LoadedModel
-from quest_deploy.model.spec import (
-    DENOISER,
-    TEXT_ENCODER,
-    VAE_DECODER,
-    component_specs,
-    read_config,
-    vae_config_path,
-)
+from quest_deploy.model.spec import classes_of, component_configs, component_specs, family_of, read_config
 from quest_deploy.pipeline.text_to_image import Pipeline
 
 TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
@@ -53,35 +46,31 @@ def load_pipeline(path: str | Path, *, backend: str | None = None, threads: int 
         stage=stage_of(path),
         backend=chosen,
         device=torch.device("cuda" if chosen in TENSORRT_BACKENDS else "cpu"),
+        family=family_of(path),
+        classes=classes_of(path),
         engines=engines,
-        tokenizer=_load_tokenizer(path),
+        tokenizer=_load_tokenizer(path) if family_of(path).has_text else None,
         scheduler=_load_scheduler(path),
-        configs=_component_configs(path),
+        configs=component_configs(path),
     )
 
 
 def _torch_pipeline(path: Path, model: LoadedModel, threads: int | None) -> Pipeline:
     engines = torch_engines(model, component_specs(model.path), threads=threads)
-    denoiser = engines[DENOISER]
+    denoiser = engines[model.family.denoiser]
     assert isinstance(denoiser, TorchEngine)
     return Pipeline(
         path=path,
         stage=stage_of(path),
         backend="torch",
         device=denoiser.device,
+        family=model.family,
+        classes=model.classes,
         engines=engines,
         tokenizer=model.tokenizer,
         scheduler=model.scheduler,
-        configs=_component_configs(model.path),
+        configs=component_configs(model.path),
     )
-
-
-def _component_configs(path: Path) -> dict[str, dict[str, Any]]:
-    return {
-        TEXT_ENCODER: read_config(path / TEXT_ENCODER / "config.json"),
-        DENOISER: read_config(path / DENOISER / "config.json"),
-        VAE_DECODER: read_config(vae_config_path(path)),
-    }
 
 
 def _load_tokenizer(path: Path) -> Any:

@@ -1,4 +1,4 @@
-"""Calibration: the full-precision loop over prompts, and scales from what its layers saw.
+"""Calibration: the full-precision loop over prompts, classes or seeds, and what its layers saw.
 
 No training images: the model's own trajectories are the data (QuEST, arXiv 2402.03666, section 4.4).
 """
@@ -14,32 +14,45 @@ from torch import Tensor, nn
 
 from quest_deploy import sampling
 from quest_deploy.errors import CalibrationError
-from quest_deploy.model.components import Denoiser, TextEncoder
+from quest_deploy.model.components import (
+    Conditioning,
+    TextEncoder,
+    join_conditioning,
+    predict,
+)
 from quest_deploy.model.load import LoadedModel
+from quest_deploy.model.spec import latent_size
 from quest_deploy.quantize.insert import channel_axis, quantizable_layers
 
 EXTREME_ROWS = 2
+BRANCHES = ("positive", "negative")
 Report = Callable[[int, int], None]
 """(completed, total) of the running stage."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationSet:
-    """Trajectories of the full-precision model, both guidance branches.
+    """Trajectories of the full-precision model, both guidance branches where it has two.
 
     Attributes:
         timesteps: float32 [T], descending, as the scheduler visits them.
         latents: float32 [P, T, c, h, w], scaled for the denoiser.
-        targets: float32 [P, T, 2, c, h, w]: its output for the negative and the positive prompt.
-        positive: float32 [P, l, d].
-        negative: float32 [1, l, d].
+        targets: float32 [P, T, B, c, h, w]: its output for the negative and the positive branch (B = 2), or its only
+            one (B = 1).
+        positive: What the denoiser was told for each prompt, [P, ...] by input name.
+        negative: What it was told for the negative branch, [1, ...] by input name; empty where B = 1.
     """
 
     timesteps: Tensor
     latents: Tensor
     targets: Tensor
-    positive: Tensor
-    negative: Tensor
+    positive: Conditioning
+    negative: Conditioning
+
+    @property
+    def guided(self) -> bool:
+        """Whether there are two branches."""
+        return self.targets.shape[2] == 2
 
     @property
     def num_prompts(self) -> int:
@@ -50,25 +63,52 @@ class CalibrationSet:
         ordered = self.timesteps.flip(0)
         return (ordered[1:] + ordered[:-1]) / 2
 
-    def batch(self, prompt: Tensor, step: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Both branches of the given (prompt, step) pairs, negative branches first.
+    def conditioning(self, prompt: Tensor) -> dict[str, Tensor]:
+        """What the denoiser is told for the prompts int64 [n], of both branches, negative ones first."""
+        positive = {name: value[prompt] for name, value in self.positive.items()}
+        if not self.guided:
+            return positive
+        n = prompt.numel()
+        negative = {name: value.expand(n, *value.shape[1:]) for name, value in self.negative.items()}
+        return join_conditioning([negative, positive])
+
+    def batch(self, prompt: Tensor, step: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor], Tensor]:
+        """All branches of the given (prompt, step) pairs, negative branches first.
 
         Args:
             prompt: int64 [n].
             step: int64 [n].
 
         Returns:
-            sample [2n, c, h, w], timestep [2n], encoder_hidden_states [2n, l, d], target [2n, c, h, w].
+            sample [Bn, c, h, w], timestep [Bn], conditioning [Bn, ...] by name, target [Bn, c, h, w].
         """
-        n = prompt.numel()
         latents, target = self.latents[prompt, step], self.targets[prompt, step]
-        text = torch.cat([self.negative.expand(n, -1, -1), self.positive[prompt]])
+        branches = target.shape[1]
         return (
-            torch.cat([latents, latents]),
-            self.timesteps[step].repeat(2),
-            text,
-            torch.cat([target[:, 0], target[:, 1]]),
+            torch.cat([latents] * branches),
+            self.timesteps[step].repeat(branches),
+            self.conditioning(prompt),
+            torch.cat(target.unbind(1)),
         )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything as one mapping, for files; :func:`from_tensors` reads it."""
+        result = {"timesteps": self.timesteps, "latents": self.latents, "targets": self.targets}
+        for branch in BRANCHES:
+            result |= {f"{branch}/{name}": value for name, value in getattr(self, branch).items()}
+        return result
+
+
+def from_tensors(tensors: dict[str, Tensor]) -> CalibrationSet:
+    """The inverse of :meth:`CalibrationSet.tensors`."""
+    branches: dict[str, dict[str, Tensor]] = {branch: {} for branch in BRANCHES}
+    for key, value in tensors.items():
+        branch, _, name = key.partition("/")
+        if branch in branches:
+            branches[branch][name] = value
+    return CalibrationSet(
+        timesteps=tensors["timesteps"], latents=tensors["latents"], targets=tensors["targets"], **branches
+    )
 
 
 def tokenize(tokenizer: Any, prompts: Sequence[str]) -> Tensor:
@@ -81,6 +121,26 @@ def tokenize(tokenizer: Any, prompts: Sequence[str]) -> Tensor:
         return_tensors="pt",
     )
     return torch.as_tensor(encoded.input_ids)
+
+
+@torch.no_grad()
+def encode(model: LoadedModel, prompts: Sequence[str]) -> dict[str, Tensor]:
+    """What the denoiser is told for `prompts`, [n, ...] by input name.
+
+    Raises:
+        ConfigError: a prompt is no class of a class-conditional model.
+    """
+    if model.text_encoder is not None:
+        hidden = TextEncoder(model.text_encoder)(tokenize(model.tokenizer, prompts))[0]
+        return {"encoder_hidden_states": hidden}
+    if model.classes is not None:
+        return {"class_labels": torch.tensor([model.classes.number(prompt) for prompt in prompts])}
+    return {}
+
+
+def has_negative(model: LoadedModel) -> bool:
+    """Whether the model knows the absence of a prompt, which guidance starts from."""
+    return model.text_encoder is not None or (model.classes is not None and model.classes.null is not None)
 
 
 @torch.no_grad()
@@ -98,61 +158,63 @@ def record_trajectories(
 
     Args:
         model: The full-precision model.
-        prompts: P prompts.
+        prompts: P prompts; of an unconditional model only their number counts.
         steps: T, denoising steps of the model's own scheduler.
-        guidance_scale: At least 1; both branches are recorded in any case.
+        guidance_scale: At least 1; both branches are recorded in any case, where the model has two.
         seed: Prompt `i` starts from the noise of seed `seed + i`.
         batch_size: Prompts at a time.
         report: Called after each batch.
 
     Raises:
         CalibrationError: the scheduler visits a timestep twice, or a NaN or infinity appears.
+        ConfigError: a prompt is no class of a class-conditional model.
     """
-    encoder, denoiser = TextEncoder(model.text_encoder), Denoiser(model.unet)
-    config: Any = model.unet.config
-    shape = (config.in_channels, config.sample_size, config.sample_size)
-    negative = encoder(tokenize(model.tokenizer, [""]))[0]
-    positive, latents, targets = [], [], []
-    timesteps = torch.empty(0)
+    config: Any = model.denoiser.config
+    shape = (config.in_channels, *latent_size(config))
+    negative = encode(model, [""]) if has_negative(model) else None
+    parts = []
     for start in range(0, len(prompts), batch_size):
         chunk = prompts[start : start + batch_size]
-        text = encoder(tokenize(model.tokenizer, chunk))[0]
-        noise = sampling.initial_noise(range(seed + start, seed + start + len(chunk)), shape)
+        positive = encode(model, chunk)
+        seeds = range(seed + start, seed + start + len(chunk))
         seen, answered, visited = [], [], []
 
-        def both_branches(sample: Tensor, timestep: Tensor, hidden: Tensor) -> Tensor:
-            output: Tensor = denoiser(sample, timestep.to(torch.float32), hidden)[0]
-            answered.append(torch.stack(output.chunk(2), dim=1))  # noqa: B023
+        def all_branches(sample: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+            output = predict(model.denoiser, sample, timestep.to(torch.float32), conditioning)
+            branches = 1 if negative is None else 2
+            answered.append(torch.stack(output.chunk(branches), dim=1))  # noqa: B023
             return output
 
         def keep(step: sampling.Step) -> None:
             seen.append(step.latents)  # noqa: B023
             visited.append(float(step.timestep))  # noqa: B023
 
-        scheduler = sampling.make_scheduler(None, model.scheduler.config)
-        # A guidance scale of 1 or less would skip the negative branch, whose answers are needed as well.
+        generators = sampling.generators_of(seeds)
         sampling.denoise(
-            both_branches,
-            scheduler,
-            noise,
-            text,
-            negative.expand(len(chunk), -1, -1),
+            all_branches,
+            sampling.make_scheduler(None, model.scheduler.config),
+            sampling.draw_noise(generators, shape),
+            positive,
+            None
+            if negative is None
+            else {name: value.expand(len(chunk), *value.shape[1:]) for name, value in negative.items()},
             steps=steps,
+            # A guidance scale of 1 or less would skip the negative branch, whose answers are needed as well.
             guidance_scale=max(guidance_scale, 1.0 + 1e-6),
+            generators=generators,
             callback=keep,
         )
-        timesteps = torch.tensor(visited)
-        positive.append(text)
-        latents.append(torch.stack(seen, dim=1))
-        targets.append(torch.stack(answered, dim=1))
+        parts.append(
+            CalibrationSet(
+                timesteps=torch.tensor(visited),
+                latents=torch.stack(seen, dim=1),
+                targets=torch.stack(answered, dim=1),
+                positive=positive,
+                negative=negative or {},
+            )
+        )
         report(min(start + batch_size, len(prompts)), len(prompts))
-    result = CalibrationSet(
-        timesteps=timesteps,
-        latents=torch.cat(latents),
-        targets=torch.cat(targets),
-        positive=torch.cat(positive),
-        negative=negative,
-    )
+    result = join(parts)
     _check(result)
     return result
 
@@ -163,7 +225,7 @@ def join(parts: Sequence[CalibrationSet]) -> CalibrationSet:
         timesteps=parts[0].timesteps,
         latents=torch.cat([part.latents for part in parts]),
         targets=torch.cat([part.targets for part in parts]),
-        positive=torch.cat([part.positive for part in parts]),
+        positive=join_conditioning([part.positive for part in parts]),
         negative=parts[0].negative,
     )
 
@@ -174,10 +236,11 @@ def _check(data: CalibrationSet) -> None:
             "the model's scheduler visits a timestep twice, so timestep groups are not defined; "
             "set a first-order scheduler (for example DDIM) in the model's scheduler_config.json"
         )
-    for name in ("positive", "latents", "targets"):
-        if not torch.isfinite(getattr(data, name)).all():
+    for name, values in data.tensors().items():
+        if not torch.isfinite(values).all():
             raise CalibrationError(
-                f"calibration {name} hold NaN or infinity; does the model draw images in fp32?"
+                f"calibration {name} hold NaN or infinity; does the model draw images in fp32, and does its scheduler "
+                "suit what it predicts (a zero-SNR schedule has no epsilon prediction)?"
             )
 
 
@@ -206,7 +269,7 @@ def collect_inputs(
         over all positions. Groups ascend with the timestep, unlike the steps of `data`.
 
     Raises:
-        CalibrationError: a layer was not run exactly once in each call of the denoiser.
+        CalibrationError: a layer was not run, or not equally often, in each call of the denoiser.
     """
     generator = torch.Generator().manual_seed(seed)
     kept: dict[str, list[Tensor]] = {name: [] for name in quantizable_layers(denoiser)}
@@ -227,16 +290,31 @@ def collect_inputs(
         steps = data.timesteps.numel()
         for step in range(steps):
             prompt = torch.randperm(data.num_prompts, generator=generator)[:prompts_per_step]
-            sample, timestep, text, _ = data.batch(prompt, torch.full_like(prompt, step))
-            denoiser(sample, timestep, text)
+            sample, timestep, conditioning, _ = data.batch(prompt, torch.full_like(prompt, step))
+            predict(denoiser, sample, timestep, conditioning)
             report(step + 1, steps)
     finally:
         for handle in handles:
             handle.remove()
     for name, rows in kept.items():
-        if len(rows) != steps:
+        if not rows or len(rows) % steps:
             raise CalibrationError(
-                f"layer {name!r}: got {len(rows)} runs in {steps} calls of the denoiser, expected one in each; "
-                "a denoiser with unused or repeated layers is not supported"
+                f"layer {name!r}: got {len(rows)} runs in {steps} calls of the denoiser, expected as many in each; "
+                "a denoiser with unused layers is not supported"
             )
-    return {name: torch.stack(rows[::-1]) for name, rows in kept.items()}
+    return {name: torch.stack(_by_group(rows, steps)) for name, rows in kept.items()}
+
+
+def _by_group(rows: Sequence[Tensor], steps: int) -> list[Tensor]:
+    """Rows [s + 2, c] of every run, in order, as those of each group; runs of one call are mixed."""
+    runs = len(rows) // steps
+    groups = []
+    for step in reversed(range(steps)):
+        together = torch.stack(list(rows[step * runs : (step + 1) * runs]))
+        # Every run gives its share of the positions, so that all layers have the same number.
+        positions = together.shape[1] - EXTREME_ROWS
+        run = torch.arange(positions) % runs
+        kept = together[run, torch.arange(positions)]
+        low, high = together[:, -2].amin(dim=0), together[:, -1].amax(dim=0)
+        groups.append(torch.cat([kept, low[None], high[None]]))
+    return groups

@@ -1,8 +1,8 @@
 """A quantized checkpoint on disk: a diffusers directory whose denoiser is codes and scales.
 
-``quest.json`` says what each layer is; ``unet/quest.safetensors`` holds, by layer name, ``codes`` (two to a byte for 4
-bits), ``weight_scale`` [c_out], ``bias`` [c_out], ``group_scale`` [G] and ``row`` [c_in], and under ``rest.`` every
-tensor of the denoiser that is not quantized.
+``quest.json`` says what each layer is; ``quest.safetensors`` in the denoiser's folder holds, by layer name, ``codes``
+(two to a byte for 4 bits), ``weight_scale`` [c_out], ``bias`` [c_out], ``group_scale`` [G] and ``row`` [c_in], and
+under ``rest.`` every tensor of the denoiser that is not quantized.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ from quest_deploy.config import Recipe, to_dict
 from quest_deploy.errors import ArtifactError, CalibrationError, StaleArtifactError
 from quest_deploy.files import read_json, write_json
 from quest_deploy.model.components import parameters_frozen
+from quest_deploy.model.families import TEXT_ENCODER
 from quest_deploy.model.load import LoadedModel, load_directory
-from quest_deploy.model.spec import DENOISER
+from quest_deploy.model.spec import family_of
 from quest_deploy.quantize.insert import LayerQParams, insert, quantized_layers
 from quest_deploy.quantize.layers import QuantizedLayer, TimestepContext
 from quest_deploy.quantize.pack import pack_int4, unpack_int4
 
 SCHEMA_VERSION = 1
 SUMMARY = "quest.json"
-WEIGHTS = f"{DENOISER}/quest.safetensors"
+WEIGHTS = "quest.safetensors"
 MALFORMED = (AttributeError, RuntimeError, TypeError, ValueError)
 CARRIED = ("README.md", "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE")
 
@@ -101,18 +102,21 @@ def save_checkpoint(
     for name, value in denoiser.state_dict().items():
         if not name.startswith(inside):
             tensors[f"rest.{name}"] = value
-    for component in ("text_encoder", "vae", "tokenizer", "scheduler"):
-        source = model.path / component
+    home = folder / model.family.denoiser
+    for name, part in parts(model).items():
+        source = model.path / name
+        if name == model.family.denoiser:
+            continue
         if source.is_dir():
-            shutil.copytree(source, folder / component, ignore=_not_carried)
+            shutil.copytree(source, folder / name, ignore=_not_carried)
         else:
-            getattr(model, component).save_pretrained(folder / component)
-    (folder / DENOISER).mkdir()
-    config: Any = model.unet.config
+            part.save_pretrained(folder / name)
+    home.mkdir()
+    config: Any = model.denoiser.config
     # diffusers adds where the model was loaded from, which would make the bytes depend on it.
     portable = {key: value for key, value in config.items() if key != "_name_or_path"}
-    write_json(folder / DENOISER / "config.json", portable)
-    save_file({name: value.contiguous().cpu() for name, value in tensors.items()}, folder / WEIGHTS)
+    write_json(home / "config.json", portable)
+    save_file({name: value.contiguous().cpu() for name, value in tensors.items()}, home / WEIGHTS)
     write_json(folder / "model_index.json", model_index(model))
     write_json(
         folder / SUMMARY,
@@ -138,20 +142,34 @@ def _not_carried(source: str, names: list[str]) -> set[str]:
     }
 
 
+def parts(model: LoadedModel) -> dict[str, Any]:
+    """Everything of a pipeline that has a folder of its own, by folder."""
+    family = model.family
+    found = {family.denoiser: model.denoiser, "scheduler": model.scheduler}
+    if family.autoencoder is not None:
+        found[family.autoencoder] = model.vae
+    if family.has_text:
+        found |= {TEXT_ENCODER: model.text_encoder, "tokenizer": model.tokenizer}
+    return found
+
+
 def model_index(model: LoadedModel) -> dict[str, Any]:
     """``model_index.json`` of a pipeline with the model's components and no safety checker."""
-    return {
-        "_class_name": "StableDiffusionPipeline",
-        "feature_extractor": [None, None],
-        "image_encoder": [None, None],
-        "requires_safety_checker": False,
-        "safety_checker": [None, None],
-        "scheduler": ["diffusers", type(model.scheduler).__name__],
-        "text_encoder": ["transformers", type(model.text_encoder).__name__],
-        "tokenizer": ["transformers", type(model.tokenizer).__name__],
-        DENOISER: ["diffusers", type(model.unet).__name__],
-        "vae": ["diffusers", type(model.vae).__name__],
-    }
+    index: dict[str, Any] = {"_class_name": model.family.pipeline}
+    for name, part in parts(model).items():
+        # transformers has the text encoder and its tokenizer.
+        library = "transformers" if name in (TEXT_ENCODER, "tokenizer") else "diffusers"
+        index[name] = [library, type(part).__name__]
+    if model.family.has_text:
+        index |= dict.fromkeys(("feature_extractor", "image_encoder", "safety_checker"), [None, None])
+        index["requires_safety_checker"] = False
+    if model.classes is not None and model.classes.names:
+        labels: dict[str, str] = {}
+        for label, number in model.classes.names.items():
+            known = labels.get(str(number))
+            labels[str(number)] = label if known is None else f"{known}, {label}"
+        index["id2label"] = labels
+    return index
 
 
 def load_checkpoint(path: str | Path) -> LoadedModel:
@@ -170,23 +188,24 @@ def load_checkpoint(path: str | Path) -> LoadedModel:
             "finetune the model again with this version of quest-deploy"
         )
     try:
-        denoiser = _denoiser(folder, summary, load_file(folder / WEIGHTS))
+        home = folder / family_of(folder).denoiser
+        denoiser = _denoiser(home, summary, load_file(home / WEIGHTS))
     except (OSError, SafetensorError, CalibrationError, KeyError, *MALFORMED) as error:
         raise ArtifactError(
             f"{folder}: is not a complete checkpoint ({type(error).__name__}: {error}); finetune the model again"
         ) from error
-    return load_directory(folder, unet=denoiser)
+    return load_directory(folder, **{home.name: denoiser})
 
 
-def _denoiser(folder: Path, summary: dict[str, Any], tensors: dict[str, Tensor]) -> nn.Module:
+def _denoiser(home: Path, summary: dict[str, Any], tensors: dict[str, Tensor]) -> nn.Module:
     import diffusers
 
-    config = read_json(folder / DENOISER / "config.json")
-    unet = getattr(diffusers, config["_class_name"]).from_config(config)
+    config = read_json(home / "config.json")
+    denoiser: nn.Module = getattr(diffusers, config["_class_name"]).from_config(config)
     context = TimestepContext(torch.tensor(summary["boundaries"], dtype=torch.float32))
     entries = summary["layers"]
-    insert(unet, {name: _qparams(entry, tensors, name) for name, entry in entries.items()}, context)
-    for name, layer in quantized_layers(unet).items():
+    insert(denoiser, {name: _qparams(entry, tensors, name) for name, entry in entries.items()}, context)
+    for name, layer in quantized_layers(denoiser).items():
         codes = tensors[f"{name}.codes"]
         if layer.weight_bits == 4:
             codes = unpack_int4(codes, entries[name]["shape"])
@@ -196,12 +215,12 @@ def _denoiser(folder: Path, summary: dict[str, Any], tensors: dict[str, Tensor])
         if layer.bias is not None:
             layer.bias.data = tensors[f"{name}.bias"]
     rest = {name.removeprefix("rest."): value for name, value in tensors.items() if name.startswith("rest.")}
-    missing, unexpected = unet.load_state_dict(rest, strict=False)
+    missing, unexpected = denoiser.load_state_dict(rest, strict=False)
     inside = tuple(f"{name}." for name in entries)
     missing = [name for name in missing if not name.startswith(inside)]
     if missing or unexpected:
         raise KeyError(f"tensors missing: {missing[:3]}, unexpected: {unexpected[:3]}")
-    return parameters_frozen(unet)
+    return parameters_frozen(denoiser)
 
 
 def _qparams(entry: dict[str, Any], tensors: dict[str, Tensor], name: str) -> LayerQParams:

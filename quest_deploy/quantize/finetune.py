@@ -6,10 +6,11 @@ Four parts, each resumable: record trajectories, find scales, round the weights,
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,10 @@ from quest_deploy.artifacts import (
 )
 from quest_deploy.config import FinetuneConfig, PhaseConfig, ProgressEvent, Recipe, to_dict
 from quest_deploy.errors import CalibrationError, ConfigError
+from quest_deploy.model.families import Classes, Family, choose_prompts
 from quest_deploy.model.load import LoadedModel, load_model
+from quest_deploy.model.spec import classes_of, family_of
+from quest_deploy.prompts import load_prompts
 from quest_deploy.quantize import calibrate, gptq, train
 from quest_deploy.quantize.calibrate import CalibrationSet
 from quest_deploy.quantize.checkpoint import freeze, save_checkpoint
@@ -37,7 +41,10 @@ from quest_deploy.quantize.initialize import initialize_layer
 from quest_deploy.quantize.insert import LayerQParams, insert, quantizable_layers
 from quest_deploy.quantize.layers import Quantizable, TimestepContext
 from quest_deploy.quantize.resume import WorkDirectory, flatten_qparams, machine, unflatten_qparams
+from quest_deploy.quantize.schedule import image_steps
 from quest_deploy.quantize.select import layer_bits, select
+from quest_deploy.quantize.trace import Trace
+from quest_deploy.quantize.trace import trace as trace_model
 
 logger = logging.getLogger(__name__)
 
@@ -72,20 +79,25 @@ def finetune(
         QuestDeployError: with what to do next. A run that was interrupted goes on with `resume`.
     """
     work = WorkDirectory(Path(output))
+    if Path(model).is_dir():
+        config = with_prompts(config, family_of(Path(model)), classes_of(Path(model)))
     if resume and not overwrite and (finished := _finished(Path(model), Path(output), config)) is not None:
         work.remove()
         return finished
     check_output(output, stage="checkpoint", overwrite=overwrite)
     loaded = load_model(model)
+    if not Path(model).is_dir():
+        config = with_prompts(config, loaded.family, loaded.classes)
     source = hash_directory(loaded.path) if loaded.path.is_dir() else hash_file(loaded.path)
     # Before the minutes that come first: layers that stand for nothing are an error in the recipe.
-    bits = layer_bits(quantizable_layers(loaded.unet), config.recipe)
+    trace = trace_model(loaded)
+    bits = layer_bits(trace.roles, config.recipe)
     for phase in (config.recipe.temporal, config.recipe.sensitive):
-        select(bits, phase.layers)
+        select(trace.roles, phase.layers)
     run = {"config": to_dict(config), "source": source, "machine": machine()}
     work.open(run, resume=resume, overwrite=overwrite)
     with deterministic(config.seed):
-        denoiser, context, history = _quantize(loaded, config, work, progress or (lambda event: None))
+        denoiser, context, history = _quantize(loaded, trace, config, work, progress or (lambda event: None))
     with write_artifact(
         output, stage="checkpoint", config=to_dict(config), inputs={"source": source}, overwrite=overwrite
     ) as writer:
@@ -101,6 +113,21 @@ def finetune(
         writer.details.update(history)
     work.remove()
     return read_artifact(output, stage="checkpoint")
+
+
+def with_prompts(config: FinetuneConfig, family: Family, classes: Classes | None) -> FinetuneConfig:
+    """`config` with the prompts, classes or number of samples that it stands for with a model of that kind.
+
+    Raises:
+        ConfigError: prompts were given to a model that takes none, or a prompt is no class of the model.
+    """
+    default = load_prompts(default="calibration")
+    count = config.recipe.calibration_prompts
+    prompts = choose_prompts(family, classes, config.prompts, default=default, count=count)
+    if classes is not None:
+        for prompt in prompts:
+            classes.number(prompt)
+    return dataclasses.replace(config, prompts=prompts)
 
 
 def _finished(model: Path, output: Path, config: FinetuneConfig) -> Artifact | None:
@@ -126,20 +153,20 @@ def deterministic(seed: int) -> Iterator[None]:
 
 
 def _quantize(
-    model: LoadedModel, config: FinetuneConfig, work: WorkDirectory, progress: Progress
+    model: LoadedModel, trace: Trace, config: FinetuneConfig, work: WorkDirectory, progress: Progress
 ) -> tuple[nn.Module, TimestepContext, dict[str, Any]]:
     recipe = config.recipe
     data = _record(model, config, work, progress)
-    qparams = _scales(model, data, config, work, progress)
+    qparams = _scales(model, data, layer_bits(trace.roles, recipe), config, work, progress)
     rounded = _round(model, data, qparams, config, work, progress) if recipe.initializer == "gptq" else {}
-    student = copy.deepcopy(model.unet)
+    student = copy.deepcopy(model.denoiser)
     layers = quantizable_layers(student)
     with torch.no_grad():
         for name, weight in rounded.items():
             layers[name].weight.copy_(weight)
     context = TimestepContext(data.boundaries())
     insert(student, qparams, context)
-    history = _train(model, student, data, context, config, work, progress)
+    history = _train(model, student, trace, data, context, config, work, progress)
     freeze(student)
     return student, context, history
 
@@ -162,9 +189,9 @@ def _record(
                 seed=config.seed + start,
                 batch_size=BATCH_PROMPTS,
             )
-            work.save(name, vars(part))
+            work.save(name, part.tensors())
         else:
-            part = CalibrationSet(**saved[0])
+            part = calibrate.from_tensors(saved[0])
         parts.append(part)
         progress(
             ProgressEvent(
@@ -175,13 +202,18 @@ def _record(
 
 
 def _scales(
-    model: LoadedModel, data: CalibrationSet, config: FinetuneConfig, work: WorkDirectory, progress: Progress
+    model: LoadedModel,
+    data: CalibrationSet,
+    bits: Mapping[str, tuple[int, int]],
+    config: FinetuneConfig,
+    work: WorkDirectory,
+    progress: Progress,
 ) -> dict[str, LayerQParams]:
     recipe = config.recipe
     saved = work.load("inputs")
     if saved is None:
         inputs = calibrate.collect_inputs(
-            model.unet,
+            model.denoiser,
             data,
             prompts_per_step=PROMPTS_PER_STEP,
             positions=POSITIONS_PER_STEP,
@@ -194,8 +226,7 @@ def _scales(
     saved = work.load("scales")
     qparams = {} if saved is None else unflatten_qparams(*saved)
     throttle = Throttle()
-    layers = quantizable_layers(model.unet)
-    bits = layer_bits(layers, recipe)
+    layers = quantizable_layers(model.denoiser)
     for done, name in enumerate(inputs, start=1):
         if name not in qparams:
             qparams[name] = initialize_one(layers[name], inputs[name], bits[name], recipe)
@@ -228,12 +259,12 @@ def _round(
 ) -> dict[str, Tensor]:
     """Weights rounded with error compensation, as many layers at a time as their Hessians leave memory for."""
     rounded: dict[str, Tensor] = {}
-    for index, names in enumerate(gptq.chunks(model.unet, list(qparams))):
+    for index, names in enumerate(gptq.chunks(model.denoiser, list(qparams))):
         key = f"rounded-{index:04d}"
         saved = work.load(key)
         if saved is None:
             part = gptq.compensate(
-                model.unet,
+                model.denoiser,
                 data,
                 qparams,
                 names,
@@ -257,6 +288,7 @@ def _round(
 def _train(
     model: LoadedModel,
     student: nn.Module,
+    trace: Trace,
     data: CalibrationSet,
     context: TimestepContext,
     config: FinetuneConfig,
@@ -271,13 +303,14 @@ def _train(
     start = train.validation_errors(student, data, validation, recipe.guidance_scale)
     weights = train.loss_weights(
         start,
-        train.sigma_steps(data.timesteps, model.scheduler.alphas_cumprod),
+        image_steps(data.timesteps, model.scheduler),
         image_share=recipe.image_share,
         guidance_scale=recipe.guidance_scale,
     )
     task = train.Task(
         student=student,
-        teacher=model.unet,
+        teacher=model.denoiser,
+        trace=trace,
         data=data,
         training=training,
         validation=validation,
@@ -301,7 +334,7 @@ def _train_phase(
     task: train.Task, name: str, phase: PhaseConfig, work: WorkDirectory, progress: Progress
 ) -> train.TrainState:
     temporal = name == "temporal"
-    groups = train.trainable(task.student, phase, temporal=temporal)
+    groups = train.trainable(task.student, phase, task.trace.roles, temporal=temporal)
     if not groups:
         raise ConfigError(
             f"the {name} phase has steps but nothing to train; raise a learning rate, or set steps to 0"

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from quest_deploy.model.components import predict
 from quest_deploy.quantize.affine import fake_quantize
 from quest_deploy.quantize.calibrate import CalibrationSet
 from quest_deploy.quantize.grid import channel_shape, weight_bounds
@@ -188,8 +189,8 @@ def compensate(
             # Timesteps descend, groups ascend with the timestep.
             group = steps - 1 - step
             prompt = torch.randperm(data.num_prompts, generator=generator)[:prompts_per_step]
-            sample, timestep, text, _ = data.batch(prompt, torch.full_like(prompt, step))
-            denoiser(sample, timestep, text)
+            sample, timestep, conditioning, _ = data.batch(prompt, torch.full_like(prompt, step))
+            predict(denoiser, sample, timestep, conditioning)
             done += 1
             report(done, steps + len(names))
     finally:

@@ -1,4 +1,4 @@
-"""Which layers of a denoiser are quantized, what part each plays, and how quantized layers take their place."""
+"""Which layers of a denoiser are quantized, and how quantized layers take their place."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ from quest_deploy.quantize.layers import (
 )
 
 Role = Literal["boundary", "temporal", "other"]
-BOUNDARY_LAYERS = ("conv_in", "conv_out")
-TEMPORAL_PARTS = ("time_embedding", "time_emb_proj")
+"""First or last layer of the network, carrier of time, or neither; `quest_deploy.quantize.trace` finds it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,13 +44,6 @@ class LayerQParams:
     qmin: int = -128
     qmax: int = 127
     row: Tensor | None = None
-
-
-def role_of(name: str) -> Role:
-    """The part that the layer `name` plays: first or last convolution, carrier of time, or other."""
-    if name in BOUNDARY_LAYERS:
-        return "boundary"
-    return "temporal" if any(part in TEMPORAL_PARTS for part in name.split(".")) else "other"
 
 
 def quantizable_layers(denoiser: nn.Module) -> dict[str, Quantizable]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from quest_deploy.config import Recipe
 from quest_deploy.errors import ConfigError
-from quest_deploy.quantize.insert import role_of
+from quest_deploy.quantize.insert import Role
 
 BOUNDARY_BITS = 8
 
@@ -27,38 +27,45 @@ def _residual_projection(name: str) -> bool:
     )
 
 
-PRESETS: dict[str, Callable[[str], bool]] = {
-    "none": lambda name: False,
-    "temporal": lambda name: role_of(name) == "temporal",
+Preset = Callable[[str, Role], bool]
+"""Whether a preset stands for the layer of that name and role."""
+
+PRESETS: dict[str, Preset] = {
+    "none": lambda name, role: False,
+    "temporal": lambda name, role: role == "temporal",
     # The lists of the published runs: Stable Diffusion, class-conditional LDM, unconditional LDM.
-    "paper-sd": _feed_forward,
-    "paper-cldm": lambda name: (
+    "paper-sd": lambda name, role: _feed_forward(name),
+    "paper-cldm": lambda name, role: (
         _feed_forward(name)
         or _parts(name, "to_q")
         or (_parts(name, "attn1") and _parts(name, "to_k", "to_v"))
     ),
-    "paper-uncond": lambda name: _parts(name, "qkv"),
-    "attention-and-feed-forward": lambda name: "transformer_blocks" in name,
-    "residual-projections": _residual_projection,
-    "all": lambda name: True,
+    # What the published code has in one layer, qkv, diffusers has in three.
+    "paper-uncond": lambda name, role: _parts(name, "qkv", "to_q", "to_k", "to_v"),
+    "attention-and-feed-forward": lambda name, role: "transformer_blocks" in name,
+    "residual-projections": lambda name, role: _residual_projection(name),
+    "all": lambda name, role: True,
 }
 
 
-def select(names: Iterable[str], layers: str | Sequence[str]) -> set[str]:
-    """The layers among `names` that `layers` stands for.
+def select(roles: Mapping[str, Role], layers: str | Sequence[str]) -> set[str]:
+    """The layers among those of `roles` that `layers` stands for.
 
     Args:
-        names: Of a model's layers.
+        roles: The part that each of a model's layers plays, as `quest_deploy.quantize.trace` finds it.
         layers: A preset, a shell pattern (``up_blocks.2.*``) or a layer's name; or several of them.
 
     Raises:
         ConfigError: one of them stands for no layer of this model.
     """
-    known = list(names)
     chosen: set[str] = set()
     for wanted in [layers] if isinstance(layers, str) else layers:
         preset = PRESETS.get(wanted)
-        found = {n for n in known if (preset(n) if preset else fnmatch.fnmatchcase(n, wanted))}
+        found = {
+            name
+            for name, role in roles.items()
+            if (preset(name, role) if preset else fnmatch.fnmatchcase(name, wanted))
+        }
         if not found and wanted != "none":
             raise ConfigError(
                 f"layers {wanted!r} stands for no layer of this model; give a preset ({', '.join(PRESETS)}), "
@@ -68,7 +75,7 @@ def select(names: Iterable[str], layers: str | Sequence[str]) -> set[str]:
     return chosen
 
 
-def layer_bits(names: Iterable[str], recipe: Recipe) -> dict[str, tuple[int, int]]:
+def layer_bits(roles: Mapping[str, Role], recipe: Recipe) -> dict[str, tuple[int, int]]:
     """(weight bits, activation bits) of every layer: the recipe's, 8 at both ends of the network, then its overrides.
 
     Raises:
@@ -76,14 +83,15 @@ def layer_bits(names: Iterable[str], recipe: Recipe) -> dict[str, tuple[int, int
     """
     bits = {
         name: (BOUNDARY_BITS, BOUNDARY_BITS)
-        if role_of(name) == "boundary"
+        if role == "boundary"
         else (recipe.weight_bits, recipe.activation_bits)
-        for name in names
+        for name, role in roles.items()
     }
     for override in recipe.overrides:
         # A preset may stand for nothing: a packaged recipe serves models that do not have such layers.
-        chosen = {n for n in bits if PRESETS[override.layers](n)} if override.layers in PRESETS else None
-        for name in select(bits, override.layers) if chosen is None else chosen:
+        preset = PRESETS.get(override.layers)
+        chosen = None if preset is None else {name for name, role in roles.items() if preset(name, role)}
+        for name in select(roles, override.layers) if chosen is None else chosen:
             weight, activation = bits[name]
             bits[name] = (override.weight_bits or weight, override.activation_bits or activation)
     return bits

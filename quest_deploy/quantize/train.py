@@ -2,13 +2,13 @@
 
 The published code runs one sample and one timestep at a time. Here every update takes many timesteps of one trajectory,
 which is possible because scales are gathered per sample by timestep group; and the temporal phase's own loss runs over
-all timesteps without the U-Net, since that path depends on the timestep alone.
+all timesteps without the rest of the network, since that path depends on the timestep (and a class) alone.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,10 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from quest_deploy.config import PhaseConfig
+from quest_deploy.model.components import Conditioning, predict
 from quest_deploy.quantize.calibrate import CalibrationSet
-from quest_deploy.quantize.insert import quantized_layers, role_of
+from quest_deploy.quantize.insert import Role, quantized_layers
 from quest_deploy.quantize.layers import QuantizedLayer, TimestepContext
 from quest_deploy.quantize.select import select
+from quest_deploy.quantize.trace import Trace
 from quest_deploy.sampling import guide
 
 VALIDATIONS_PER_PHASE = 8
@@ -55,7 +57,7 @@ class LossWeights:
     agree from step to step count more than those that cancel.
 
     Attributes:
-        raw: float32 [T], in the order of the calibration set's steps, for the two branches' own errors.
+        raw: float32 [T], in the order of the calibration set's steps, for the branches' own errors.
         image: float32 [T], for the guided prediction's errors, before they are added up.
         image_share: Weight of the second term; the first has 1.
         guidance_scale: Of the guided prediction.
@@ -67,25 +69,13 @@ class LossWeights:
     guidance_scale: float
 
 
-def sigma_steps(timesteps: Tensor, alphas_cumprod: Tensor) -> Tensor:
-    """float32 [T]: how far sigma = sqrt((1 - alpha) / alpha) falls in each step of the schedule.
-
-    Args:
-        timesteps: [T], descending.
-        alphas_cumprod: Of the noise schedule, one for each training timestep.
-    """
-    sigma = ((1 - alphas_cumprod) / alphas_cumprod).sqrt().to(torch.float32)
-    visited = sigma[timesteps.round().long()]
-    return visited - torch.cat([visited[1:], torch.zeros(1)])
-
-
 @dataclass(frozen=True)
 class Errors:
     """Errors of one trajectory's predictions at n of its T steps.
 
     Attributes:
-        raw: float32 [n], mean squared error of the two branches.
-        guided: float32 [n, c, h, w], error of the guided prediction.
+        raw: float32 [n], mean squared error of the branches.
+        guided: float32 [n, c, h, w], error of the guided prediction (of the only one, for a model without guidance).
         step: int64 [n].
     """
 
@@ -113,7 +103,7 @@ def loss_weights(
 
     Args:
         start: Errors of whole trajectories.
-        steps: float32 [T] of :func:`sigma_steps`.
+        steps: float32 [T] of :func:`quest_deploy.quantize.schedule.image_steps`.
         image_share: As in :class:`LossWeights`.
         guidance_scale: As there.
     """
@@ -127,16 +117,19 @@ def loss_weights(
     )
 
 
-def trainable(denoiser: nn.Module, phase: PhaseConfig, *, temporal: bool) -> list[dict[str, object]]:
+def trainable(
+    denoiser: nn.Module, phase: PhaseConfig, roles: Mapping[str, Role], *, temporal: bool
+) -> list[dict[str, object]]:
     """Adam's parameter groups of one phase; everything else is left alone.
 
     Args:
         denoiser: With quantized layers.
         phase: The phase.
+        roles: The part that each layer plays.
         temporal: Whether this is phase 1, which learns the temporal layers' activation scales instead of all others'.
     """
     layers = quantized_layers(denoiser)
-    chosen = select(layers, phase.layers)
+    chosen = select({name: roles[name] for name in layers}, phase.layers)
     groups: list[dict[str, object]] = []
 
     def add(name: str, parameter: Tensor | None, rate: float) -> None:
@@ -153,9 +146,9 @@ def trainable(denoiser: nn.Module, phase: PhaseConfig, *, temporal: bool) -> lis
             step = step if row is None else step / float(row.log().mean().exp())
             add(f"{name}.weight", layer.weight, phase.learning_rate_weights * step)
             add(f"{name}.weight_log_scale", layer.weight_log_scale, phase.learning_rate_scales / 4)
-        if layer.quantizer is not None and (role_of(name) == "temporal") == temporal:
+        if layer.quantizer is not None and (roles[name] == "temporal") == temporal:
             add(f"{name}.quantizer.log_scale", layer.quantizer.log_scale, phase.learning_rate_scales)
-        if (role_of(name) == "temporal") == temporal:
+        if (roles[name] == "temporal") == temporal:
             add(f"{name}.bias", layer.bias, phase.learning_rate_floats)
     if not temporal:
         for name, module in denoiser.named_modules():
@@ -169,9 +162,12 @@ def prediction_errors(
     denoiser: nn.Module, data: CalibrationSet, prompt: int, step: Tensor, guidance_scale: float
 ) -> Errors:
     """Errors of `denoiser` on the trajectory of one prompt, at the steps `step` [n]."""
-    sample, timestep, text, target = data.batch(torch.full_like(step, prompt), step)
-    error = denoiser(sample, timestep, text, return_dict=False)[0] - target
-    negative, positive = error.square().flatten(1).mean(dim=1).chunk(2)
+    sample, timestep, conditioning, target = data.batch(torch.full_like(step, prompt), step)
+    error = predict(denoiser, sample, timestep, conditioning) - target
+    raw = error.square().flatten(1).mean(dim=1)
+    if not data.guided:
+        return Errors(raw=raw, guided=error, step=step)
+    negative, positive = raw.chunk(2)
     return Errors(raw=(negative + positive) / 2, guided=guide(error, guidance_scale), step=step)
 
 
@@ -191,28 +187,21 @@ def validation_errors(
     return [prediction_errors(denoiser, data, int(prompt), step, guidance_scale) for prompt in prompts]
 
 
-def temporal_outputs(denoiser: nn.Module, timestep: Tensor, context: TimestepContext | None) -> list[Tensor]:
-    """Outputs of every layer that carries time, for float32 timesteps [n], without running the U-Net."""
-    if context is not None:
-        context.set_timestep(timestep)
-    embedding = denoiser.get_submodule("time_embedding")(denoiser.get_submodule("time_proj")(timestep))
-    outputs = [embedding]
-    activated = nn.functional.silu(embedding)
-    for name, module in denoiser.named_modules():
-        if name.endswith("time_emb_proj"):
-            outputs.append(module(activated))
-    return outputs
-
-
 def temporal_loss(
-    student: nn.Module, teacher: nn.Module, timestep: Tensor, context: TimestepContext
+    student: nn.Module,
+    teacher: nn.Module,
+    trace: Trace,
+    timestep: Tensor,
+    conditioning: Conditioning,
+    context: TimestepContext,
 ) -> Tensor:
     """Mean over the temporal layers of their outputs' squared error, each relative to its output's power."""
     with torch.no_grad():
-        targets = temporal_outputs(teacher, timestep, None)
+        targets = trace.temporal_outputs(teacher, timestep, conditioning, None)
+    outputs = trace.temporal_outputs(student, timestep, conditioning, context)
     losses = [
         (output - target).square().mean() / target.square().mean()
-        for output, target in zip(temporal_outputs(student, timestep, context), targets, strict=True)
+        for output, target in zip(outputs, targets, strict=True)
     ]
     return torch.stack(losses).mean()
 
@@ -224,6 +213,7 @@ class Task:
     Attributes:
         student: Denoiser with quantized layers.
         teacher: The full-precision denoiser (its temporal layers are the local targets of phase 1).
+        trace: Which layers of either carry time, and how their outputs follow from it.
         data: Recorded trajectories.
         training: int64, prompts that are trained on.
         validation: int64, prompts that choose the result.
@@ -235,6 +225,7 @@ class Task:
 
     student: nn.Module
     teacher: nn.Module
+    trace: Trace
     data: CalibrationSet
     training: Tensor
     validation: Tensor
@@ -334,15 +325,38 @@ def _loss(task: Task, phase: PhaseConfig, step: int, *, temporal: bool) -> Tenso
     # A generator of each step's own makes the order of samples independent of where a run was interrupted.
     generator = torch.Generator().manual_seed(((task.seed << 24) + (int(temporal) << 23) + step) % SEEDS)
     losses = []
-    if temporal:
+    if temporal and task.trace.ends:
         timestep = torch.rand(TIMESTEPS_PER_LOCAL_BATCH, generator=generator) * (task.num_train_timesteps - 1)
-        losses.append(temporal_loss(task.student, task.teacher, timestep, task.context))
+        conditioning = temporal_conditioning(task.trace, task.data, timestep.numel(), generator)
+        losses.append(
+            temporal_loss(task.student, task.teacher, task.trace, timestep, conditioning, task.context)
+        )
     if step % phase.network_every == 0:
         prompt = task.training[torch.randint(task.training.numel(), (), generator=generator)]
         steps = torch.randperm(task.data.timesteps.numel(), generator=generator)[: phase.batch_size]
         errors = prediction_errors(task.student, task.data, int(prompt), steps, task.weights.guidance_scale)
         losses.append(weighted(errors, task.weights))
     return torch.stack(losses).sum()
+
+
+def temporal_conditioning(
+    trace: Trace, data: CalibrationSet, count: int, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """`count` random choices of what the temporal layers depend on besides the timestep, from either branch."""
+    if not trace.conditions:
+        return {}
+    prompt = torch.randint(data.num_prompts, (count,), generator=generator)
+    rows = data.conditioning(prompt)
+    if data.guided:
+        # As in training, one in two is told nothing: that branch is half of what the network is asked.
+        negative = torch.randint(2, (count,), generator=generator).bool()
+        rows = {name: pick(negative, *value.chunk(2)) for name, value in rows.items()}
+    return {name: rows[name] for name in trace.conditions}
+
+
+def pick(first: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Rows of `a` where `first` [n] says so, else of `b`; both [n, ...]."""
+    return torch.where(first.reshape(-1, *[1] * (a.ndim - 1)), a, b)
 
 
 def quantizers_are_finite(denoiser: nn.Module) -> bool:

@@ -75,8 +75,10 @@ class OneLayer(nn.Module):
         super().__init__()
         self.layer = nn.Conv2d(2, 2, 1)
 
-    def forward(self, sample: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
-        return self.layer(sample)
+    def forward(
+        self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, return_dict: bool
+    ) -> tuple[Tensor]:
+        return (self.layer(sample),)
 
 
 @pytest.fixture
@@ -86,8 +88,8 @@ def data() -> CalibrationSet:
         timesteps=torch.tensor([900.0, 500.0, 100.0]),
         latents=torch.randn(5, 3, 2, 4, 4),
         targets=torch.randn(5, 3, 2, 2, 4, 4),
-        positive=torch.randn(5, 6, 8),
-        negative=torch.randn(1, 6, 8),
+        positive={"encoder_hidden_states": torch.randn(5, 6, 8)},
+        negative={"encoder_hidden_states": torch.randn(1, 6, 8)},
     )
 
 
@@ -110,7 +112,7 @@ def known_error(data: CalibrationSet, positive: float, negative: float) -> Simpl
         step = int((data.timesteps == timestep).nonzero())
         n = len(sample) // 2
         prompts = [
-            next(i for i in range(5) if torch.equal(data.positive[i], text))
+            next(i for i in range(5) if torch.equal(data.positive["encoder_hidden_states"][i], text))
             for text in encoder_hidden_states[n:]
         ]
         target = data.targets[prompts, step]

@@ -117,7 +117,7 @@ def quantize_unet(unet: nn.Module, weight_bits: int, activation_bits: int) -> nn
     handles = [
         layer.register_forward_pre_hook(keep(name, channel_axis(layer))) for name, layer in layers.items()
     ]
-    Denoiser(unet)(**unet_inputs(2, 2, 8, 8, 5))
+    Denoiser(unet, unet_spec())(*unet_inputs(2, 2, 8, 8, 5).values())
     for handle in handles:
         handle.remove()
     qparams = {}
@@ -138,7 +138,8 @@ def quantize_unet(unet: nn.Module, weight_bits: int, activation_bits: int) -> nn
 
 
 def _exported(unet: nn.Module) -> Exported:
-    module, spec = parameters_frozen(Denoiser(unet)), unet_spec()
+    spec = unet_spec()
+    module = parameters_frozen(Denoiser(unet, spec))
     graph = component_graph(module, spec, granularity=2, opset=21, target="onnxruntime")
     return Exported(module, spec, ir.to_proto(graph))
 

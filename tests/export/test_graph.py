@@ -38,7 +38,7 @@ def torch_codes(module: nn.Module, inputs: dict[str, Tensor]) -> dict[str, np.nd
         if isinstance(quantizer, ActivationQuantizer)
     ]
     with torch.no_grad():
-        module(**inputs)
+        module(*inputs.values())
     for handle in handles:
         handle.remove()
     return codes
@@ -50,7 +50,7 @@ def test_float_graph_computes_what_torch_computes(
 ) -> None:
     inputs = unet_inputs(batch, steps, height, width, sequence)
     with torch.no_grad():
-        expected = float_unet.module(**inputs)[0].numpy()
+        expected = float_unet.module(*inputs.values())[0].numpy()
     assert snr_db(expected, run_onnx(float_unet.proto, inputs)["out_sample"]) >= 90
 
 

@@ -61,14 +61,14 @@ def test_a_surplus_tensor_does_no_harm(model: Path, component: str) -> None:
 def test_every_stored_weight_arrives_in_float32(model: Path) -> None:
     stored = load_file(model / "unet" / WEIGHTS["unet"])
     save_file({k: v.half() for k, v in stored.items()}, model / "unet" / WEIGHTS["unet"])
-    loaded = load_model(model).unet.state_dict()
+    loaded = load_model(model).denoiser.state_dict()
     assert loaded.keys() == stored.keys()
     assert all(torch.equal(loaded[name], stored[name].half().float()) for name in stored)
 
 
 def test_a_loaded_model_is_in_evaluation_mode_and_asks_for_no_gradient(tiny_model: Path) -> None:
     loaded = load_model(tiny_model)
-    for module in (loaded.text_encoder, loaded.unet, loaded.vae):
+    for module in (loaded.text_encoder, loaded.denoiser, loaded.vae):
         assert not module.training
         assert not any(parameter.requires_grad for parameter in module.parameters())
 

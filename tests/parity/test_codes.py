@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from quest_deploy.parity.codes import FlipReport, Probe, compare_codes, onnxruntime_codes, torch_codes
+from quest_deploy.parity.codes import FlipReport, compare_codes, onnxruntime_codes, torch_codes
 from quest_deploy.quantize.grid import quantize
 from quest_deploy.quantize.layers import ActivationQuantizer, TimestepContext
 
@@ -33,19 +33,19 @@ class TinyDenoiser(torch.nn.Module):
         return (quantized * unscale,)
 
 
-def probe(timestep: float = 900.0) -> Probe:
+def probe(timestep: float = 900.0) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return Probe(
-        sample=torch.randn(2, 4, 4, 4, generator=generator),
-        timestep=torch.tensor([timestep]),
-        encoder_hidden_states=torch.randn(2, 3, 4, generator=generator),
-    )
+    return {
+        "sample": torch.randn(2, 4, 4, 4, generator=generator),
+        "timestep": torch.tensor([timestep]),
+        "encoder_hidden_states": torch.randn(2, 3, 4, generator=generator),
+    }
 
 
 @pytest.mark.parametrize("timestep", [900.0, 100.0])
 def test_torch_codes_are_those_of_the_grid(timestep: float) -> None:
     denoiser, given = TinyDenoiser(), probe(timestep)
-    shifted = given.sample + given.encoder_hidden_states.mean()
+    shifted = given["sample"] + given["encoder_hidden_states"].mean()
     codes = torch_codes(denoiser, given).codes
     expected = quantize(shifted, torch.tensor([0.05]).log().exp().min(), -128, 127)
     assert torch.equal(codes["first"], expected) and set(codes) == {"first", "second"}

@@ -10,7 +10,7 @@ from PIL import Image
 
 from quest_deploy.config import GenerateConfig, ProgressEvent
 from quest_deploy.errors import ConfigError, QuestDeployError
-from quest_deploy.model.spec import DENOISER, TEXT_ENCODER, VAE_DECODER
+from quest_deploy.model.families import TEXT_ENCODER, VAE_DECODER
 from quest_deploy.pipeline import Pipeline
 from quest_deploy.pipeline.draw import draw_images, make_jobs
 
@@ -32,7 +32,7 @@ def test_seeds_count_up_over_images_and_prompts() -> None:
 
 def test_images_come_in_batches_of_the_size_asked_for(pipeline: Pipeline) -> None:
     draw(pipeline, request(num_images=3, batch_size=4, guidance_scale=1.0))
-    assert pipeline.engines[DENOISER].batches == [4, 4, 2, 2]
+    assert pipeline.engines["unet"].batches == [4, 4, 2, 2]
 
 
 def test_the_batch_size_does_not_change_the_pictures(pipeline: Pipeline) -> None:
@@ -61,8 +61,8 @@ def test_progress_ends_at_the_total_even_where_steps_take_two_passes(pipeline: P
     ("component", "call", "message"),
     [
         (TEXT_ENCODER, 0, "^text_encoder gave NaN"),
-        (DENOISER, 0, r"^unet at step 1 \(timestep 501\) gave NaN"),
-        (DENOISER, 1, r"^unet at step 2 \(timestep 1\) gave NaN"),
+        ("unet", 0, r"^unet at step 1 \(timestep 501\) gave NaN"),
+        ("unet", 1, r"^unet at step 2 \(timestep 1\) gave NaN"),
         (VAE_DECODER, 0, "^vae_decoder gave NaN"),
     ],
 )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from quest_deploy.model.spec import DENOISER
 from quest_deploy.pipeline import Pipeline
 from quest_deploy.pipeline.parts import run_in_parts
 
@@ -23,7 +22,7 @@ def unet_inputs(batch: int, steps: int) -> dict[str, torch.Tensor]:
 def test_parts_fit_the_profile_and_give_the_whole(
     pipeline: Pipeline, largest: int, batches: list[int], steps: int
 ) -> None:
-    engine = pipeline.engines[DENOISER]
+    engine = pipeline.engines["unet"]
     inputs = unet_inputs(5, steps)
     whole = engine(**inputs)["out_sample"]
     engine.batches.clear()
@@ -35,5 +34,5 @@ def test_parts_fit_the_profile_and_give_the_whole(
 
 
 def test_an_engine_without_limits_runs_at_once(pipeline: Pipeline) -> None:
-    run_in_parts(pipeline.engines[DENOISER], **unet_inputs(16, 1))
-    assert pipeline.engines[DENOISER].batches == [16]
+    run_in_parts(pipeline.engines["unet"], **unet_inputs(16, 1))
+    assert pipeline.engines["unet"].batches == [16]

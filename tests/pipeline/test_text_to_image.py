@@ -12,8 +12,10 @@ import torch
 
 from quest_deploy import sampling
 from quest_deploy.errors import ConfigError, EngineInputError
-from quest_deploy.model.spec import DENOISER, TEXT_ENCODER, VAE_DECODER
+from quest_deploy.model.families import TEXT_ENCODER, VAE_DECODER
 from quest_deploy.pipeline import Pipeline, load_pipeline
+
+TEXT = "encoder_hidden_states"
 
 
 def test_the_models_own_size_is_the_default(pipeline: Pipeline) -> None:
@@ -32,12 +34,13 @@ def test_a_size_that_no_latents_have_is_refused(pipeline: Pipeline, size: dict[s
 
 
 def test_a_rectangular_sample_size_is_understood(pipeline: Pipeline) -> None:
-    configs = {**pipeline.configs, DENOISER: {**pipeline.configs[DENOISER], "sample_size": [4, 6]}}
+    configs = {**pipeline.configs, "unet": {**pipeline.configs["unet"], "sample_size": [4, 6]}}
     assert dataclasses.replace(pipeline, configs=configs).latent_shape() == (4, 4, 6)
 
 
 def test_one_prompt_is_not_taken_for_a_list_of_letters(pipeline: Pipeline) -> None:
-    assert torch.equal(pipeline.encode("red heart"), pipeline.encode(["red heart"]))
+    one, several = (pipeline.encode(prompts)[TEXT] for prompts in ("red heart", ["red heart"]))
+    assert torch.equal(one, several)
 
 
 def test_a_prompt_that_is_cut_is_told_with_the_lost_words(
@@ -71,7 +74,7 @@ def test_only_guidance_above_one_doubles_the_batch(
 ) -> None:
     text = pipeline.encode(["a", "b"])
     pipeline.denoise(pipeline.initial_noise([0, 1]), text, text, steps=2, guidance_scale=guidance_scale)
-    assert pipeline.engines[DENOISER].batches == [batch, batch]
+    assert pipeline.engines["unet"].batches == [batch, batch]
 
 
 def test_forced_predictions_equal_those_of_the_loop(pipeline: Pipeline) -> None:
@@ -138,7 +141,7 @@ def test_noise_of_another_model_is_refused(pipeline: Pipeline) -> None:
 def test_leaving_the_context_closes_every_engine(tiny_model: Path) -> None:
     with load_pipeline(tiny_model) as opened:
         opened.encode(["a"])
-    for component in (TEXT_ENCODER, DENOISER, VAE_DECODER):
+    for component in (TEXT_ENCODER, "unet", VAE_DECODER):
         assert opened.engines[component].module is None
 
 

@@ -16,6 +16,7 @@ from quest_deploy.quantize.calibrate import CalibrationSet, collect_inputs, reco
 from quest_deploy.quantize.initialize import initialize
 from quest_deploy.quantize.insert import LayerQParams, insert
 from quest_deploy.quantize.layers import TimestepContext
+from quest_deploy.quantize.trace import Trace, trace
 
 PROMPTS = ("a red heart", "a blue car", "the moon", "a cat")
 
@@ -27,6 +28,12 @@ def float_model(tiny_model: Path) -> LoadedModel:
 
 
 @pytest.fixture(scope="session")
+def traced(float_model: LoadedModel) -> Trace:
+    """The part that each layer of the tiny U-Net plays."""
+    return trace(float_model)
+
+
+@pytest.fixture(scope="session")
 def recorded(float_model: LoadedModel) -> CalibrationSet:
     """Trajectories of four prompts over three timesteps."""
     return record_trajectories(float_model, PROMPTS, steps=3, guidance_scale=3.0, seed=0, batch_size=2)
@@ -35,7 +42,7 @@ def recorded(float_model: LoadedModel) -> CalibrationSet:
 @pytest.fixture(scope="session")
 def inputs(float_model: LoadedModel, recorded: CalibrationSet) -> dict[str, Tensor]:
     """What each layer of the tiny U-Net saw, [3, 8, c_in]."""
-    return collect_inputs(float_model.unet, recorded, prompts_per_step=2, positions=8, seed=0)
+    return collect_inputs(float_model.denoiser, recorded, prompts_per_step=2, positions=8, seed=0)
 
 
 @pytest.fixture(scope="session")
@@ -47,7 +54,7 @@ def qparams(
     def make(weight_bits: int, activation_bits: int) -> dict[str, LayerQParams]:
         bits = dict.fromkeys(inputs, (weight_bits, activation_bits))
         bits |= dict.fromkeys(("conv_in", "conv_out"), (8, 8))
-        scales = initialize(float_model.unet, inputs, bits, method="minmax")
+        scales = initialize(float_model.denoiser, inputs, bits, method="minmax")
         apart = torch.tensor([0.9, 1.0, 1.2])
         return {
             name: dataclasses.replace(layer, group_scale=layer.group_scale * apart)
@@ -66,7 +73,7 @@ def quantize_tiny(
     """Makes a copy of the tiny U-Net with quantized layers, not frozen yet."""
 
     def make(weight_bits: int, activation_bits: int) -> tuple[nn.Module, TimestepContext]:
-        unet, context = copy.deepcopy(float_model.unet), TimestepContext(recorded.boundaries())
+        unet, context = copy.deepcopy(float_model.denoiser), TimestepContext(recorded.boundaries())
         insert(unet, qparams(weight_bits, activation_bits), context)
         return unet.requires_grad_(False), context
 

@@ -14,13 +14,15 @@ from torch import Tensor, nn
 
 from quest_deploy.artifacts import write_artifact
 from quest_deploy.errors import ArtifactError, StaleArtifactError
+from quest_deploy.model.components import predict
 from quest_deploy.model.load import LoadedModel
 from quest_deploy.quantize.calibrate import CalibrationSet
-from quest_deploy.quantize.checkpoint import SUMMARY, WEIGHTS, freeze, load_checkpoint, save_checkpoint
+from quest_deploy.quantize.checkpoint import SUMMARY, freeze, load_checkpoint, save_checkpoint
 from quest_deploy.quantize.insert import quantized_layers
 from quest_deploy.quantize.layers import TimestepContext
 from quest_deploy.quantize.recipe import load_recipe
 
+WEIGHTS = "unet/quest.safetensors"
 Make = Callable[[int, int], tuple[nn.Module, TimestepContext]]
 Save = Callable[..., tuple[Path, nn.Module]]
 
@@ -69,9 +71,9 @@ def damaged(tmp_path: Path, save: Save) -> Callable[[Callable[[Path], object]], 
 
 
 def answer(denoiser: nn.Module, data: CalibrationSet) -> Tensor:
-    sample, timestep, text, _ = data.batch(torch.tensor([0, 1, 2]), torch.tensor([0, 1, 2]))
+    sample, timestep, conditioning, _ = data.batch(torch.tensor([0, 1, 2]), torch.tensor([0, 1, 2]))
     with torch.no_grad():
-        return denoiser(sample, timestep, text)[0]
+        return predict(denoiser, sample, timestep, conditioning)
 
 
 @pytest.mark.parametrize(
@@ -81,7 +83,7 @@ def test_a_checkpoint_answers_as_the_denoiser_that_was_saved(
     save: Save, recorded: CalibrationSet, weight_bits: int, activation_bits: int
 ) -> None:
     path, denoiser = save(weight_bits, activation_bits)
-    assert torch.equal(answer(load_checkpoint(path).unet, recorded), answer(denoiser, recorded))
+    assert torch.equal(answer(load_checkpoint(path).denoiser, recorded), answer(denoiser, recorded))
 
 
 def test_saving_twice_gives_the_same_bytes(save: Save) -> None:

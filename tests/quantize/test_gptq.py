@@ -135,7 +135,7 @@ def test_rounded_weights_of_a_unet_keep_their_codes_when_quantized_again(
     names = ["conv_in", "time_embedding.linear_1", "down_blocks.0.resnets.0.conv1"]
     scales: dict[str, LayerQParams] = qparams(4, 4)
     rounded = gptq.compensate(
-        float_model.unet, recorded, scales, names, prompts_per_step=2, rows_per_step=64, seed=0
+        float_model.denoiser, recorded, scales, names, prompts_per_step=2, rows_per_step=64, seed=0
     )
     for name in names:
         q = scales[name]

@@ -71,4 +71,4 @@ def test_channels_that_are_alike_need_no_row() -> None:
 def test_a_layer_without_inputs_is_refused(float_model: LoadedModel, inputs: dict) -> None:
     rest = {name: value for name, value in inputs.items() if name != "conv_out"}
     with pytest.raises(CalibrationError, match="layer 'conv_out' was not run during calibration"):
-        initialize(float_model.unet, rest, dict.fromkeys(inputs, (4, 8)), method="minmax")
+        initialize(float_model.denoiser, rest, dict.fromkeys(inputs, (4, 8)), method="minmax")

@@ -17,32 +17,15 @@ from quest_deploy.quantize.insert import (
     insert,
     quantizable_layers,
     quantized_layers,
-    role_of,
 )
 from quest_deploy.quantize.layers import QuantizedConv2d, QuantizedLinear, TimestepContext
 
 Make = Callable[[int, int], tuple[nn.Module, TimestepContext]]
 
 
-@pytest.mark.parametrize(
-    ("name", "role"),
-    [
-        ("conv_in", "boundary"),
-        ("conv_out", "boundary"),
-        ("time_embedding.linear_1", "temporal"),
-        ("down_blocks.0.resnets.1.time_emb_proj", "temporal"),
-        ("down_blocks.0.resnets.1.conv1", "other"),
-        ("up_blocks.1.upsamplers.0.conv", "other"),
-        ("mid_block.conv_in", "other"),
-    ],
-)
-def test_names_tell_the_role(name: str, role: str) -> None:
-    assert role_of(name) == role
-
-
 def test_every_linear_and_convolution_of_a_unet_is_quantizable(float_model: LoadedModel) -> None:
-    expected = [n for n, m in float_model.unet.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
-    assert list(quantizable_layers(float_model.unet)) == expected
+    expected = [n for n, m in float_model.denoiser.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    assert list(quantizable_layers(float_model.denoiser)) == expected
 
 
 def test_a_convolution_that_pads_with_anything_but_zeros_is_left_alone() -> None:
@@ -53,7 +36,7 @@ def test_a_convolution_that_pads_with_anything_but_zeros_is_left_alone() -> None
 def test_named_layers_are_replaced_and_the_others_stay(
     float_model: LoadedModel, qparams: Callable[[int, int], dict[str, LayerQParams]]
 ) -> None:
-    unet = copy.deepcopy(float_model.unet)
+    unet = copy.deepcopy(float_model.denoiser)
     chosen = {name: qparams(8, 8)[name] for name in ("conv_in", "time_embedding.linear_2")}
     insert(unet, chosen, TimestepContext(torch.tensor([1.0, 2.0])))
     assert {name: type(layer) for name, layer in quantized_layers(unet).items()} == {
@@ -68,13 +51,13 @@ def test_an_inserted_layer_starts_from_the_weights_it_replaces(
 ) -> None:
     unet, _ = quantize_tiny(4, 4)
     for name, layer in quantized_layers(unet).items():
-        assert torch.equal(layer.weight, float_model.unet.get_parameter(f"{name}.weight"))
+        assert torch.equal(layer.weight, float_model.denoiser.get_parameter(f"{name}.weight"))
 
 
 def test_a_name_that_the_denoiser_lacks_is_refused(
     float_model: LoadedModel, qparams: Callable[[int, int], dict[str, LayerQParams]]
 ) -> None:
-    unet = copy.deepcopy(float_model.unet)
+    unet = copy.deepcopy(float_model.denoiser)
     with pytest.raises(CalibrationError, match="1 layers are not in the denoiser, the first is 'conv_inn'"):
         insert(unet, {"conv_inn": qparams(8, 8)["conv_in"]}, TimestepContext(torch.empty(0)))
     assert not quantized_layers(unet)

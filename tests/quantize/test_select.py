@@ -8,10 +8,10 @@ import pytest
 
 from quest_deploy.config import BitsOverride
 from quest_deploy.errors import ConfigError
-from quest_deploy.model.load import LoadedModel
-from quest_deploy.quantize.insert import quantizable_layers
+from quest_deploy.quantize.insert import Role
 from quest_deploy.quantize.recipe import load_recipe
 from quest_deploy.quantize.select import PRESETS, layer_bits, select
+from quest_deploy.quantize.trace import Trace
 
 BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"
 NAMES = (
@@ -31,6 +31,9 @@ NAMES = (
     f"{BLOCK}.ff.net.2",
     "mid_block.attention.qkv",
 )
+ROLES: dict[str, Role] = {
+    name: "boundary" if name == "conv_in" else "temporal" if "time_emb" in name else "other" for name in NAMES
+}
 FEED_FORWARD = {f"{BLOCK}.ff.net.0.proj", f"{BLOCK}.ff.net.2"}
 
 
@@ -46,7 +49,11 @@ FEED_FORWARD = {f"{BLOCK}.ff.net.0.proj", f"{BLOCK}.ff.net.2"}
             FEED_FORWARD
             | {f"{BLOCK}.attn1.to_q", f"{BLOCK}.attn1.to_k", f"{BLOCK}.attn1.to_v", f"{BLOCK}.attn2.to_q"},
         ),
-        ("paper-uncond", {"mid_block.attention.qkv"}),
+        (
+            "paper-uncond",
+            {"mid_block.attention.qkv", f"{BLOCK}.attn2.to_q", f"{BLOCK}.attn2.to_k"}
+            | {f"{BLOCK}.attn1.to_{part}" for part in "qkv"},
+        ),
         (
             "residual-projections",
             {"down_blocks.0.attentions.0.proj_in", "down_blocks.0.resnets.0.conv_shortcut"},
@@ -55,7 +62,7 @@ FEED_FORWARD = {f"{BLOCK}.ff.net.0.proj", f"{BLOCK}.ff.net.2"}
     ],
 )
 def test_a_preset_stands_for_its_layers(preset: str, expected: set[str]) -> None:
-    assert select(NAMES, preset) == expected
+    assert select(ROLES, preset) == expected
 
 
 def test_an_unknown_preset_is_refused_with_the_known_ones() -> None:
@@ -63,30 +70,30 @@ def test_an_unknown_preset_is_refused_with_the_known_ones() -> None:
         ConfigError,
         match="'sensitiv' stands for no layer of this model; give a preset .none, temporal, paper-sd",
     ):
-        select(NAMES, "sensitiv")
+        select(ROLES, "sensitiv")
 
 
 def test_a_preset_that_finds_no_layer_is_refused() -> None:
     with pytest.raises(ConfigError, match="'paper-uncond' stands for no layer of this model"):
-        select(NAMES[:4], "paper-uncond")
+        select({name: ROLES[name] for name in NAMES[:4]}, "paper-uncond")
 
 
-@pytest.mark.parametrize("preset", sorted(PRESETS.keys() - {"none", "paper-uncond"}))
-def test_a_preset_finds_layers_in_a_stable_diffusion_unet(preset: str, float_model: LoadedModel) -> None:
-    assert select(quantizable_layers(float_model.unet), preset)
+@pytest.mark.parametrize("preset", sorted(PRESETS.keys() - {"none"}))
+def test_a_preset_finds_layers_in_a_stable_diffusion_unet(preset: str, traced: Trace) -> None:
+    assert select(traced.roles, preset)
 
 
 def test_patterns_and_names_choose_layers_together() -> None:
-    assert select(NAMES, ("mid_block.*", "conv_in")) == {"mid_block.attention.qkv", "conv_in"}
+    assert select(ROLES, ("mid_block.*", "conv_in")) == {"mid_block.attention.qkv", "conv_in"}
 
 
 def test_a_pattern_that_finds_no_layer_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"'up_blocks\.9\.\*' stands for no layer"):
-        select(NAMES, ("conv_in", "up_blocks.9.*"))
+        select(ROLES, ("conv_in", "up_blocks.9.*"))
 
 
 def overridden(*overrides: BitsOverride) -> dict[str, tuple[int, int]]:
-    return layer_bits(NAMES, dataclasses.replace(load_recipe("w4a8"), overrides=overrides))
+    return layer_bits(ROLES, dataclasses.replace(load_recipe("w4a8"), overrides=overrides))
 
 
 def test_both_ends_keep_eight_bits_and_others_have_the_recipes() -> None:
@@ -105,6 +112,6 @@ def test_a_later_override_holds() -> None:
 
 
 def test_an_override_by_a_preset_may_find_nothing_but_one_by_a_pattern_may_not() -> None:
-    assert layer_bits(["conv_in"], load_recipe("w4a4")) == {"conv_in": (8, 8)}
+    assert layer_bits({"conv_in": "boundary"}, load_recipe("w4a4")) == {"conv_in": (8, 8)}
     with pytest.raises(ConfigError, match="'nothing' stands for no layer"):
         overridden(BitsOverride(layers="nothing", weight_bits=8))

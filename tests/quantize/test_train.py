@@ -11,26 +11,32 @@ import torch
 from torch import Tensor, nn
 
 from quest_deploy.config import PhaseConfig
+from quest_deploy.model.components import predict
 from quest_deploy.model.load import LoadedModel
 from quest_deploy.quantize import train
 from quest_deploy.quantize.calibrate import CalibrationSet
-from quest_deploy.quantize.insert import quantized_layers, role_of
+from quest_deploy.quantize.insert import quantized_layers
 from quest_deploy.quantize.layers import TimestepContext
+from quest_deploy.quantize.schedule import image_steps
+from quest_deploy.quantize.trace import Trace
 
 GUIDANCE = 3.0
 Make = Callable[[int, int], tuple[nn.Module, TimestepContext]]
 
 
 @pytest.fixture
-def task(float_model: LoadedModel, recorded: CalibrationSet, quantize_tiny: Make) -> train.Task:
+def task(
+    float_model: LoadedModel, traced: Trace, recorded: CalibrationSet, quantize_tiny: Make
+) -> train.Task:
     """The tiny model at W4A4, two prompts to train on and two that judge."""
     student, context = quantize_tiny(4, 4)
     validation = torch.tensor([2, 3])
     start = train.validation_errors(student, recorded, validation, GUIDANCE)
-    steps = train.sigma_steps(recorded.timesteps, float_model.scheduler.alphas_cumprod)
+    steps = image_steps(recorded.timesteps, float_model.scheduler)
     return train.Task(
         student=student,
-        teacher=float_model.unet,
+        teacher=float_model.denoiser,
+        trace=traced,
         data=recorded,
         training=torch.tensor([0, 1]),
         validation=validation,
@@ -54,7 +60,9 @@ def run(
     after_step: Callable[[train.TrainState, torch.optim.Adam], None] = lambda state, optimizer: None,
     resumed: tuple[dict[str, Tensor], dict[str, Any]] | None = None,
 ) -> train.TrainState:
-    optimizer = torch.optim.Adam(train.trainable(task.student, phase, temporal=temporal), lr=1.0)
+    optimizer = torch.optim.Adam(
+        train.trainable(task.student, phase, task.trace.roles, temporal=temporal), lr=1.0
+    )
     state = train.TrainState()
     if resumed is not None:
         train.restore(state, optimizer, *resumed)
@@ -97,7 +105,9 @@ def test_the_temporal_phase_lowers_the_error_of_the_temporal_layers(task: train.
 
     def local_loss() -> float:
         with torch.no_grad():
-            return float(train.temporal_loss(task.student, task.teacher, timestep, task.context))
+            return float(
+                train.temporal_loss(task.student, task.teacher, task.trace, timestep, {}, task.context)
+            )
 
     before = local_loss()
     run(task, phase(layers="temporal", steps=10, learning_rate_scales=0.01, network_every=5), temporal=True)
@@ -106,11 +116,12 @@ def test_the_temporal_phase_lowers_the_error_of_the_temporal_layers(task: train.
 
 @pytest.mark.parametrize("temporal", [True, False], ids=["temporal", "sensitive"])
 def test_each_phase_learns_the_activation_scales_of_its_own_layers(task: train.Task, temporal: bool) -> None:
-    groups = train.trainable(task.student, phase(layers="none", learning_rate_floats=0.0), temporal=temporal)
+    still = phase(layers="none", learning_rate_floats=0.0)
+    groups = train.trainable(task.student, still, task.trace.roles, temporal=temporal)
     expected = {
         f"{name}.quantizer.log_scale"
         for name in quantized_layers(task.student)
-        if (role_of(name) == "temporal") == temporal
+        if (task.trace.roles[name] == "temporal") == temporal
     }
     assert set(train.learned(groups)) == expected
 
@@ -125,7 +136,7 @@ def test_what_a_phase_does_not_name_keeps_its_bits(task: train.Task) -> None:
 
 def test_a_rate_of_zero_leaves_its_tensors_alone(task: train.Task) -> None:
     still = phase(learning_rate_weights=0.0, learning_rate_scales=0.0)
-    names = train.learned(train.trainable(task.student, still, temporal=False))
+    names = train.learned(train.trainable(task.student, still, task.trace.roles, temporal=False))
     assert names
     assert all(name.endswith(("bias", "norm1.weight", "norm2.weight")) or "norm" in name for name in names)
 
@@ -159,11 +170,11 @@ def test_the_temporal_path_alone_gives_what_the_whole_network_computes(task: tra
         for name, module in task.student.named_modules()
         if name == "time_embedding" or name.endswith("time_emb_proj")
     ]
-    sample, timestep, text, _ = task.data.batch(torch.tensor([0, 1]), torch.tensor([0, 2]))
-    task.student(sample, timestep, text)
+    sample, timestep, conditioning, _ = task.data.batch(torch.tensor([0, 1]), torch.tensor([0, 2]))
+    predict(task.student, sample, timestep, conditioning)
     for hook in hooks:
         hook.remove()
-    alone = train.temporal_outputs(task.student, timestep, task.context)
+    alone = task.trace.temporal_outputs(task.student, timestep, {}, task.context)
     # The network computes them in the order in which it runs, not in that of its modules.
     assert len(alone) == len(seen) > 1
     for output in alone:
@@ -171,15 +182,9 @@ def test_the_temporal_path_alone_gives_what_the_whole_network_computes(task: tra
 
 
 def test_a_denoiser_has_no_temporal_error_against_itself(task: train.Task) -> None:
-    loss = train.temporal_loss(task.teacher, task.teacher, torch.linspace(0, 999, 20), task.context)
+    timestep = torch.linspace(0, 999, 20)
+    loss = train.temporal_loss(task.teacher, task.teacher, task.trace, timestep, {}, task.context)
     assert float(loss) == 0.0
-
-
-def test_steps_in_sigma_add_up_to_the_noise_at_the_first_timestep() -> None:
-    alphas = torch.linspace(0.999, 0.01, 1000)
-    steps = train.sigma_steps(torch.tensor([980.0, 500.0, 20.0]), alphas)
-    assert (steps > 0).all()
-    torch.testing.assert_close(steps.sum(), ((1 - alphas[980]) / alphas[980]).sqrt())
 
 
 def test_errors_that_cancel_over_the_steps_cost_nothing() -> None:

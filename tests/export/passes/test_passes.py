@@ -197,7 +197,10 @@ class TestExpandTimestep:
         "text",
         [
             pytest.param(DENOISER.replace("timestep", "time"), id="no-timestep"),
-            pytest.param(DENOISER.replace("sample", "latent"), id="no-sample"),
+            pytest.param(
+                DENOISER.replace("sample, float[s53] timestep", "sample, float[s53] t0, float[s53] timestep"),
+                id="not-the-second",
+            ),
             pytest.param(DENOISER.replace("float[s53] timestep", "float[s53, 1] timestep"), id="rank-2"),
             pytest.param(DENOISER.replace("(timestep, axis)", "(sample, axis)"), id="unread"),
         ],
