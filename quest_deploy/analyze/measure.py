@@ -69,7 +69,7 @@ def measure(
         seed=config.seed,
         report=reporter(progress, "collect activations"),
     )
-    student = start(denoiser, inputs, data, config, progress)
+    student = start(denoiser, inputs, data, roles, config, progress)
     pairs = choose_pairs(data, steps=config.sensitivity_steps, prompts=config.sensitivity_prompts)
     entries = _sensitivity(denoiser, data, inputs, roles, pairs, config, work, progress)
     sensitivity = {
@@ -107,6 +107,7 @@ def start(
     denoiser: nn.Module,
     inputs: Mapping[str, Tensor],
     data: CalibrationSet,
+    roles: Mapping[str, Role],
     config: AnalyzeConfig,
     progress: Progress,
 ) -> nn.Module:
@@ -114,7 +115,7 @@ def start(
     student = copy.deepcopy(denoiser)
     qparams = {}
     layers = quantizable_layers(denoiser)
-    bits = layer_bits(layers, config.recipe)
+    bits = layer_bits(roles, config.recipe)
     for done, (name, layer) in enumerate(layers.items(), start=1):
         qparams[name] = initialize_one(layer, inputs[name], bits[name], config.recipe)
         progress(ProgressEvent(stage="search scales", completed=done, total=len(layers)))
@@ -164,7 +165,7 @@ def network_part(
         for when, model in models.items()
     }
     table = read_table(sensitivity)
-    bits = layer_bits([layer.name for layer in table], config.recipe)
+    bits = layer_bits({layer.name: layer.role for layer in table}, config.recipe)
     measured = set(map(Bits.parse, config.bits))
     known = all(
         Bits(w, a) in measured or {Bits(w, None), Bits(None, a)} <= measured for w, a in bits.values()

@@ -101,7 +101,7 @@ def write_mixed_recipe(
     table = read_table(sensitivity)
     fields = {name: value for name, value in to_dict(recipe).items() if name != "name"}
     if request.budget is None:
-        allocation = summarize(table, layer_bits([layer.name for layer in table], recipe))
+        allocation = summarize(table, layer_bits({layer.name: layer.role for layer in table}, recipe))
     else:
         allocation = allocate(table, request.budget)
         base = (recipe.weight_bits, recipe.activation_bits)

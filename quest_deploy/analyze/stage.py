@@ -47,8 +47,8 @@ from quest_deploy.model.load import load_model
 from quest_deploy.quantize import calibrate
 from quest_deploy.quantize.checkpoint import load_checkpoint
 from quest_deploy.quantize.finetune import BATCH_PROMPTS
-from quest_deploy.quantize.insert import quantizable_layers, role_of
 from quest_deploy.quantize.resume import WorkDirectory, machine
+from quest_deploy.quantize.trace import trace
 
 SCHEMA_VERSION = 1
 DOCUMENT, PAGE = "analysis.json", "analysis.html"
@@ -101,8 +101,8 @@ def analyze(
         batch_size=BATCH_PROMPTS,
         report=reporter(report, "record trajectories"),
     )
-    quantized = None if checkpoint is None else load_checkpoint(checkpoint).unet
-    roles = {name: role_of(name) for name in quantizable_layers(loaded.unet)}
+    quantized = None if checkpoint is None else load_checkpoint(checkpoint).denoiser
+    roles = trace(loaded).roles
     document = {
         "schema_version": SCHEMA_VERSION,
         "config": to_dict(config),
@@ -110,7 +110,7 @@ def analyze(
         "checkpoint": None
         if checkpoint is None
         else {"path": str(checkpoint), "digest": inputs["checkpoint"]},
-        **measure(loaded.unet, quantized, data, roles, config, work, report),
+        **measure(loaded.denoiser, quantized, data, roles, config, work, report),
     }
     with write_artifact(
         output, stage="analysis", config=to_dict(config), inputs=inputs, overwrite=overwrite

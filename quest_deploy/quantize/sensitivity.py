@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from quest_deploy import sampling
 from quest_deploy.config import Recipe
 from quest_deploy.metrics import IDENTICAL_DB, snr_db
+from quest_deploy.model import components
 from quest_deploy.quantize import affine
 from quest_deploy.quantize.allocate import Bits
 from quest_deploy.quantize.calibrate import CalibrationSet
@@ -58,8 +59,8 @@ def choose_pairs(data: CalibrationSet, *, steps: int, prompts: int) -> Pairs:
 
 def run_pairs(denoiser: nn.Module, data: CalibrationSet, prompt: Tensor, step: Tensor) -> Tensor:
     """The denoiser's outputs for the given pairs, one row for each guidance branch: [branches, n, c, h, w]."""
-    sample, timestep, text, _ = data.batch(prompt, step)
-    output: Tensor = denoiser(sample, timestep, text, return_dict=False)[0]
+    sample, timestep, conditioning, _ = data.batch(prompt, step)
+    output = components.predict(denoiser, sample, timestep, conditioning)
     return output.unflatten(0, (-1, prompt.numel()))
 
 

@@ -15,7 +15,7 @@ from quest_deploy.model.load import LoadedModel
 from quest_deploy.quantize.allocate import Bits
 from quest_deploy.quantize.calibrate import CalibrationSet
 from quest_deploy.quantize.initialize import initialize_layer
-from quest_deploy.quantize.insert import insert, quantizable_layers, role_of
+from quest_deploy.quantize.insert import insert, quantizable_layers
 from quest_deploy.quantize.layers import TimestepContext
 from quest_deploy.quantize.sensitivity import (
     Entry,
@@ -40,7 +40,7 @@ LAYERS = (
 
 @pytest.fixture
 def denoiser(float_model: LoadedModel) -> nn.Module:
-    return copy.deepcopy(float_model.unet)
+    return copy.deepcopy(float_model.denoiser)
 
 
 @torch.no_grad()
@@ -107,7 +107,7 @@ def measure(
         recorded,
         inputs,
         dataclasses.replace(RECIPE, channel_wise=False),
-        roles={name: role_of(name) for name in quantizable_layers(denoiser)},
+        roles=dict.fromkeys(quantizable_layers(denoiser), "other"),
         bits=[Bits(8, None), Bits(4, None), Bits(None, 8), Bits(None, 4)],
         pairs=choose_pairs(recorded, steps=2, prompts=1),
         finished=finished or {},
