@@ -197,7 +197,8 @@ class PhaseConfig:
         layers: Presets of :mod:`quest_deploy.quantize.select` or shell patterns (one, or several): the layers whose
             weights learn.
         steps: Updates.
-        batch_size: Timesteps, of one prompt's trajectory, in an update that runs the network on both branches.
+        batch_size: Pairs of a prompt and a timestep in an update, each run on both branches.
+        walks: Walks in an update, beside them (see `Recipe.walk_share`).
         learning_rate_weights: Adam's rate for weights and their scales, in steps of each layer's own weight grid.
         learning_rate_scales: For activation scales, relative (they learn in the log domain).
         learning_rate_floats: For biases and norms, which stay in float; 0 leaves them alone.
@@ -207,7 +208,8 @@ class PhaseConfig:
 
     layers: str | tuple[str, ...]
     steps: int
-    batch_size: int = 12
+    batch_size: int = 8
+    walks: int = 3
     learning_rate_weights: float = 0.01
     learning_rate_scales: float = 0.002
     learning_rate_floats: float = 0.0
@@ -217,7 +219,7 @@ class PhaseConfig:
         problems: list[str] = []
         at_least(problems, 0, steps=self.steps, learning_rate_weights=self.learning_rate_weights)
         at_least(problems, 0, learning_rate_scales=self.learning_rate_scales)
-        at_least(problems, 0, learning_rate_floats=self.learning_rate_floats)
+        at_least(problems, 0, learning_rate_floats=self.learning_rate_floats, walks=self.walks)
         at_least(problems, 1, batch_size=self.batch_size, network_every=self.network_every)
         raise_if_any(problems, "finetuning phase")
 
@@ -238,7 +240,9 @@ class Recipe:
         initializer: How weights are rounded at first.
         time_aware: Whether every timestep group has an activation scale of its own.
         channel_wise: Whether activations may have a channel row folded into the weights.
-        image_share: Weight of errors by what they do to the final image, beside the network output's own.
+        walk_share: Weight of what the student's errors grow into over a few steps of its own, beside its errors on
+            recorded latents; 0 leaves walks out.
+        walk_length: Steps of such a walk.
         temporal: Phase 1.
         sensitive: Phase 2.
     """
@@ -254,7 +258,8 @@ class Recipe:
     initializer: Literal["nearest", "gptq"] = "gptq"
     time_aware: bool = True
     channel_wise: bool = True
-    image_share: float = 1.0
+    walk_share: float = 1.0
+    walk_length: int = 4
     temporal: PhaseConfig
     sensitive: PhaseConfig
 
@@ -270,8 +275,8 @@ class Recipe:
             calibration_prompts=self.calibration_prompts,
             calibration_steps=self.calibration_steps,
         )
-        at_least(problems, 1, validation_prompts=self.validation_prompts)
-        at_least(problems, 0, guidance_scale=self.guidance_scale, image_share=self.image_share)
+        at_least(problems, 1, validation_prompts=self.validation_prompts, walk_length=self.walk_length)
+        at_least(problems, 0, guidance_scale=self.guidance_scale, walk_share=self.walk_share)
         if self.validation_prompts >= self.calibration_prompts:
             problems.append(
                 f"validation_prompts is {self.validation_prompts}, "

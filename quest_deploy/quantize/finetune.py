@@ -40,11 +40,12 @@ from quest_deploy.quantize.checkpoint import freeze, save_checkpoint
 from quest_deploy.quantize.initialize import initialize_layer
 from quest_deploy.quantize.insert import LayerQParams, insert, quantizable_layers
 from quest_deploy.quantize.layers import Quantizable, TimestepContext
+from quest_deploy.quantize.losses import make_objective
 from quest_deploy.quantize.resume import WorkDirectory, flatten_qparams, machine, unflatten_qparams
-from quest_deploy.quantize.schedule import image_steps
 from quest_deploy.quantize.select import layer_bits, select
 from quest_deploy.quantize.trace import Trace
 from quest_deploy.quantize.trace import trace as trace_model
+from quest_deploy.quantize.walk import fit_steps
 
 logger = logging.getLogger(__name__)
 
@@ -300,11 +301,19 @@ def _train(
     split = data.num_prompts - recipe.validation_prompts
     training, validation = torch.arange(split), torch.arange(split, data.num_prompts)
     student.requires_grad_(False)
-    start = train.validation_errors(student, data, validation, recipe.guidance_scale)
-    weights = train.loss_weights(
-        start,
-        image_steps(data.timesteps, model.scheduler),
-        image_share=recipe.image_share,
+    steps = fit_steps(data, recipe.guidance_scale) if recipe.walk_share else None
+    if steps is None and recipe.walk_share:
+        logger.warning(
+            "%s does not move latents by a multiple of the prediction: finetuning without walks",
+            type(model.scheduler).__name__,
+        )
+    objective = make_objective(
+        student,
+        data,
+        validation,
+        steps,
+        walk_length=recipe.walk_length,
+        walk_share=recipe.walk_share,
         guidance_scale=recipe.guidance_scale,
     )
     task = train.Task(
@@ -314,7 +323,7 @@ def _train(
         data=data,
         training=training,
         validation=validation,
-        weights=weights,
+        objective=objective,
         context=context,
         seed=config.seed,
         num_train_timesteps=model.scheduler.config.num_train_timesteps,

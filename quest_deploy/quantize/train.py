@@ -8,7 +8,7 @@ all timesteps without the rest of the network, since that path depends on the ti
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from quest_deploy.config import PhaseConfig
-from quest_deploy.model.components import Conditioning, predict
+from quest_deploy.quantize import losses
 from quest_deploy.quantize.calibrate import CalibrationSet
 from quest_deploy.quantize.insert import Role, quantized_layers
 from quest_deploy.quantize.layers import QuantizedLayer, TimestepContext
+from quest_deploy.quantize.losses import Objective
 from quest_deploy.quantize.select import select
 from quest_deploy.quantize.trace import Trace
-from quest_deploy.sampling import guide
 
 VALIDATIONS_PER_PHASE = 8
 TIMESTEPS_PER_LOCAL_BATCH = 256
@@ -45,76 +45,6 @@ class TrainState:
     best_loss: float = math.inf
     best: dict[str, Tensor] = field(default_factory=dict)
     losses: list[tuple[int, float]] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class LossWeights:
-    """How errors are weighed. Both terms are 1 for the weights and scales that training starts from.
-
-    A timestep's raw error counts relative to the error that rounding left there. Errors of the guided prediction count
-    by what they do to the image: a sampler moves x / sqrt(alpha) by noise_pred times the step in sigma, so that, to
-    first order, the final error is the sum over steps of step in sigma times error of the prediction, and errors that
-    agree from step to step count more than those that cancel.
-
-    Attributes:
-        raw: float32 [T], in the order of the calibration set's steps, for the branches' own errors.
-        image: float32 [T], for the guided prediction's errors, before they are added up.
-        image_share: Weight of the second term; the first has 1.
-        guidance_scale: Of the guided prediction.
-    """
-
-    raw: Tensor
-    image: Tensor
-    image_share: float
-    guidance_scale: float
-
-
-@dataclass(frozen=True)
-class Errors:
-    """Errors of one trajectory's predictions at n of its T steps.
-
-    Attributes:
-        raw: float32 [n], mean squared error of the branches.
-        guided: float32 [n, c, h, w], error of the guided prediction (of the only one, for a model without guidance).
-        step: int64 [n].
-    """
-
-    raw: Tensor
-    guided: Tensor
-    step: Tensor
-
-
-def final_error(guided: Tensor, weight: Tensor, steps: int) -> Tensor:
-    """Mean squared error of the final latents to first order, from n of `steps` steps: a scalar.
-
-    Args:
-        guided: float32 [n, c, h, w].
-        weight: float32 [n].
-        steps: T; a sum over some of the steps is extended to all.
-    """
-    total = (guided * weight.reshape(-1, 1, 1, 1)).sum(dim=0) * (steps / weight.numel())
-    return total.square().mean()
-
-
-def loss_weights(
-    start: Sequence[Errors], steps: Tensor, *, image_share: float, guidance_scale: float
-) -> LossWeights:
-    """Weights under which the given errors cost 1 in both terms.
-
-    Args:
-        start: Errors of whole trajectories.
-        steps: float32 [T] of :func:`quest_deploy.quantize.schedule.image_steps`.
-        image_share: As in :class:`LossWeights`.
-        guidance_scale: As there.
-    """
-    raw = torch.stack([errors.raw for errors in start]).mean(dim=0)
-    final = torch.stack([final_error(errors.guided, steps, steps.numel()) for errors in start]).mean()
-    return LossWeights(
-        raw=1 / raw.clamp_min(1e-12),
-        image=steps / final.clamp_min(1e-12).sqrt(),
-        image_share=image_share,
-        guidance_scale=guidance_scale,
-    )
 
 
 def trainable(
@@ -158,54 +88,6 @@ def trainable(
     return groups
 
 
-def prediction_errors(
-    denoiser: nn.Module, data: CalibrationSet, prompt: int, step: Tensor, guidance_scale: float
-) -> Errors:
-    """Errors of `denoiser` on the trajectory of one prompt, at the steps `step` [n]."""
-    sample, timestep, conditioning, target = data.batch(torch.full_like(step, prompt), step)
-    error = predict(denoiser, sample, timestep, conditioning) - target
-    raw = error.square().flatten(1).mean(dim=1)
-    if not data.guided:
-        return Errors(raw=raw, guided=error, step=step)
-    negative, positive = raw.chunk(2)
-    return Errors(raw=(negative + positive) / 2, guided=guide(error, guidance_scale), step=step)
-
-
-def weighted(errors: Errors, weights: LossWeights) -> Tensor:
-    """The loss: a scalar."""
-    raw = (weights.raw[errors.step] * errors.raw).mean()
-    image = final_error(errors.guided, weights.image[errors.step], weights.image.numel())
-    return (raw + weights.image_share * image) / (1 + weights.image_share)
-
-
-@torch.no_grad()
-def validation_errors(
-    denoiser: nn.Module, data: CalibrationSet, prompts: Tensor, guidance_scale: float
-) -> list[Errors]:
-    """Errors on the whole trajectories of the prompts kept for validation."""
-    step = torch.arange(data.timesteps.numel())
-    return [prediction_errors(denoiser, data, int(prompt), step, guidance_scale) for prompt in prompts]
-
-
-def temporal_loss(
-    student: nn.Module,
-    teacher: nn.Module,
-    trace: Trace,
-    timestep: Tensor,
-    conditioning: Conditioning,
-    context: TimestepContext,
-) -> Tensor:
-    """Mean over the temporal layers of their outputs' squared error, each relative to its output's power."""
-    with torch.no_grad():
-        targets = trace.temporal_outputs(teacher, timestep, conditioning, None)
-    outputs = trace.temporal_outputs(student, timestep, conditioning, context)
-    losses = [
-        (output - target).square().mean() / target.square().mean()
-        for output, target in zip(outputs, targets, strict=True)
-    ]
-    return torch.stack(losses).mean()
-
-
 @dataclass(frozen=True)
 class Task:
     """What one phase works on.
@@ -217,7 +99,7 @@ class Task:
         data: Recorded trajectories.
         training: int64, prompts that are trained on.
         validation: int64, prompts that choose the result.
-        weights: Of the errors.
+        objective: How errors are weighed.
         context: The student's timestep groups.
         seed: For the order of samples.
         num_train_timesteps: Of the noise schedule.
@@ -229,15 +111,14 @@ class Task:
     data: CalibrationSet
     training: Tensor
     validation: Tensor
-    weights: LossWeights
+    objective: Objective
     context: TimestepContext
     seed: int
     num_train_timesteps: int
 
     def validation_loss(self) -> float:
-        """Weighted mean over timesteps; 1 is what rounding alone gives."""
-        errors = validation_errors(self.student, self.data, self.validation, self.weights.guidance_scale)
-        return sum(float(weighted(one, self.weights)) for one in errors) / len(errors)
+        """1 is what rounding alone gives."""
+        return losses.validation_loss(self.student, self.data, self.validation, self.objective)
 
 
 def learned(groups: list[dict[str, object]]) -> dict[str, Tensor]:
@@ -324,39 +205,26 @@ def _validate(task: Task, parameters: dict[str, Tensor], state: TrainState) -> N
 def _loss(task: Task, phase: PhaseConfig, step: int, *, temporal: bool) -> Tensor:
     # A generator of each step's own makes the order of samples independent of where a run was interrupted.
     generator = torch.Generator().manual_seed(((task.seed << 24) + (int(temporal) << 23) + step) % SEEDS)
-    losses = []
+    terms = []
     if temporal and task.trace.ends:
         timestep = torch.rand(TIMESTEPS_PER_LOCAL_BATCH, generator=generator) * (task.num_train_timesteps - 1)
-        conditioning = temporal_conditioning(task.trace, task.data, timestep.numel(), generator)
-        losses.append(
-            temporal_loss(task.student, task.teacher, task.trace, timestep, conditioning, task.context)
+        conditioning = losses.temporal_conditioning(task.trace, task.data, timestep.numel(), generator)
+        terms.append(
+            losses.temporal_loss(task.student, task.teacher, task.trace, timestep, conditioning, task.context)
         )
     if step % phase.network_every == 0:
-        prompt = task.training[torch.randint(task.training.numel(), (), generator=generator)]
-        steps = torch.randperm(task.data.timesteps.numel(), generator=generator)[: phase.batch_size]
-        errors = prediction_errors(task.student, task.data, int(prompt), steps, task.weights.guidance_scale)
-        losses.append(weighted(errors, task.weights))
-    return torch.stack(losses).sum()
-
-
-def temporal_conditioning(
-    trace: Trace, data: CalibrationSet, count: int, generator: torch.Generator
-) -> dict[str, Tensor]:
-    """`count` random choices of what the temporal layers depend on besides the timestep, from either branch."""
-    if not trace.conditions:
-        return {}
-    prompt = torch.randint(data.num_prompts, (count,), generator=generator)
-    rows = data.conditioning(prompt)
-    if data.guided:
-        # As in training, one in two is told nothing: that branch is half of what the network is asked.
-        negative = torch.randint(2, (count,), generator=generator).bool()
-        rows = {name: pick(negative, *value.chunk(2)) for name, value in rows.items()}
-    return {name: rows[name] for name in trace.conditions}
-
-
-def pick(first: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Rows of `a` where `first` [n] says so, else of `b`; both [n, ...]."""
-    return torch.where(first.reshape(-1, *[1] * (a.ndim - 1)), a, b)
+        terms.append(
+            losses.network_loss(
+                task.student,
+                task.data,
+                task.training,
+                task.objective,
+                batch_size=phase.batch_size,
+                num_walks=phase.walks,
+                generator=generator,
+            )
+        )
+    return torch.stack(terms).sum()
 
 
 def quantizers_are_finite(denoiser: nn.Module) -> bool:

@@ -109,7 +109,7 @@ def test_a_checkpoint_of_other_settings_is_not_taken_for_the_recipes(
     settings = Settings(checkpoints=tmp_path)
     recipe = settings.recipe("w4a8")
     prompts = load_prompts(default="calibration")
-    for seed, config in ((0, recipe), (1, recipe), (0, dataclasses.replace(recipe, image_share=0.125))):
+    for seed, config in ((0, recipe), (1, recipe), (0, dataclasses.replace(recipe, walk_share=0.125))):
         made = FinetuneConfig(recipe=config, prompts=prompts, seed=seed)
         with write_artifact(
             settings.checkpoint("w4a8"), stage="checkpoint", config=to_dict(made), overwrite=True

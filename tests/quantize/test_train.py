@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from typing import Any
@@ -13,12 +14,12 @@ from torch import Tensor, nn
 from quest_deploy.config import PhaseConfig
 from quest_deploy.model.components import predict
 from quest_deploy.model.load import LoadedModel
-from quest_deploy.quantize import train
+from quest_deploy.quantize import losses, train
 from quest_deploy.quantize.calibrate import CalibrationSet
 from quest_deploy.quantize.insert import quantized_layers
 from quest_deploy.quantize.layers import TimestepContext
-from quest_deploy.quantize.schedule import image_steps
 from quest_deploy.quantize.trace import Trace
+from quest_deploy.quantize.walk import fit_steps
 
 GUIDANCE = 3.0
 Make = Callable[[int, int], tuple[nn.Module, TimestepContext]]
@@ -31,8 +32,11 @@ def task(
     """The tiny model at W4A4, two prompts to train on and two that judge."""
     student, context = quantize_tiny(4, 4)
     validation = torch.tensor([2, 3])
-    start = train.validation_errors(student, recorded, validation, GUIDANCE)
-    steps = image_steps(recorded.timesteps, float_model.scheduler)
+    steps = fit_steps(recorded, GUIDANCE)
+    assert steps is not None
+    objective = losses.make_objective(
+        student, recorded, validation, steps, walk_length=2, walk_share=1.0, guidance_scale=GUIDANCE
+    )
     return train.Task(
         student=student,
         teacher=float_model.denoiser,
@@ -40,7 +44,7 @@ def task(
         data=recorded,
         training=torch.tensor([0, 1]),
         validation=validation,
-        weights=train.loss_weights(start, steps, image_share=1.0, guidance_scale=GUIDANCE),
+        objective=objective,
         context=context,
         seed=0,
         num_train_timesteps=1000,
@@ -95,6 +99,31 @@ def test_an_absurd_learning_rate_never_ends_worse_than_the_start(task: train.Tas
     assert all(torch.equal(value, before[name]) for name, value in parameters(task).items())
 
 
+def test_walks_are_learned_from(task: train.Task) -> None:
+    with_walks = phase(steps=1, walks=2)
+    first, second = (run_one(task, plan) for plan in (with_walks, dataclasses.replace(with_walks, walks=0)))
+    assert any(not torch.equal(value, second[name]) for name, value in first.items())
+
+
+def run_one(task: train.Task, plan: PhaseConfig) -> dict[str, Tensor]:
+    """Gradients of one update."""
+    groups = train.trainable(task.student, plan, task.trace.roles, temporal=False)
+    gradients: dict[str, Tensor] = {}
+    generator = torch.Generator().manual_seed(0)
+    loss = losses.network_loss(
+        task.student,
+        task.data,
+        task.training,
+        task.objective,
+        batch_size=plan.batch_size,
+        num_walks=plan.walks,
+        generator=generator,
+    )
+    for name, parameter in train.learned(groups).items():
+        gradients[name] = torch.autograd.grad(loss, parameter, retain_graph=True)[0]
+    return gradients
+
+
 def test_finetuning_lowers_the_loss_on_prompts_it_was_not_trained_on(task: train.Task) -> None:
     state = run(task, phase(steps=12, batch_size=3, learning_rate_scales=0.01))
     assert task.validation_loss() == state.best_loss < 0.98
@@ -106,7 +135,7 @@ def test_the_temporal_phase_lowers_the_error_of_the_temporal_layers(task: train.
     def local_loss() -> float:
         with torch.no_grad():
             return float(
-                train.temporal_loss(task.student, task.teacher, task.trace, timestep, {}, task.context)
+                losses.temporal_loss(task.student, task.teacher, task.trace, timestep, {}, task.context)
             )
 
     before = local_loss()
@@ -128,7 +157,10 @@ def test_each_phase_learns_the_activation_scales_of_its_own_layers(task: train.T
 
 def test_what_a_phase_does_not_name_keeps_its_bits(task: train.Task) -> None:
     before = parameters(task)
-    run(task, phase(layers="paper-sd", learning_rate_floats=0.0))
+    run(
+        task,
+        phase(layers="paper-sd", steps=12, batch_size=3, learning_rate_scales=0.01, learning_rate_floats=0.0),
+    )
     changed = {name for name, value in parameters(task).items() if not torch.equal(value, before[name])}
     assert changed
     assert all(".ff.net." in name or name.endswith("quantizer.log_scale") for name in changed)
@@ -183,16 +215,8 @@ def test_the_temporal_path_alone_gives_what_the_whole_network_computes(task: tra
 
 def test_a_denoiser_has_no_temporal_error_against_itself(task: train.Task) -> None:
     timestep = torch.linspace(0, 999, 20)
-    loss = train.temporal_loss(task.teacher, task.teacher, task.trace, timestep, {}, task.context)
+    loss = losses.temporal_loss(task.teacher, task.teacher, task.trace, timestep, {}, task.context)
     assert float(loss) == 0.0
-
-
-def test_errors_that_cancel_over_the_steps_cost_nothing() -> None:
-    error = torch.randn(1, 4, 8, 8)
-    weight = torch.tensor([1.0, 0.5])
-    assert train.final_error(torch.cat([error, -2 * error]), weight, 2) == 0
-    agreeing = train.final_error(torch.cat([error, 2 * error]), weight, 2)
-    torch.testing.assert_close(agreeing, 4 * error.square().mean())
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

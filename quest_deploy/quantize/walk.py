@@ -1,0 +1,105 @@
+"""Short walks of the quantized denoiser, away from a recorded trajectory by steps of its own.
+
+Errors on recorded latents do not tell what becomes of an image: a sampler adds up what all steps leave, and every step
+answers to what the ones before it did. A walk starts at a recorded latent, lets the student take `length` steps, and
+ends in the squared distance to where the full-precision model was then.
+
+The sampler's step is read off the trajectories themselves: a deterministic first-order sampler (DDIM, Euler, flow
+matching) moves the latents by ``x' = keep x + move guided_prediction`` with two numbers for each step, which least
+squares finds exactly, whatever the schedule and the kind of prediction. For other samplers there are no walks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from quest_deploy.model.components import predict
+from quest_deploy.quantize.calibrate import CalibrationSet
+from quest_deploy.sampling import guide
+
+MAX_RESIDUAL = 1e-3
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The sampler's steps between recorded latents.
+
+    Attributes:
+        keep: float32 [T - 1].
+        move: float32 [T - 1].
+    """
+
+    keep: Tensor
+    move: Tensor
+
+    def starts(self, length: int) -> int:
+        """From how many of the recorded latents a walk of `length` steps ends at a recorded one."""
+        return max(0, self.keep.numel() + 1 - length)
+
+
+def guided_target(data: CalibrationSet, guidance_scale: float) -> Tensor:
+    """What the sampler followed, [P, T, c, h, w]."""
+    if not data.guided:
+        return data.targets[:, :, 0]
+    negative, positive = data.targets.unbind(2)
+    return negative + guidance_scale * (positive - negative)
+
+
+def fit_steps(data: CalibrationSet, guidance_scale: float) -> Steps | None:
+    """The steps that `data` was recorded with; None where they are not of the module's form.
+
+    Args:
+        data: Recorded trajectories.
+        guidance_scale: That they were recorded with.
+    """
+    prediction = guided_target(data, guidance_scale).to(torch.float64)
+    latents = data.latents.to(torch.float64)
+    keep, move = [], []
+    for step in range(data.timesteps.numel() - 1):
+        known = torch.stack([latents[:, step].flatten(), prediction[:, step].flatten()], dim=1)
+        wanted = latents[:, step + 1].flatten()
+        solution = torch.linalg.lstsq(known, wanted[:, None]).solution.flatten()
+        moved = known[:, 1] * solution[1]
+        if not float((known @ solution - wanted).norm()) <= MAX_RESIDUAL * float(moved.norm()):
+            return None
+        keep.append(float(solution[0]))
+        move.append(float(solution[1]))
+    return Steps(keep=torch.tensor(keep), move=torch.tensor(move)) if keep else None
+
+
+def walk_errors(
+    denoiser: nn.Module,
+    data: CalibrationSet,
+    steps: Steps,
+    prompt: Tensor,
+    start: Tensor,
+    *,
+    length: int,
+    guidance_scale: float,
+) -> Tensor:
+    """Mean squared distance, in the latents as the denoiser is given them, after a walk: float32 [n].
+
+    Args:
+        denoiser: The quantized one.
+        data: Recorded trajectories.
+        steps: Of :func:`fit_steps`.
+        prompt: int64 [n].
+        start: int64 [n], below ``steps.starts(length)``.
+        length: Steps.
+        guidance_scale: That the trajectories were recorded with.
+    """
+    branches = data.targets.shape[2]
+    conditioning = data.conditioning(prompt)
+    latents = data.latents[prompt, start]
+    shape = (-1, *[1] * (latents.ndim - 1))
+    for step in range(length):
+        at = start + step
+        output = predict(
+            denoiser, torch.cat([latents] * branches), data.timesteps[at].repeat(branches), conditioning
+        )
+        prediction = guide(output, guidance_scale) if data.guided else output
+        latents = steps.keep[at].reshape(shape) * latents + steps.move[at].reshape(shape) * prediction
+    return (latents - data.latents[prompt, start + length]).square().flatten(1).mean(dim=1)
