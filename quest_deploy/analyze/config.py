@@ -17,7 +17,8 @@ class AnalyzeConfig:
 
     Attributes:
         recipe: How layers are quantized, and the bits of the quantized time embedding.
-        prompts: Trajectory `i` is that of prompt `i`, from the noise of seed `seed + i`.
+        prompts: Trajectory `i` is that of prompt `i`, from the noise of seed `seed + i`. Empty means what the model's
+            kind suggests: the packaged list, every class in turn, or none.
         num_prompts: How many of the prompts are recorded.
         steps: Denoising steps of the recorded trajectories, hence timestep groups.
         sensitivity_prompts: Trajectories that every timestep of the sensitivity takes its latents from.
@@ -27,7 +28,7 @@ class AnalyzeConfig:
     """
 
     recipe: Recipe
-    prompts: tuple[str, ...]
+    prompts: tuple[str, ...] = ()
     num_prompts: int = 8
     steps: int = 25
     sensitivity_prompts: int = 2
@@ -41,7 +42,7 @@ class AnalyzeConfig:
         at_least(problems, 1, sensitivity_prompts=self.sensitivity_prompts)
         at_least(problems, 2, steps=self.steps)
         at_least(problems, 0, seed=self.seed)
-        if len(self.prompts) < self.num_prompts:
+        if 0 < len(self.prompts) < self.num_prompts:
             problems.append(f"{len(self.prompts)} prompts were given, num_prompts is {self.num_prompts}")
         if not self.bits:
             problems.append("bits is empty, expected for example w4 and a4")

@@ -133,7 +133,7 @@ def temporal_distance(temporal: Mapping[str, Any], timesteps: Sequence[float]) -
                         linewidth=2.6 if bold else 0.7,
                         alpha=1.0 if bold else 0.45,
                         zorder=3 if bold else 2,
-                        label=f"time embedding, {label}" if bold else None,
+                        label=f"time embedding, {label}" if bold and axes is panels[0] else None,
                     )
         for axes, title in zip(panels, ("relative error", "cosine"), strict=True):
             axes.set_title(title)

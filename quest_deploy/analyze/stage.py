@@ -43,7 +43,10 @@ from quest_deploy.artifacts import (
 )
 from quest_deploy.config import to_dict
 from quest_deploy.errors import ArtifactError, StaleArtifactError
+from quest_deploy.model.families import Classes, Family, choose_prompts
 from quest_deploy.model.load import load_model
+from quest_deploy.model.spec import classes_of, family_of
+from quest_deploy.prompts import load_prompts
 from quest_deploy.quantize import calibrate
 from quest_deploy.quantize.checkpoint import load_checkpoint
 from quest_deploy.quantize.finetune import BATCH_PROMPTS
@@ -79,12 +82,15 @@ def analyze(
         QuestDeployError: with what to do next.
     """
     report = progress or (lambda event: None)
-    config = dataclasses.replace(config, prompts=config.prompts[: config.num_prompts])
     inputs = _inputs(model, checkpoint)
+    if Path(model).is_dir():
+        config = with_prompts(config, family_of(Path(model)), classes_of(Path(model)))
     if resume and not overwrite and (finished := _finished(output, config, inputs)) is not None:
         return finished
     check_output(output, stage="analysis", overwrite=overwrite)
     loaded = load_model(model)
+    if not Path(model).is_dir():
+        config = with_prompts(config, loaded.family, loaded.classes)
     inputs.setdefault("source", _digest(loaded.path))
     work = WorkDirectory(Path(output), "analyze")
     work.open(
@@ -120,6 +126,21 @@ def analyze(
         writer.details.update(layers=len(document["run_order"]), network=_without_steps(document["network"]))
     work.remove()
     return read_artifact(output, stage="analysis")
+
+
+def with_prompts(config: AnalyzeConfig, family: Family, classes: Classes | None) -> AnalyzeConfig:
+    """`config` with the prompts, classes or number of samples that it stands for with a model of that kind.
+
+    Raises:
+        ConfigError: prompts were given to a model that takes none, or a prompt is no class of the model.
+    """
+    count = config.num_prompts
+    default = load_prompts(default="calibration")
+    prompts = choose_prompts(family, classes, config.prompts, default=default, count=count)[:count]
+    if classes is not None:
+        for prompt in prompts:
+            classes.number(prompt)
+    return dataclasses.replace(config, prompts=prompts)
 
 
 def _inputs(model: str | Path, checkpoint: Path | None) -> dict[str, str]:

@@ -32,7 +32,7 @@ RESUME_HINT = "run the same command with --resume to go on from the last saved s
     "--prompts",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Prompts, one a line.  [default: the packaged calibration list]",
+    help="Prompts or classes, one a line.  [default: the packaged list, or every class in turn]",
 )
 @click.option("--num-prompts", type=int, default=8, show_default=True, help="Trajectories to record.")
 @click.option("--steps", type=int, default=25, show_default=True, help="Denoising steps of each.")
@@ -114,7 +114,7 @@ def analyze(
     check_output(output, stage="analysis", overwrite=overwrite or resume)
     config = AnalyzeConfig(
         recipe=load_recipe(recipe),
-        prompts=load_prompts(prompts, default="calibration"),
+        prompts=() if prompts is None else load_prompts(prompts),
         num_prompts=num_prompts,
         steps=steps,
         sensitivity_prompts=sensitivity_prompts,

@@ -60,14 +60,14 @@ def test_artifact_and_page_are_there(place: Path) -> None:
 
 def test_recipe_gives_layers_the_bits_of_the_budget(place: Path) -> None:
     table = read_table(read_json(place / "out" / "analysis.json")["sensitivity"])
-    bits = layer_bits([layer.name for layer in table], load_recipe(str(place / "mixed.yaml")))
+    bits = layer_bits({layer.name: layer.role for layer in table}, load_recipe(str(place / "mixed.yaml")))
     assert 5.5 < summarize(table, bits).average_weight_bits <= 6
 
 
 def test_recipe_trains_a_share_of_the_weights(place: Path) -> None:
     table = read_table(read_json(place / "out" / "analysis.json")["sensitivity"])
     recipe = load_recipe(str(place / "mixed.yaml"))
-    chosen = select([layer.name for layer in table], recipe.sensitive.layers)
+    chosen = select({layer.name: layer.role for layer in table}, recipe.sensitive.layers)
     share = sum(layer.weights for layer in table if layer.name in chosen) / sum(
         layer.weights for layer in table
     )
