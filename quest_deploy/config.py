@@ -209,7 +209,7 @@ class PhaseConfig:
     layers: str | tuple[str, ...]
     steps: int
     batch_size: int = 8
-    walks: int = 3
+    walks: int = 2
     learning_rate_weights: float = 0.01
     learning_rate_scales: float = 0.002
     learning_rate_floats: float = 0.0
@@ -240,6 +240,9 @@ class Recipe:
         initializer: How weights are rounded at first.
         time_aware: Whether every timestep group has an activation scale of its own.
         channel_wise: Whether activations may have a channel row folded into the weights.
+        attention_bits: 4 or 8, of queries, keys and values; None leaves the products of attention in float.
+        softmax_bits: 8, of the attention's probabilities beside them; None leaves those in float.
+        softmax_max_keys: Attentions over more keys than this keep their probabilities in float.
         walk_share: Weight of what the student's errors grow into over a few steps of its own, beside its errors on
             recorded latents; 0 leaves walks out.
         walk_length: Steps of such a walk.
@@ -258,6 +261,9 @@ class Recipe:
     initializer: Literal["nearest", "gptq"] = "gptq"
     time_aware: bool = True
     channel_wise: bool = True
+    attention_bits: int | None = None
+    softmax_bits: int | None = None
+    softmax_max_keys: int = 256
     walk_share: float = 1.0
     walk_length: int = 4
     temporal: PhaseConfig
@@ -268,6 +274,12 @@ class Recipe:
         for name in ("weight_bits", "activation_bits"):
             if getattr(self, name) not in (4, 8):
                 problems.append(f"{name} is {getattr(self, name)!r}, expected 4 or 8")
+        if self.attention_bits not in (None, 4, 8):
+            problems.append(f"attention_bits is {self.attention_bits!r}, expected 4, 8 or nothing")
+        if self.softmax_bits not in (None, 8):
+            problems.append(f"softmax_bits is {self.softmax_bits!r}, expected 8 or nothing")
+        elif self.softmax_bits is not None and self.attention_bits is None:
+            problems.append("softmax_bits is set, expected attention_bits beside it")
         one_of(problems, "initializer", self.initializer, ("nearest", "gptq"))
         at_least(
             problems,
@@ -276,6 +288,7 @@ class Recipe:
             calibration_steps=self.calibration_steps,
         )
         at_least(problems, 1, validation_prompts=self.validation_prompts, walk_length=self.walk_length)
+        at_least(problems, 1, softmax_max_keys=self.softmax_max_keys)
         at_least(problems, 0, guidance_scale=self.guidance_scale, walk_share=self.walk_share)
         if self.validation_prompts >= self.calibration_prompts:
             problems.append(
