@@ -6,6 +6,7 @@ The Python API has the verbs of the command line; each is imported when it is fi
     quest_deploy.analyze("model", Path("analysis"), AnalyzeConfig(...))
     quest_deploy.finetune("model", Path("checkpoint"), FinetuneConfig(...))
     quest_deploy.export(Path("checkpoint"), Path("onnx"), ExportConfig(target="tensorrt-rtx"))
+    quest_deploy.lint(Path("onnx"), target="tensorrt-rtx")
     quest_deploy.build_engine(Path("onnx"), Path("engines"), BuildConfig())
     quest_deploy.generate(Path("onnx"), Path("images"), GenerateConfig(prompts=("rocket",)))
     quest_deploy.compare(Path("model"), Path("onnx"), Path("parity"), ParityConfig())
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from quest_deploy.engines.trt_build import build_engine
+    from quest_deploy.export.lint import lint
     from quest_deploy.parity import compare
     from quest_deploy.pipeline import generate, load_pipeline
     from quest_deploy.quantize.finetune import finetune
@@ -33,11 +35,13 @@ __all__ = [
     "export",
     "finetune",
     "generate",
+    "lint",
     "load_pipeline",
 ]
 
 _VERBS = {
     "finetune": "quest_deploy.quantize.finetune",
+    "lint": "quest_deploy.export.lint",
     "build_engine": "quest_deploy.engines.trt_build",
     "generate": "quest_deploy.pipeline",
     "load_pipeline": "quest_deploy.pipeline",

@@ -1,0 +1,217 @@
+"""Loads ONNX files of any origin for lint: no weights are read, symbolic dimensions get sizes, shapes are inferred."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+from google.protobuf.message import DecodeError
+from onnx import TensorProto
+
+from quest_deploy.errors import ArtifactError
+from quest_deploy.export.lint.report import Finding
+from quest_deploy.model.spec import latent_size, vae_scale_factor
+
+logger = logging.getLogger(__name__)
+
+_FIRST_AXIS = "lint/first_axis"
+# What other exporters call the dimensions of quest_deploy.model.spec.
+ALIASES = {"batch_size": "batch", "sequence_length": "sequence"}
+
+
+def find_files(path: Path) -> dict[str, Path]:
+    """The ONNX file of every component: `path` itself, or those in it and one level below.
+
+    Raises:
+        ArtifactError: there is none.
+    """
+    if path.is_dir():
+        files = sorted({*path.glob("*.onnx"), *path.glob("*/*.onnx")})
+        if not files:
+            raise ArtifactError(
+                f"'{path}' holds no .onnx file, nor do its subdirectories; give the directory that "
+                "`quest-deploy export` made, or an ONNX file"
+            )
+        names = [str(file.relative_to(path).with_suffix("")) for file in files]
+        return {name.removesuffix("/model"): file for name, file in zip(names, files, strict=True)}
+    if not path.exists():
+        raise ArtifactError(f"'{path}' does not exist; give an ONNX file or a directory with one")
+    return {path.parent.name if path.stem == "model" else path.stem: path}
+
+
+def read_proto(path: Path) -> onnx.ModelProto:
+    """Parse a file without its external data.
+
+    Raises:
+        ArtifactError: it cannot be read, or is not ONNX.
+    """
+    try:
+        proto = onnx.load(str(path), load_external_data=False)
+    except OSError as error:
+        raise ArtifactError(
+            f"'{path}': cannot be read ({error.strerror or error}); check the file and its permissions"
+        ) from error
+    except (DecodeError, ValueError) as error:
+        raise ArtifactError(f"'{path}' is corrupt or no ONNX file; copy or export it again") from error
+    # A truncated protobuf can still parse, as any prefix that ends on a field does.
+    if not proto.graph.node or not proto.opset_import:
+        raise ArtifactError(
+            f"'{path}' is corrupt or no ONNX file: it holds {len(proto.graph.node)} nodes and "
+            f"{len(proto.opset_import)} operator sets, expected at least one of each; copy or export it again"
+        )
+    return proto
+
+
+def to_ir(proto: onnx.ModelProto, path: Path) -> ir.Model:
+    """The graph as :mod:`onnx_ir` has it; external data is mapped when somebody reads it.
+
+    Raises:
+        ArtifactError: the graph makes no sense.
+    """
+    try:
+        model = ir.from_proto(proto)
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise ArtifactError(f"'{path}': its graph cannot be read ({first}); export it again") from error
+    ir.external_data.set_base_dir(model.graph, path.parent)
+    return model
+
+
+def default_dimensions(root: Path) -> dict[str, int]:
+    """Sizes of the symbolic dimensions for one image at the model's own size, as far as its configuration says."""
+    sizes = {"batch": 1, "steps": 1}
+    configs = {file.parent.name: read_json(file) for file in root.glob("*/config.json")}
+    for name in ("unet", "transformer"):
+        if "sample_size" in configs.get(name, {}):
+            sizes["height"], sizes["width"] = latent_size(configs[name])
+    if "max_position_embeddings" in configs.get("text_encoder", {}):
+        sizes["sequence"] = int(configs["text_encoder"]["max_position_embeddings"])
+    decoder = configs.get("vae_decoder", {})
+    if "block_out_channels" in decoder and "height" in sizes:
+        factor = vae_scale_factor(decoder)
+        sizes |= {"image_height": factor * sizes["height"], "image_width": factor * sizes["width"]}
+    return sizes
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object, or nothing: configuration only helps to count here."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def resolve_shapes(
+    proto: onnx.ModelProto, sizes: Mapping[str, int]
+) -> tuple[onnx.ModelProto, dict[str, int]]:
+    """Put sizes in for symbolic dimensions and infer every shape that follows.
+
+    Returns:
+        The model, and the size that was taken for each symbol of its inputs; a symbol that `sizes` lacks counts as 1.
+    """
+    used: dict[str, int] = {}
+    stored = {tensor.name for tensor in proto.graph.initializer}
+    for value in proto.graph.input:
+        for dimension in value.type.tensor_type.shape.dim:
+            if value.name in stored or dimension.HasField("dim_value"):
+                continue
+            name = dimension.dim_param
+            size = sizes.get(name, sizes.get(ALIASES.get(name, ""), 1))
+            if name:
+                used[name] = size
+            dimension.dim_value = size
+    for value in (*proto.graph.value_info, *proto.graph.output):
+        for dimension in value.type.tensor_type.shape.dim:
+            if dimension.dim_param in used:
+                dimension.dim_value = used[dimension.dim_param]
+            elif not dimension.HasField("dim_value"):
+                dimension.ClearField("dim_param")
+    return infer_shapes(proto), used
+
+
+def infer_shapes(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """Every shape that follows from the inputs'.
+
+    onnx forgets shapes in two places, which stand as simpler operators while shapes are inferred: GroupNormalization,
+    which it looks at as a composition of other operators, and a Reshape of one number to a vector, which torch puts
+    into computed shapes.
+    """
+    numbers = {value.name for value in inferred(proto).graph.value_info if is_number(value)}
+    kept: dict[int, onnx.NodeProto] = {}
+    for index, node in enumerate(proto.graph.node):
+        vector = node.op_type == "Reshape" and node.input[0] in numbers
+        if node.op_type != "GroupNormalization" and not vector:
+            continue
+        kept[index] = onnx.NodeProto()
+        kept[index].CopyFrom(node)
+        del node.input[1:], node.attribute[:]
+        node.op_type = "Unsqueeze" if vector else "Identity"
+        if vector:
+            node.input.append(_FIRST_AXIS)
+    if not kept:
+        return inferred(proto)
+    proto.graph.initializer.append(onnx.helper.make_tensor(_FIRST_AXIS, TensorProto.INT64, [1], [0]))
+    result = inferred(proto)
+    for index, node in kept.items():
+        result.graph.node[index].CopyFrom(node)
+    del result.graph.initializer[-1]
+    return result
+
+
+def inferred(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """`proto` with the shapes that onnx infers, or as it is where onnx cannot."""
+    try:
+        return onnx.shape_inference.infer_shapes(proto, data_prop=True)
+    except (onnx.shape_inference.InferenceError, RuntimeError, ValueError) as error:
+        logger.debug("shape inference failed", exc_info=error)
+        return proto
+
+
+def is_number(value: onnx.ValueInfoProto) -> bool:
+    """Whether a value is known to have no dimensions."""
+    return value.type.tensor_type.HasField("shape") and not value.type.tensor_type.shape.dim
+
+
+def check_external_data(component: str, proto: onnx.ModelProto, path: Path) -> Iterator[Finding]:
+    """Find tensors whose data lies in a file that is missing, too short, or outside the model's directory.
+
+    1. Fires once a file, with the first tensor that misses it.
+    2. Must not fire on tensors inside the ONNX file.
+    """
+    seen: set[str] = set()
+    for tensor in proto.graph.initializer:
+        if tensor.data_location != TensorProto.EXTERNAL:
+            continue
+        entry = {item.key: item.value for item in tensor.external_data}
+        location = entry.get("location", "")
+        if location in seen or (problem := data_problem(path.parent, location, entry)) is None:
+            continue
+        seen.add(location)
+        yield Finding(
+            rule="external-data-missing",
+            severity="error",
+            breaks=True,
+            component=component,
+            node="",
+            message=f"tensor '{tensor.name}' lies in '{location}', {problem}; copy that file next to '{path.name}'",
+        )
+
+
+def data_problem(folder: Path, location: str, entry: Mapping[str, str]) -> str | None:
+    """What is wrong with one reference to external data."""
+    file = (folder / location).resolve()
+    if not location or not file.is_relative_to(folder.resolve()):
+        return "which is not inside the model's directory"
+    if not file.is_file():
+        return "which does not exist"
+    try:
+        needed = int(entry.get("offset", "0")) + int(entry.get("length", "0"))
+    except ValueError:
+        return "at a place that is no number"
+    size = file.stat().st_size
+    return f"which has {size} bytes where {needed} are needed" if size < needed else None

@@ -1,0 +1,64 @@
+"""Exit codes, JSON and tables of `quest-deploy lint`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from quest_deploy.commands import main
+from tests.export.lint.patterns import PATTERNS
+
+
+def run(folder: Path, pattern: str, *options: str) -> Result:
+    path = folder / "model.onnx"
+    path.write_bytes(PATTERNS[pattern]().SerializeToString())
+    return CliRunner().invoke(main, ["lint", str(path), *options])
+
+
+@pytest.mark.parametrize(
+    ("pattern", "target", "code"),
+    [
+        ("conv_w8a8", "tensorrt-rtx", 0),
+        ("matmul_w8_only", "tensorrt-rtx", 0),
+        ("conv_w4a8", "tensorrt-rtx", 3),
+        ("conv_w8_uint8_zero", "tensorrt-rtx", 3),
+        ("conv_w8_uint8_zero", "onnxruntime", 0),
+    ],
+)
+def test_exit_code(tmp_path: Path, pattern: str, target: str, code: int) -> None:
+    assert run(tmp_path, pattern, "--target", target).exit_code == code
+
+
+def test_bad_input_is_exit_code_1(tmp_path: Path) -> None:
+    done = CliRunner().invoke(main, ["lint", str(tmp_path)])
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert done.stderr.startswith("Error: ")
+
+
+@pytest.mark.parametrize("value", ["height", "height=", "height=big", "=4"])
+def test_a_bad_dimension_is_a_usage_error(tmp_path: Path, value: str) -> None:
+    assert run(tmp_path, "conv_w8a8", "--dim", value).exit_code == 2
+
+
+def test_json_is_one_object(tmp_path: Path) -> None:
+    data = json.loads(run(tmp_path, "matmul_w4_block64_a8", "--json").stdout)
+    assert data["ok"] is False
+    assert data["breaks"] is True
+    assert data["layers"][0]["operands"] == ["int8", "int4/64"]
+    assert data["layers"][0]["reasons"] == ["block-scale-of-weight"]
+    assert data["summary"]["share_of_macs"]["breaks"] == 1
+
+
+def test_table_names_layer_and_reason(tmp_path: Path) -> None:
+    text = run(tmp_path, "conv_w8_only").output
+    assert "conv_1" in text
+    assert "the activation is not quantized" in " ".join(text.split())
+    assert "float 100.0%" in text
+
+
+def test_products_in_int8_are_listed_on_request(tmp_path: Path) -> None:
+    assert "conv_3" not in run(tmp_path, "conv_w8a8").output
+    assert "conv_3" in run(tmp_path, "conv_w8a8", "--all").output

@@ -1,0 +1,12 @@
+"""Small quantized graphs: what exporters write, what runtimes refuse, and a few that nobody should write.
+
+``PATTERNS`` maps a name to a function that makes the model. Shapes are static, sizes small, weights seeded.
+"""
+
+from __future__ import annotations
+
+# Each registers its patterns when it is imported.
+from tests.export.lint import pattern_places, pattern_scales, pattern_types
+from tests.export.lint.pattern_products import PATTERNS
+
+__all__ = ["PATTERNS", "pattern_places", "pattern_scales", "pattern_types"]
