@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -137,18 +138,24 @@ def mean_db(values: Tensor) -> float:
 
 
 def paired_interval(
-    differences: Tensor | Sequence[float], *, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
+    differences: Tensor | Sequence[float],
+    *,
+    statistic: Literal["mean", "median"] = "mean",
+    confidence: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
 ) -> tuple[float, float, float]:
-    """Percentile-bootstrap interval of the mean of paired differences.
+    """Percentile-bootstrap interval of the mean or median of paired differences.
 
     Args:
         differences: One finite number for each pair, [n].
+        statistic: Of the differences.
         confidence: Coverage of the interval.
-        resamples: Number of bootstrap means.
+        resamples: Number of bootstrap samples.
         seed: Of the resampling.
 
     Returns:
-        Low end, mean, high end. One pair tells nothing about spread: its ends are infinite.
+        Low end, the statistic, high end. One pair tells nothing about spread: its ends are infinite.
 
     Raises:
         ValueError: there is no difference, or one is not finite.
@@ -156,15 +163,20 @@ def paired_interval(
     values = torch.as_tensor(differences, dtype=torch.float64).flatten()
     if not values.numel() or not bool(torch.isfinite(values).all()):
         raise ValueError(f"paired_interval: got {values.tolist()}, expected one or more finite numbers")
-    mean = float(values.mean())
+
+    def of(samples: Tensor) -> Tensor:
+        return samples.mean(-1) if statistic == "mean" else samples.quantile(0.5, dim=-1)
+
+    middle = float(of(values))
     if values.numel() == 1:
-        return -math.inf, mean, math.inf
+        return -math.inf, middle, math.inf
     generator = torch.Generator().manual_seed(seed)
     picks = torch.randint(values.numel(), (resamples, values.numel()), generator=generator)
-    means = values[picks].mean(1)
     tail = (1 - confidence) / 2
-    low, high = torch.quantile(means, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
-    return low, mean, high
+    low, high = torch.quantile(
+        of(values[picks]), torch.tensor([tail, 1 - tail], dtype=torch.float64)
+    ).tolist()
+    return low, middle, high
 
 
 def _ratio_db(signal: Tensor, error: Tensor) -> Tensor:

@@ -197,3 +197,10 @@ def test_one_pair_has_an_unbounded_interval() -> None:
 def test_interval_refuses_what_has_no_mean(values: list[float]) -> None:
     with pytest.raises(ValueError, match="finite"):
         paired_interval(values)
+
+
+def test_the_median_of_pairs_is_not_moved_by_a_few_outliers() -> None:
+    differences = torch.cat([torch.linspace(-0.1, 0.1, 61), torch.tensor([40.0, 50.0, 60.0])])
+    low, median, high = paired_interval(differences, statistic="median")
+    assert -0.05 < low < median < high < 0.05
+    assert paired_interval(differences)[1] > 2

@@ -20,7 +20,7 @@ from quest_deploy.config import ParityConfig, ProgressEvent
 from quest_deploy.errors import ArtifactError, ConfigError, MissingDependencyError, ParityError
 from quest_deploy.parity import compare
 from quest_deploy.parity import run as parity_run
-from quest_deploy.parity.gates import Gate
+from quest_deploy.parity.gates import Gate, PsnrChange
 from quest_deploy.parity.ladder import make_ladder
 from quest_deploy.prompts import load_prompts
 from quest_deploy.sampling import Step
@@ -260,17 +260,32 @@ def test_quantization_and_deployment_are_gated_apart(rungs: Rungs) -> None:
     }
     assert gate(result, "noise SNR", "checkpoint").measured == pytest.approx(40, abs=0.01)
     assert (
-        gate(result, "image PSNR", "checkpoint").passed
-        and gate(result, "change of image PSNR, median").measured == 0
+        gate(result, "image PSNR", "checkpoint").passed and gate(result, "change of image PSNR").measured == 0
     )
     assert gate(result, "noise SNR, same codes").passed is None
 
 
 def test_deployment_that_changes_image_quality_fails(rungs: Rungs) -> None:
     result = full_ladder(rungs, onnx=Damage(noise=0.02))
-    change = gate(result, "change of image PSNR, median")
+    change = gate(result, "change of image PSNR")
     assert change.passed is False and change.measured == pytest.approx(6, abs=0.5)
     assert "95 % interval" in change.detail
+
+
+@pytest.mark.parametrize(
+    ("change", "certain"),
+    [
+        ({"median": 0.4, "low": -0.1, "high": 0.9}, 0.0),
+        ({"median": 0.9, "low": 0.5, "high": 1.2}, 0.5),
+        ({"median": -0.9, "low": -1.2, "high": -0.4}, 0.4),
+        ({"median": 0.4, "low": float("-inf"), "high": float("inf")}, None),
+    ],
+    ids=["by luck", "better", "worse", "one prompt"],
+)
+def test_a_change_of_image_quality_counts_as_far_as_it_is_certain(
+    change: dict[str, float], certain: float | None
+) -> None:
+    assert PsnrChange(mean=0.0, **change).certain == certain
 
 
 def test_a_checkpoint_below_its_budget_fails(rungs: Rungs, tmp_path: Path) -> None:

@@ -23,8 +23,8 @@ or silence). Lists over prompts follow ``prompts``; lists over steps follow ``ti
 ``  noise_snr_db``          on the upper rung's trajectory
 ``  text_encoder_snr_db``   per prompt; ``vae_decoder_snr_db`` with the upper rung's latents decoded
 ``  codes``                 null or ``places differing fraction max_difference layers[]``; ``codes_reason``
-``  image_psnr_change_db``  null or ``median low mean high``: against the chain's first rung, paired by prompt; the ends
-                          are those of the mean's 95 % interval
+``  image_psnr_change_db``  null or ``median low high mean``: against the chain's first rung, paired by prompt; the ends
+                          are those of the median's 95 % interval
 ``gates[]``                 ``rung kind quantity measured limit at_least unit passed detail``; passed null: not measured
 ``budgets``                 the floors for each quantized rung
 ``notes[]``                 what a reader must know about how the rungs hang together

@@ -119,9 +119,8 @@ def psnr_change(outcome: Outcome, anchor: Outcome) -> PsnrChange | None:
     differences = below.clamp(max=IDENTICAL_DB) - above.clamp(max=IDENTICAL_DB)
     if not bool(torch.isfinite(differences).all()):
         return None
-    low, mean, high = paired_interval(differences)
-    median = float(differences.to(torch.float64).quantile(0.5))
-    return PsnrChange(low=low, mean=mean, high=high, median=median)
+    low, median, high = paired_interval(differences, statistic="median")
+    return PsnrChange(median=median, low=low, high=high, mean=float(differences.to(torch.float64).mean()))
 
 
 def deployment_figures(outcome: Outcome, upper: Outcome, anchor: Outcome) -> DeploymentFigures:
