@@ -110,13 +110,19 @@ def save(model: ir.Model, path: Path, *, inline_limit_bytes: int = INLINE_LIMIT_
 
 
 def quantized_layer_names(module: nn.Module) -> list[str]:
-    """Paths of the layers of a component whose weights and activations are both quantized."""
+    """Paths of the layers of a component with weights and activations quantized, and of its quantized attentions."""
+    from quest_deploy.quantize.attention import quantized_attentions
     from quest_deploy.quantize.layers import QuantizedLayer
 
-    return [
+    layers = [
         name
         for name, layer in module.named_modules()
         if isinstance(layer, QuantizedLayer) and layer.quantizer is not None
+    ]
+    return layers + [
+        f"{name}.{product}"
+        for name, attention in quantized_attentions(module).items()
+        for product in attention.products()
     ]
 
 

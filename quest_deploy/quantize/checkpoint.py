@@ -1,8 +1,9 @@
 """A quantized checkpoint on disk: a diffusers directory whose denoiser is codes and scales.
 
-``quest.json`` says what each layer is; ``quest.safetensors`` in the denoiser's folder holds, by layer name, ``codes``
-(two to a byte for 4 bits), ``weight_scale`` [c_out], ``bias`` [c_out], ``group_scale`` [G] and ``row`` [c_in], and
-under ``rest.`` every tensor of the denoiser that is not quantized.
+``quest.json`` says what each layer is, and each operand of a quantized attention; ``quest.safetensors`` in the
+denoiser's folder holds, by layer name, ``codes`` (two to a byte for 4 bits), ``weight_scale`` [c_out],
+``bias`` [c_out], ``group_scale`` [G] and ``row`` [c_in], by operand ``group_scale``, and under ``rest.`` every tensor
+of the denoiser that is not quantized.
 """
 
 from __future__ import annotations
@@ -24,11 +25,14 @@ from quest_deploy.model.components import parameters_frozen
 from quest_deploy.model.families import TEXT_ENCODER
 from quest_deploy.model.load import LoadedModel, load_directory
 from quest_deploy.model.spec import family_of
+from quest_deploy.quantize.attention import OperandQParams, insert_attention, operand_quantizers
 from quest_deploy.quantize.insert import LayerQParams, insert, quantized_layers
-from quest_deploy.quantize.layers import QuantizedLayer, TimestepContext
+from quest_deploy.quantize.layers import ActivationQuantizer, QuantizedLayer, TimestepContext
 from quest_deploy.quantize.pack import pack_int4, unpack_int4
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+# Version 1 had no quantized attention.
+READABLE_VERSIONS = (1, SCHEMA_VERSION)
 SUMMARY = "quest.json"
 WEIGHTS = "quest.safetensors"
 MALFORMED = (AttributeError, RuntimeError, TypeError, ValueError)
@@ -40,6 +44,9 @@ def freeze(denoiser: nn.Module) -> None:
     for layer in quantized_layers(denoiser).values():
         if not layer.frozen:
             layer.freeze()
+    for quantizer in operand_quantizers(denoiser).values():
+        if not quantizer.frozen:
+            quantizer.freeze()
 
 
 def layer_tensors(layer: QuantizedLayer) -> dict[str, Tensor]:
@@ -73,6 +80,11 @@ def describe_layer(layer: QuantizedLayer, activation_bits: int) -> dict[str, Any
     }
 
 
+def describe_operand(quantizer: ActivationQuantizer) -> dict[str, Any]:
+    """The entry of one operand of a quantized attention in ``quest.json``."""
+    return {"qmin": quantizer.qmin, "qmax": quantizer.qmax, "groups": quantizer.num_groups}
+
+
 def save_checkpoint(
     folder: Path,
     model: LoadedModel,
@@ -98,7 +110,9 @@ def save_checkpoint(
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
         tensors.update({f"{name}.{key}": value for key, value in layer_tensors(layer).items()})
-    inside = tuple(f"{name}." for name in layers)
+    operands = operand_quantizers(denoiser)
+    tensors.update({f"{name}.group_scale": operand.group_scale() for name, operand in operands.items()})
+    inside = tuple(f"{name}." for name in (*layers, *operands))
     for name, value in denoiser.state_dict().items():
         if not name.startswith(inside):
             tensors[f"rest.{name}"] = value
@@ -126,6 +140,7 @@ def save_checkpoint(
             "recipe": to_dict(recipe),
             "boundaries": context.boundaries.tolist(),
             "layers": {name: describe_layer(layer, activation_bits[name]) for name, layer in layers.items()},
+            "attention": {name: describe_operand(operand) for name, operand in operands.items()},
             "history": history,
         },
     )
@@ -182,9 +197,10 @@ def load_checkpoint(path: str | Path) -> LoadedModel:
     folder = Path(path)
     read_artifact(folder, stage="checkpoint")
     summary = read_json(folder / SUMMARY)
-    if summary.get("schema_version") != SCHEMA_VERSION:
+    if summary.get("schema_version") not in READABLE_VERSIONS:
         raise StaleArtifactError(
-            f"{folder / SUMMARY}: got schema version {summary.get('schema_version')}, expected {SCHEMA_VERSION}; "
+            f"{folder / SUMMARY}: got schema version {summary.get('schema_version')}, "
+            f"expected {' or '.join(map(str, READABLE_VERSIONS))}; "
             "finetune the model again with this version of quest-deploy"
         )
     try:
@@ -214,9 +230,15 @@ def _denoiser(home: Path, summary: dict[str, Any], tensors: dict[str, Tensor]) -
         layer.freeze(codes, tensors[f"{name}.weight_scale"], tensors.get(f"{name}.group_scale"))
         if layer.bias is not None:
             layer.bias.data = tensors[f"{name}.bias"]
+    operands = summary.get("attention", {})
+    insert_attention(
+        denoiser, {name: _operand(entry, tensors, name) for name, entry in operands.items()}, context
+    )
+    for name, quantizer in operand_quantizers(denoiser).items():
+        quantizer.freeze(tensors[f"{name}.group_scale"])
     rest = {name.removeprefix("rest."): value for name, value in tensors.items() if name.startswith("rest.")}
     missing, unexpected = denoiser.load_state_dict(rest, strict=False)
-    inside = tuple(f"{name}." for name in entries)
+    inside = tuple(f"{name}." for name in (*entries, *operands))
     missing = [name for name in missing if not name.startswith(inside)]
     if missing or unexpected:
         raise KeyError(f"tensors missing: {missing[:3]}, unexpected: {unexpected[:3]}")
@@ -234,3 +256,7 @@ def _qparams(entry: dict[str, Any], tensors: dict[str, Tensor], name: str) -> La
         qmax=entry["qmax"] if quantized_input else 0,
         row=tensors[f"{name}.row"] if entry["channel_wise"] else None,
     )
+
+
+def _operand(entry: dict[str, Any], tensors: dict[str, Tensor], name: str) -> OperandQParams:
+    return OperandQParams(group_scale=tensors[f"{name}.group_scale"], qmin=entry["qmin"], qmax=entry["qmax"])

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from quest_deploy.config import PhaseConfig
 from quest_deploy.quantize import losses
+from quest_deploy.quantize.attention import operand_quantizers
 from quest_deploy.quantize.calibrate import CalibrationSet
 from quest_deploy.quantize.insert import Role, quantized_layers
-from quest_deploy.quantize.layers import QuantizedLayer, TimestepContext
+from quest_deploy.quantize.layers import ActivationQuantizer, TimestepContext
 from quest_deploy.quantize.losses import Objective
 from quest_deploy.quantize.select import select
 from quest_deploy.quantize.trace import Trace
@@ -81,6 +82,8 @@ def trainable(
         if (roles[name] == "temporal") == temporal:
             add(f"{name}.bias", layer.bias, phase.learning_rate_floats)
     if not temporal:
+        for name, quantizer in operand_quantizers(denoiser).items():
+            add(f"{name}.log_scale", quantizer.log_scale, phase.learning_rate_scales)
         for name, module in denoiser.named_modules():
             if isinstance(module, NORMS):
                 add(f"{name}.weight", module.weight, phase.learning_rate_floats)
@@ -229,11 +232,8 @@ def _loss(task: Task, phase: PhaseConfig, step: int, *, temporal: bool) -> Tenso
 
 def quantizers_are_finite(denoiser: nn.Module) -> bool:
     """Whether every learned scale of `denoiser` is a finite, positive number."""
-    return all(_finite(layer) for layer in quantized_layers(denoiser).values())
-
-
-def _finite(layer: QuantizedLayer) -> bool:
-    scales = [layer.weight_scale()]
-    if layer.quantizer is not None:
-        scales.append(layer.quantizer.group_scale())
+    scales = [layer.weight_scale() for layer in quantized_layers(denoiser).values()]
+    scales += [
+        module.group_scale() for module in denoiser.modules() if isinstance(module, ActivationQuantizer)
+    ]
     return all(bool((torch.isfinite(scale) & (scale > 0)).all()) for scale in scales)
