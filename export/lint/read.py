@@ -18,6 +18,7 @@ from quest_deploy.model.spec import latent_size, vae_scale_factor
 
 logger = logging.getLogger(__name__)
 
+_NORM = "GroupNormalization"
 _FIRST_AXIS = "lint/first_axis"
 # What other exporters call the dimensions of quest_deploy.model.spec.
 ALIASES = {"batch_size": "batch", "sequence_length": "sequence"}
@@ -141,26 +142,35 @@ def infer_shapes(proto: onnx.ModelProto) -> onnx.ModelProto:
     which it looks at as a composition of other operators, and a Reshape of one number to a vector, which torch puts
     into computed shapes.
     """
-    numbers = {value.name for value in inferred(proto).graph.value_info if is_number(value)}
-    kept: dict[int, onnx.NodeProto] = {}
+    kept = {index: copy_of(node) for index, node in enumerate(proto.graph.node) if node.op_type == _NORM}
+    for index in kept:
+        stand_in(proto.graph.node[index], "Identity")
+    first = inferred(proto)
+    numbers = {value.name for value in first.graph.value_info if is_number(value)}
     for index, node in enumerate(proto.graph.node):
-        vector = node.op_type == "Reshape" and node.input[0] in numbers
-        if node.op_type != "GroupNormalization" and not vector:
-            continue
-        kept[index] = onnx.NodeProto()
-        kept[index].CopyFrom(node)
-        del node.input[1:], node.attribute[:]
-        node.op_type = "Unsqueeze" if vector else "Identity"
-        if vector:
-            node.input.append(_FIRST_AXIS)
-    if not kept:
-        return inferred(proto)
+        if node.op_type == "Reshape" and node.input[0] in numbers:
+            kept[index] = copy_of(node)
+            stand_in(node, "Unsqueeze", _FIRST_AXIS)
     proto.graph.initializer.append(onnx.helper.make_tensor(_FIRST_AXIS, TensorProto.INT64, [1], [0]))
     result = inferred(proto)
     for index, node in kept.items():
         result.graph.node[index].CopyFrom(node)
     del result.graph.initializer[-1]
     return result
+
+
+def copy_of(node: onnx.NodeProto) -> onnx.NodeProto:
+    """A node of its own."""
+    copy = onnx.NodeProto()
+    copy.CopyFrom(node)
+    return copy
+
+
+def stand_in(node: onnx.NodeProto, op_type: str, *inputs: str) -> None:
+    """Make another operator of a node, which keeps its first input and its output."""
+    node.op_type = op_type
+    del node.input[1:], node.attribute[:]
+    node.input.extend(inputs)
 
 
 def inferred(proto: onnx.ModelProto) -> onnx.ModelProto:

@@ -34,15 +34,21 @@ def test_what_is_no_onnx_file_is_one_clear_error(tmp_path: Path, content: bytes)
         lint(path)
 
 
-@pytest.mark.parametrize("share", [0.05, 0.3, 0.6, 0.95])
-def test_a_truncated_file_is_an_error_or_has_findings(tmp_path: Path, share: float) -> None:
+def is_good(path: Path) -> bool:
+    """Whether lint takes a file and finds no error in it."""
+    try:
+        return bool(lint(path))
+    except ArtifactError:
+        return False
+
+
+def test_a_truncated_file_is_never_found_to_be_good(tmp_path: Path) -> None:
     path = write(tmp_path / "model.onnx", PATTERNS["conv_w8a8"]())
     content = path.read_bytes()
-    path.write_bytes(content[: int(len(content) * share)])
-    try:
-        assert not lint(path)
-    except ArtifactError as error:
-        assert "model.onnx" in str(error)
+    assert is_good(path)
+    for share in (0.05, 0.3, 0.6, 0.95):
+        path.write_bytes(content[: int(len(content) * share)])
+        assert not is_good(path), share
 
 
 def test_an_empty_directory_is_an_error(tmp_path: Path) -> None:
@@ -203,6 +209,8 @@ def test_nodes_without_names_are_told_apart(lint_model: Lint) -> None:
     assert all(names)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_what_quest_deploy_exports_for_a_target_passes_it(tiny_checkpoint: Path, tmp_path: Path) -> None:
     from quest_deploy.config import ExportConfig
     from quest_deploy.export.to_onnx import export
@@ -233,8 +241,9 @@ def test_no_weight_is_read(tmp_path: Path) -> None:
     model = net.finish(net.op("MatMul", net.quantize("x"), net.weight((K, N), axis=1)))
     codes = next(tensor for tensor in model.graph.initializer if tensor.name.startswith("codes"))
     codes.ClearField("int32_data")
+    codes.raw_data = b"\0" * K * N
     onnx.external_data_helper.set_external_data(codes, "weights", offset=0, length=K * N)
-    codes.data_location = TensorProto.EXTERNAL
+    codes.ClearField("raw_data")
     path = write(tmp_path / "model.onnx", model)
     (tmp_path / "weights").write_bytes(b"\0" * K * N)
     opened: list[str] = []
