@@ -17,7 +17,7 @@ from quest_deploy.model.load import load_model
 from quest_deploy.prompts import load_prompts
 from quest_deploy.quantize import calibrate
 from quest_deploy.quantize.allocate import Budget, allocate, overrides, read_table, summarize
-from quest_deploy.quantize.finetune import BATCH_PROMPTS, POSITIONS_PER_STEP, PROMPTS_PER_STEP
+from quest_deploy.quantize.parts import BATCH_PROMPTS, POSITIONS_PER_STEP, PROMPTS_PER_STEP
 from quest_deploy.quantize.recipe import load_recipe
 from quest_deploy.quantize.select import layer_bits
 from quest_deploy.quantize.sensitivity import choose_pairs, damage_between, predict

@@ -15,10 +15,10 @@ from quest_deploy.config import ProgressEvent
 from quest_deploy.quantize import calibrate
 from quest_deploy.quantize.allocate import Bits, read_table, summarize
 from quest_deploy.quantize.calibrate import CalibrationSet
-from quest_deploy.quantize.finetune import POSITIONS_PER_STEP, PROMPTS_PER_STEP, Throttle, initialize_one
 from quest_deploy.quantize.insert import Role, insert, quantizable_layers
 from quest_deploy.quantize.layers import TimestepContext
-from quest_deploy.quantize.resume import WorkDirectory
+from quest_deploy.quantize.parts import POSITIONS_PER_STEP, PROMPTS_PER_STEP, initialize_one
+from quest_deploy.quantize.resume import Throttle, WorkDirectory
 from quest_deploy.quantize.select import layer_bits
 from quest_deploy.quantize.sensitivity import (
     Entry,

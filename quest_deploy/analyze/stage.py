@@ -49,7 +49,7 @@ from quest_deploy.model.spec import classes_of, family_of
 from quest_deploy.prompts import load_prompts
 from quest_deploy.quantize import calibrate
 from quest_deploy.quantize.checkpoint import load_checkpoint
-from quest_deploy.quantize.finetune import BATCH_PROMPTS
+from quest_deploy.quantize.parts import BATCH_PROMPTS
 from quest_deploy.quantize.resume import WorkDirectory, machine
 from quest_deploy.quantize.trace import trace
 

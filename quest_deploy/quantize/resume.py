@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from quest_deploy.files import read_json, storage_errors, write_json
 from quest_deploy.quantize.insert import LayerQParams
 
 RUN = "run.json"
+SAVE_EVERY_SECONDS = 15.0
 
 
 class WorkDirectory:
@@ -136,3 +138,16 @@ def unflatten_qparams(tensors: dict[str, Tensor], facts: dict[str, Any]) -> dict
         name, _, field = key.rpartition("/")
         fields[name][field] = value
     return {name: LayerQParams(**values) for name, values in fields.items()}
+
+
+class Throttle:
+    """Says when the next save is due, so that saving costs little and an interruption loses little."""
+
+    def __init__(self) -> None:
+        self.last = time.monotonic()
+
+    def due(self) -> bool:
+        if time.monotonic() - self.last < SAVE_EVERY_SECONDS:
+            return False
+        self.last = time.monotonic()
+        return True

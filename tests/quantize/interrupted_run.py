@@ -23,7 +23,7 @@ import torch
 from quest_deploy.config import FinetuneConfig, PhaseConfig, Recipe
 from quest_deploy.files import hash_file
 from quest_deploy.model.load import load_model
-from quest_deploy.quantize import finetune, resume, train
+from quest_deploy.quantize import finetune, parts, resume, train
 
 RECIPE = Recipe(
     name="tiny",
@@ -94,7 +94,7 @@ def run(model: Path, output: Path, *, go_on: bool, prepare: Callable[[], None]) 
 
 def main(model: Path, folder: Path, moments: list[str]) -> None:
     torch.set_num_threads(1)
-    finetune.SAVE_EVERY_SECONDS, finetune.BATCH_PROMPTS = 0.0, 1
+    resume.SAVE_EVERY_SECONDS, parts.BATCH_PROMPTS = 0.0, 1
     train.Task.validation_loss = always_better
     # Whatever is imported only now (torch._dynamo by optimizers) would be imported by every child.
     load_model(model)

@@ -20,7 +20,7 @@ from quest_deploy.artifacts import read_artifact
 from quest_deploy.config import FinetuneConfig, PhaseConfig, ProgressEvent, Recipe
 from quest_deploy.errors import ArtifactError, ConfigError
 from quest_deploy.files import hash_directory
-from quest_deploy.quantize import finetune as stage
+from quest_deploy.quantize import resume as stage
 from quest_deploy.quantize.checkpoint import load_checkpoint
 from quest_deploy.quantize.finetune import finetune
 from quest_deploy.quantize.insert import quantizable_layers, quantized_layers

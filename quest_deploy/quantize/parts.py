@@ -1,0 +1,145 @@
+"""The parts of finetuning before any training, each resumable: record trajectories, find scales, round the weights."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+
+from torch import Tensor
+
+from quest_deploy.config import FinetuneConfig, ProgressEvent, Recipe
+from quest_deploy.model.load import LoadedModel
+from quest_deploy.quantize import calibrate, gptq
+from quest_deploy.quantize.calibrate import CalibrationSet
+from quest_deploy.quantize.initialize import initialize_layer
+from quest_deploy.quantize.insert import LayerQParams, quantizable_layers
+from quest_deploy.quantize.layers import Quantizable
+from quest_deploy.quantize.resume import Throttle, WorkDirectory, flatten_qparams, unflatten_qparams
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[ProgressEvent], None]
+BATCH_PROMPTS = 8
+PROMPTS_PER_STEP = 8
+POSITIONS_PER_STEP = 64
+ROWS_PER_STEP = 256
+
+
+def record(
+    model: LoadedModel, config: FinetuneConfig, work: WorkDirectory, progress: Progress
+) -> CalibrationSet:
+    """The recorded trajectories, a few prompts at a time so that little is lost."""
+    recipe, total = config.recipe, config.recipe.calibration_prompts
+    parts = []
+    for start in range(0, total, BATCH_PROMPTS):
+        name = f"trajectories-{start:06d}"
+        saved = work.load(name)
+        if saved is None:
+            part = calibrate.record_trajectories(
+                model,
+                config.prompts[start : min(start + BATCH_PROMPTS, total)],
+                steps=recipe.calibration_steps,
+                guidance_scale=recipe.guidance_scale,
+                seed=config.seed + start,
+                batch_size=BATCH_PROMPTS,
+            )
+            work.save(name, part.tensors())
+        else:
+            part = calibrate.from_tensors(saved[0])
+        parts.append(part)
+        progress(
+            ProgressEvent(
+                stage="record trajectories", completed=min(start + BATCH_PROMPTS, total), total=total
+            )
+        )
+    return calibrate.join(parts)
+
+
+def find_scales(
+    model: LoadedModel,
+    data: CalibrationSet,
+    bits: Mapping[str, tuple[int, int]],
+    config: FinetuneConfig,
+    work: WorkDirectory,
+    progress: Progress,
+) -> dict[str, LayerQParams]:
+    """Starting scales of every layer with `bits`, from what it is given on the recorded trajectories."""
+    recipe = config.recipe
+    saved = work.load("inputs")
+    if saved is None:
+        inputs = calibrate.collect_inputs(
+            model.denoiser,
+            data,
+            prompts_per_step=PROMPTS_PER_STEP,
+            positions=POSITIONS_PER_STEP,
+            seed=config.seed,
+            report=reporter(progress, "collect activations"),
+        )
+        work.save("inputs", inputs)
+    else:
+        inputs = saved[0]
+    saved = work.load("scales")
+    qparams = {} if saved is None else unflatten_qparams(*saved)
+    throttle = Throttle()
+    layers = quantizable_layers(model.denoiser)
+    for done, name in enumerate(inputs, start=1):
+        if name not in qparams:
+            qparams[name] = initialize_one(layers[name], inputs[name], bits[name], recipe)
+            if throttle.due() or done == len(inputs):
+                tensors, facts = flatten_qparams(qparams)
+                work.save("scales", tensors, **facts)
+        progress(ProgressEvent(stage="search scales", completed=done, total=len(inputs)))
+    return qparams
+
+
+def initialize_one(layer: Quantizable, inputs: Tensor, bits: tuple[int, int], recipe: Recipe) -> LayerQParams:
+    """Starting scales of one layer as the recipe wants them; `inputs` as `collect_inputs` gives them."""
+    return initialize_layer(
+        layer,
+        inputs,
+        *bits,
+        method="search",
+        time_aware=recipe.time_aware,
+        channel_wise=recipe.channel_wise,
+    )
+
+
+def round_weights(
+    model: LoadedModel,
+    data: CalibrationSet,
+    qparams: dict[str, LayerQParams],
+    config: FinetuneConfig,
+    work: WorkDirectory,
+    progress: Progress,
+) -> dict[str, Tensor]:
+    """Weights rounded with error compensation, as many layers at a time as their Hessians leave memory for."""
+    rounded: dict[str, Tensor] = {}
+    for index, names in enumerate(gptq.chunks(model.denoiser, list(qparams))):
+        key = f"rounded-{index:04d}"
+        saved = work.load(key)
+        if saved is None:
+            part = gptq.compensate(
+                model.denoiser,
+                data,
+                qparams,
+                names,
+                prompts_per_step=PROMPTS_PER_STEP,
+                rows_per_step=ROWS_PER_STEP,
+                seed=config.seed,
+                report=reporter(progress, "round weights"),
+            )
+            work.save(key, part)
+        else:
+            part = saved[0]
+        rounded.update(part)
+    left = sorted(qparams.keys() - rounded.keys())
+    if left:
+        logger.info(
+            "%d layers are too wide or grouped and are rounded to nearest, e.g. %s", len(left), left[0]
+        )
+    return rounded
+
+
+def reporter(progress: Progress, stage: str) -> Callable[[int, int], None]:
+    """What tells `progress` how far `stage` is."""
+    return lambda completed, total: progress(ProgressEvent(stage=stage, completed=completed, total=total))
