@@ -1,0 +1,289 @@
+"""What each deliberate difference from the published quantizers costs, against a torch version faithful to them.
+
+One kind of tensor is quantized at a time, everything else stays in full precision, nothing is finetuned; both sides get
+the same calibration data. The damage is what the network's output loses on full-precision trajectories.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmarks import published
+from benchmarks.environment import header
+from benchmarks.settings import MODEL, Settings
+from benchmarks.tables import Table, number
+from quest_deploy.metrics import mean_db, snr_db
+from quest_deploy.model.components import predict
+from quest_deploy.model.load import load_model
+from quest_deploy.prompts import load_prompts
+from quest_deploy.quantize import affine, calibrate
+from quest_deploy.quantize.calibrate import EXTREME_ROWS, CalibrationSet
+from quest_deploy.quantize.grid import INT8_MAX, channel_shape, weight_bounds
+from quest_deploy.quantize.initialize import initialize_layer
+from quest_deploy.quantize.insert import channel_axis, insert, quantizable_layers
+from quest_deploy.quantize.layers import Quantizable, TimestepContext
+
+NAME = "differences"
+PROMPTS, CALIBRATION_PROMPTS = 16, 32
+POSITIONS, PROMPTS_PER_STEP = 512, 8
+SOFTMAX_CODES = 255
+
+Weights = Callable[[Quantizable], Tensor]
+Quantize = Callable[[Tensor, int], Tensor]
+"""(a layer's input, timestep group) -> what its weight is multiplied with."""
+Inputs = Callable[[str, Quantizable], Quantize]
+
+
+def run(settings: Settings) -> dict[str, Any]:
+    """Measure every difference, both ways."""
+    model = load_model(MODEL)
+    few = settings.quick
+    heldout = _record(model, settings.prompts[: 2 if few else PROMPTS], settings)
+    prompts = load_prompts(default="calibration")[: 2 if few else CALIBRATION_PROMPTS]
+    data = _record(model, prompts, settings)
+    inputs = calibrate.collect_inputs(
+        model.denoiser, data, prompts_per_step=PROMPTS_PER_STEP, positions=POSITIONS, seed=settings.seed
+    )
+    quantizers = Quantizers(inputs)
+    rows = []
+    for what, sides in differences(quantizers, data.boundaries()):
+        print(f"\n{what}", flush=True)
+        figures = {side: damage(change(model.denoiser), heldout) for side, change in sides.items()}
+        rows.append({"what": what, **figures})
+    row: dict[str, Any] = {"what": "softmax on 128 codes with a calibrated scale instead of 256"}
+    for side, quantize in softmax_quantizers(model.denoiser, data).items():
+        with quantized_softmax(quantize):
+            row[side] = damage(model.denoiser, heldout)
+    rows.append(row)
+    return {
+        **header(settings),
+        "prompts": heldout.num_prompts,
+        "calibration_prompts": data.num_prompts,
+        "layers": len(inputs),
+        "layers_whose_range_misses_zero": quantizers.without_zero(),
+        "rows": rows,
+    }
+
+
+def _record(model: Any, prompts: Any, settings: Settings) -> CalibrationSet:
+    return calibrate.record_trajectories(
+        model,
+        prompts,
+        steps=settings.denoising_steps,
+        guidance_scale=settings.guidance_scale,
+        seed=settings.seed,
+        batch_size=settings.batch_size,
+    )
+
+
+@torch.no_grad()
+def damage(denoiser: nn.Module, data: CalibrationSet) -> float:
+    """Noise SNR of the output in dB: mean over steps, prompts and branches."""
+    figures = []
+    for step in range(data.timesteps.numel()):
+        prompt = torch.arange(data.num_prompts)
+        sample, timestep, conditioning, target = data.batch(prompt, torch.full_like(prompt, step))
+        figures.append(snr_db(target, predict(denoiser, sample, timestep[:1], conditioning)))
+    return round(mean_db(torch.stack(figures)), 3)
+
+
+class Quantizers:
+    """Both sides' quantizers of a layer, from samples of its input by name, [G, s + 2, c]."""
+
+    def __init__(self, inputs: Mapping[str, Tensor]) -> None:
+        self.inputs = inputs
+
+    def without_zero(self) -> int:
+        """In how many layers some timestep's values all have one sign."""
+        found = 0
+        for samples in self.inputs.values():
+            flat = samples.flatten(1)
+            found += bool(((flat.amin(1) > 0) | (flat.amax(1) < 0)).any())
+        return found
+
+    def published(self, bits: int, *, by_channel: bool = False, with_zero: bool = True) -> Inputs:
+        """A grid for each timestep group, and for each channel where asked; all values at 8 bits, searched below."""
+
+        def make(name: str, layer: Quantizable) -> Quantize:
+            samples = self.inputs[name] if bits == 8 else self.inputs[name][:, :-EXTREME_ROWS]
+            low, high = published.ranges(
+                samples, bits, by_channel=by_channel, with_zero=with_zero, search=bits < 8
+            )
+
+            def quantize(x: Tensor, group: int) -> Tensor:
+                ends = (
+                    channel_shape(end[group, 0], x.ndim, channel_axis(layer)) if by_channel else end[group]
+                    for end in (low, high)
+                )
+                return published.asymmetric(
+                    x, *(end if by_channel else end.reshape(()) for end in ends), bits
+                )
+
+            return quantize
+
+        return make
+
+    def deployable(self, bits: int, *, row: bool = False) -> Inputs:
+        """This project's grid: a scale for each timestep group, and one row of channels where asked."""
+
+        def make(name: str, layer: Quantizable) -> Quantize:
+            qparams = initialize_layer(
+                layer, self.inputs[name], 8, bits, method="search", time_aware=True, channel_wise=row
+            )
+            scale, bounds = qparams.group_scale, (qparams.qmin, qparams.qmax)
+            assert scale is not None
+            if qparams.row is None:
+                return lambda x, group: affine.fake_quantize(x, scale[group], *bounds)
+            divisor = qparams.row
+
+            def quantize(x: Tensor, group: int) -> Tensor:
+                by = channel_shape(divisor, x.ndim, channel_axis(layer))
+                return affine.fake_quantize(x / by, scale[group], *bounds) * by
+
+            return quantize
+
+        return make
+
+
+def symmetric_weight(bits: int) -> Weights:
+    """This project's grid of weights."""
+
+    def quantize(layer: Quantizable) -> Tensor:
+        scale = affine.search_weight_scale(layer.weight.data, bits)
+        return affine.fake_quantize(
+            layer.weight.data, channel_shape(scale, layer.weight.ndim, 0), *weight_bounds(bits)
+        )
+
+    return quantize
+
+
+def asymmetric_weight(bits: int) -> Weights:
+    """The published one."""
+    return lambda layer: published.weight(layer.weight.data, bits)
+
+
+def differences(
+    quantizers: Quantizers, boundaries: Tensor
+) -> Iterator[tuple[str, dict[str, Callable[[nn.Module], nn.Module]]]]:
+    """Name of each difference, and how either side changes a denoiser."""
+
+    def inputs(quantize: Inputs) -> Callable[[nn.Module], nn.Module]:
+        return lambda denoiser: simulate(denoiser, boundaries, inputs=quantize)
+
+    def weights(quantize: Weights) -> Callable[[nn.Module], nn.Module]:
+        return lambda denoiser: simulate(denoiser, boundaries, weights=quantize)
+
+    for bits in (4, 8):
+        yield (
+            f"symmetric instead of asymmetric {bits}-bit weights",
+            {"ours": weights(symmetric_weight(bits)), "published": weights(asymmetric_weight(bits))},
+        )
+    yield (
+        "symmetric instead of asymmetric 8-bit activations",
+        {"ours": inputs(quantizers.deployable(8)), "published": inputs(quantizers.published(8))},
+    )
+    yield (
+        "4-bit activations, clip bounds inside int8 instead of a zero-point",
+        {"ours": inputs(quantizers.deployable(4)), "published": inputs(quantizers.published(4))},
+    )
+    yield (
+        "4-bit activations by channel, rank-1 row instead of a scale inside the sum",
+        {
+            "ours": inputs(quantizers.deployable(4, row=True)),
+            "published": inputs(quantizers.published(4, by_channel=True)),
+        },
+    )
+    yield (
+        "4-bit ranges that always contain 0",
+        {
+            "ours": inputs(quantizers.published(4)),
+            "published": inputs(quantizers.published(4, with_zero=False)),
+        },
+    )
+
+
+def simulate(
+    denoiser: nn.Module, boundaries: Tensor, *, weights: Weights | None = None, inputs: Inputs | None = None
+) -> nn.Module:
+    """A copy of `denoiser` with other weights, and with hooks that quantize what enters its layers."""
+    result = copy.deepcopy(denoiser)
+    context = TimestepContext(boundaries)
+    insert(result, {}, context)
+    for name, layer in quantizable_layers(result).items():
+        if weights is not None:
+            layer.weight.data = weights(layer)
+        if inputs is not None:
+            layer.register_forward_pre_hook(_input_hook(inputs(name, layer), context))
+    return result
+
+
+def _input_hook(quantize: Quantize, context: TimestepContext) -> Any:
+    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        # One timestep at a time is measured, so that all samples are of one group.
+        return (quantize(args[0], int(context.group[0])), *args[1:])
+
+    return hook
+
+
+def softmax_quantizers(denoiser: nn.Module, data: CalibrationSet) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Softmax on 128 codes of int8 with a calibrated scale, and on the published 256 codes from 0 to 1."""
+    largest = [0.0]
+
+    def watch(probability: Tensor) -> Tensor:
+        largest[0] = max(largest[0], float(probability.max()))
+        return probability
+
+    with quantized_softmax(watch):
+        damage(denoiser, data)
+    scale = largest[0] / INT8_MAX
+    return {
+        "ours": lambda p: affine.fake_quantize(p, scale, 0, INT8_MAX),
+        "published": lambda p: affine.fake_quantize(p, 1 / SOFTMAX_CODES, 0, SOFTMAX_CODES),
+    }
+
+
+@contextmanager
+def quantized_softmax(quantize: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """While the body runs, attention computes its probabilities openly and quantizes them."""
+    original = F.scaled_dot_product_attention
+
+    def attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+        return quantize(scores.softmax(dim=-1)) @ value
+
+    F.scaled_dot_product_attention = attention
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = original
+
+
+def tables(result: dict[str, Any]) -> list[Table]:
+    """One row for each difference."""
+    return [
+        Table(
+            title="Differences from the published quantizers",
+            columns=("difference", "deployable, dB", "published, dB", "difference, dB"),
+            rows=tuple(
+                (
+                    row["what"],
+                    number(row["ours"]),
+                    number(row["published"]),
+                    f"{row['ours'] - row['published']:+.2f}",
+                )
+                for row in result["rows"]
+            ),
+            note=f"Noise SNR of the network's output over {result['prompts']} held-out prompts where that one kind of "
+            "tensor is quantized in every layer, first and last included, and everything else is in full precision; "
+            f"nothing is finetuned. Ranges come from {result['calibration_prompts']} calibration prompts. "
+            f"{result['layers_whose_range_misses_zero']} of {result['layers']} layers have a timestep whose inputs all "
+            "have one sign.",
+        )
+    ]
