@@ -240,6 +240,7 @@ class Recipe:
         initializer: How weights are rounded at first.
         time_aware: Whether every timestep group has an activation scale of its own.
         channel_wise: Whether activations may have a channel row folded into the weights.
+        split: Whether convolutions over a skip concatenation have a grid for each half.
         attention_bits: 4 or 8, of queries, keys and values; None leaves the products of attention in float.
         softmax_bits: 8, of the attention's probabilities beside them; None leaves those in float.
         softmax_max_keys: Attentions over more keys than this keep their probabilities in float.
@@ -261,6 +262,7 @@ class Recipe:
     initializer: Literal["nearest", "gptq"] = "gptq"
     time_aware: bool = True
     channel_wise: bool = True
+    split: bool = False
     attention_bits: int | None = None
     softmax_bits: int | None = None
     softmax_max_keys: int = 256

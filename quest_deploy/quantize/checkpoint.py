@@ -29,9 +29,10 @@ from quest_deploy.quantize.attention import OperandQParams, insert_attention, op
 from quest_deploy.quantize.insert import LayerQParams, insert, quantized_layers
 from quest_deploy.quantize.layers import ActivationQuantizer, QuantizedLayer, TimestepContext
 from quest_deploy.quantize.pack import pack_int4, unpack_int4
+from quest_deploy.quantize.split import split_channels, split_layers
 
 SCHEMA_VERSION = 2
-# Version 1 had no quantized attention.
+# Version 1 had neither quantized attention nor split layers.
 READABLE_VERSIONS = (1, SCHEMA_VERSION)
 SUMMARY = "quest.json"
 WEIGHTS = "quest.safetensors"
@@ -140,6 +141,7 @@ def save_checkpoint(
             "recipe": to_dict(recipe),
             "boundaries": context.boundaries.tolist(),
             "layers": {name: describe_layer(layer, activation_bits[name]) for name, layer in layers.items()},
+            "splits": split_channels(denoiser),
             "attention": {name: describe_operand(operand) for name, operand in operands.items()},
             "history": history,
         },
@@ -219,6 +221,7 @@ def _denoiser(home: Path, summary: dict[str, Any], tensors: dict[str, Tensor]) -
     config = read_json(home / "config.json")
     denoiser: nn.Module = getattr(diffusers, config["_class_name"]).from_config(config)
     context = TimestepContext(torch.tensor(summary["boundaries"], dtype=torch.float32))
+    split_layers(denoiser, summary.get("splits", {}))
     entries = summary["layers"]
     insert(denoiser, {name: _qparams(entry, tensors, name) for name, entry in entries.items()}, context)
     for name, layer in quantized_layers(denoiser).items():

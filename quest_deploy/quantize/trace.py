@@ -273,7 +273,7 @@ def trace(model: LoadedModel) -> Trace:
 def trace_denoiser(denoiser: nn.Module, spec: ComponentSpec) -> Trace:
     """As :func:`trace`, for a denoiser of diffusers whose inputs are those of `spec`."""
     layers = quantizable_layers(denoiser)
-    inputs = _example(spec, denoiser.config)
+    inputs = example_inputs(spec, denoiser.config)
     sample, timestep, *rest = (tensor.name for tensor in spec.inputs)
     recorder = Recorder(denoiser, layers, sample)
     recorder.remember(inputs[sample], Origin(Slot(-1), frozenset({sample})))
@@ -308,7 +308,8 @@ def _is_inner(name: str, fed: Mapping[str, Origin]) -> bool:
     return bool(followers) and all(other.rpartition(".")[0] == name.rpartition(".")[0] for other in followers)
 
 
-def _example(spec: ComponentSpec, config: Any) -> dict[str, Tensor]:
+def example_inputs(spec: ComponentSpec, config: Any) -> dict[str, Tensor]:
+    """The least inputs that a denoiser of that specification and configuration takes, all zero."""
     granularity = latent_granularity(config)
     height, width = (min(size, GRANULES * granularity) for size in latent_size(config))
     sizes = {"batch": BATCH, "steps": BATCH, "sequence": TOKENS, "height": height, "width": width}

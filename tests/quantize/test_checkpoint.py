@@ -201,7 +201,9 @@ def test_a_weight_file_truncated_later_is_refused_as_such(save: Save) -> None:
 
 def test_another_schema_version_is_refused(damaged: Callable) -> None:
     path = damaged(rewrite(schema_version=99))
-    with pytest.raises(StaleArtifactError, match="schema version 99, expected 1 or 2; finetune the model again"):
+    with pytest.raises(
+        StaleArtifactError, match="schema version 99, expected 1 or 2; finetune the model again"
+    ):
         load_checkpoint(path)
 
 
