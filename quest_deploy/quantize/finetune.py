@@ -31,10 +31,12 @@ from quest_deploy.model.families import Classes, Family, choose_prompts
 from quest_deploy.model.load import LoadedModel, load_model
 from quest_deploy.model.spec import classes_of, family_of
 from quest_deploy.prompts import load_prompts
+from quest_deploy.quantize.attention import insert_attention
 from quest_deploy.quantize.checkpoint import freeze, save_checkpoint
 from quest_deploy.quantize.insert import insert, quantizable_layers
 from quest_deploy.quantize.layers import TimestepContext
-from quest_deploy.quantize.parts import Progress, find_scales, record, round_weights
+from quest_deploy.quantize.operands import find_operands
+from quest_deploy.quantize.parts import Progress, find_scales, record, reporter, round_weights
 from quest_deploy.quantize.phases import train_phases
 from quest_deploy.quantize.resume import WorkDirectory, machine
 from quest_deploy.quantize.select import layer_bits, select
@@ -147,6 +149,8 @@ def _quantize(
     recipe = config.recipe
     data = record(model, config, work, progress)
     qparams = find_scales(model, data, layer_bits(trace.roles, recipe), config, work, progress)
+    report = reporter(progress, "collect attention operands")
+    operands = find_operands(model.denoiser, data, recipe, work, seed=config.seed, report=report)
     rounded = (
         round_weights(model, data, qparams, config, work, progress) if recipe.initializer == "gptq" else {}
     )
@@ -157,6 +161,7 @@ def _quantize(
             layers[name].weight.copy_(weight)
     context = TimestepContext(data.boundaries())
     insert(student, qparams, context)
+    insert_attention(student, operands, context)
     history = train_phases(model, student, trace, data, context, config, work, progress)
     freeze(student)
     return student, context, history
