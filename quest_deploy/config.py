@@ -204,6 +204,8 @@ class PhaseConfig:
         learning_rate_floats: For biases and norms, which stay in float; 0 leaves them alone.
         network_every: Every how many updates the network's output joins the loss of the layers' own outputs
             (temporal phase; the sensitive phase uses the network's output at every update).
+        low_rank: The weights learn as W + B A with B A of this rank, merged when the phase ends (EfficientDM);
+            None lets every entry of W learn.
     """
 
     layers: str | tuple[str, ...]
@@ -214,6 +216,7 @@ class PhaseConfig:
     learning_rate_scales: float = 0.002
     learning_rate_floats: float = 0.0
     network_every: int = 1
+    low_rank: int | None = None
 
     def __post_init__(self) -> None:
         problems: list[str] = []
@@ -221,6 +224,8 @@ class PhaseConfig:
         at_least(problems, 0, learning_rate_scales=self.learning_rate_scales)
         at_least(problems, 0, learning_rate_floats=self.learning_rate_floats, walks=self.walks)
         at_least(problems, 1, batch_size=self.batch_size, network_every=self.network_every)
+        if self.low_rank is not None:
+            at_least(problems, 1, low_rank=self.low_rank)
         raise_if_any(problems, "finetuning phase")
 
 
@@ -237,7 +242,9 @@ class Recipe:
         validation_prompts: How many of those are kept from training and choose the result.
         calibration_steps: Denoising steps of the recorded trajectories, hence timestep groups.
         guidance_scale: Of the recorded trajectories.
-        initializer: How weights are rounded at first.
+        initializer: How weights are rounded at first: to nearest, with second-order error compensation, or by gradient
+            descent on the outputs of whole blocks.
+        adaround_iterations: Updates for each block, of 32 samples; used by `initializer: adaround` alone.
         time_aware: Whether every timestep group has an activation scale of its own.
         channel_wise: Whether activations may have a channel row folded into the weights.
         split: Whether convolutions over a skip concatenation have a grid for each half.
@@ -259,7 +266,8 @@ class Recipe:
     validation_prompts: int = 6
     calibration_steps: int = 25
     guidance_scale: float = 3.0
-    initializer: Literal["nearest", "gptq"] = "gptq"
+    initializer: Literal["nearest", "gptq", "adaround"] = "gptq"
+    adaround_iterations: int = 1000
     time_aware: bool = True
     channel_wise: bool = True
     split: bool = False
@@ -282,7 +290,7 @@ class Recipe:
             problems.append(f"softmax_bits is {self.softmax_bits!r}, expected 8 or nothing")
         elif self.softmax_bits is not None and self.attention_bits is None:
             problems.append("softmax_bits is set, expected attention_bits beside it")
-        one_of(problems, "initializer", self.initializer, ("nearest", "gptq"))
+        one_of(problems, "initializer", self.initializer, ("nearest", "gptq", "adaround"))
         at_least(
             problems,
             2,
@@ -291,6 +299,7 @@ class Recipe:
         )
         at_least(problems, 1, validation_prompts=self.validation_prompts, walk_length=self.walk_length)
         at_least(problems, 1, softmax_max_keys=self.softmax_max_keys)
+        at_least(problems, 1, adaround_iterations=self.adaround_iterations)
         at_least(problems, 0, guidance_scale=self.guidance_scale, walk_share=self.walk_share)
         if self.validation_prompts >= self.calibration_prompts:
             problems.append(

@@ -151,9 +151,7 @@ def _quantize(
     qparams = find_scales(model, data, layer_bits(trace.roles, recipe), config, work, progress)
     report = reporter(progress, "collect attention operands")
     operands = find_operands(model.denoiser, data, recipe, work, seed=config.seed, report=report)
-    rounded = (
-        round_weights(model, data, qparams, config, work, progress) if recipe.initializer == "gptq" else {}
-    )
+    rounded, history = round_weights(model, data, qparams, config, work, progress)
     student = copy.deepcopy(model.denoiser)
     layers = quantizable_layers(student)
     with torch.no_grad():
@@ -162,6 +160,6 @@ def _quantize(
     context = TimestepContext(data.boundaries())
     insert(student, qparams, context)
     insert_attention(student, operands, context)
-    history = train_phases(model, student, trace, data, context, config, work, progress)
+    history |= train_phases(model, student, trace, data, context, config, work, progress)
     freeze(student)
     return student, context, history

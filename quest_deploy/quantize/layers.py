@@ -9,10 +9,14 @@ exactly the operations that it is exported as. While training, the tables follow
 W_q from the float weight; the straight-through gradient of Q together with the two multiplications is the gradient of a
 learned step size (LSQ): for values inside the range d(s_g q)/d(s_g) = q - x / s_g, outside it the clip bound.
 `freeze` turns a layer into the integers and tables that are stored and exported; no `forward` ever calibrates.
+
+While it learns, a weight may be W + B A with B A of low rank (EfficientDM, arXiv 2310.03270), which is added to W
+before it is quantized, so that nothing of it is deployed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -145,6 +149,8 @@ class QuantizedLayer(nn.Module):
     codes: Tensor
     stored_weight_scale: Tensor
     quantizer: ActivationQuantizer | None
+    low_rank_a: nn.Parameter | None
+    low_rank_b: nn.Parameter | None
 
     def __init__(
         self,
@@ -163,16 +169,41 @@ class QuantizedLayer(nn.Module):
         self.quantizer = quantizer
         self.context = context
         self.frozen = False
-        self._cached: tuple[tuple[int, int], Tensor] | None = None
+        self.register_parameter("low_rank_a", None)
+        self.register_parameter("low_rank_b", None)
+        self.rounding: Callable[[], Tensor] | None = None
+        """Gives the weight that the operation uses, while its rounding is being learned."""
+        self._cached: tuple[tuple[int, ...], Tensor] | None = None
 
     def row(self) -> Tensor | None:
         """float32 [c_in]: the channel row that the weight absorbs."""
         return None if self.quantizer is None else self.quantizer.row
 
+    def add_low_rank(self, rank: int, generator: torch.Generator) -> None:
+        """Let the weight learn as W + B A: A [rank, k], columns of length about 1, B [c_out, rank] zero at first."""
+        rows, columns = self.weight.flatten(1).shape
+        rank = min(rank, rows, columns)
+        a = torch.randn(rank, columns, generator=generator) / rank**0.5
+        self.low_rank_a = nn.Parameter(a.to(self.weight.device))
+        self.low_rank_b = nn.Parameter(torch.zeros(rows, rank, device=self.weight.device))
+
+    @torch.no_grad()
+    def merge_low_rank(self) -> None:
+        """Add B A to the weight for good, if there is such a thing."""
+        if self.low_rank_a is not None:
+            self.weight.copy_(self.float_weight())
+            self.low_rank_a = self.low_rank_b = None
+
+    def float_weight(self) -> Tensor:
+        """The weight that learns, with its update of low rank."""
+        if self.low_rank_a is None or self.low_rank_b is None:
+            return self.weight
+        return self.weight + (self.low_rank_b @ self.low_rank_a).reshape(self.weight.shape)
+
     def scaled_weight(self) -> Tensor:
         """The float weight times the channel row, before quantization."""
-        row = self.row()
-        return self.weight if row is None else self.weight * channel_shape(row, self.weight.ndim, 1)
+        row, weight = self.row(), self.float_weight()
+        return weight if row is None else weight * channel_shape(row, weight.ndim, 1)
 
     def weight_scale(self) -> Tensor:
         """float32 [c_out]."""
@@ -189,6 +220,8 @@ class QuantizedLayer(nn.Module):
         """The weight that the operation uses."""
         if self.frozen:
             return dequantize_weight(self.codes, self.stored_weight_scale, 0, self.weight_bits)
+        if self.rounding is not None:
+            return self.rounding()
         weight = self.scaled_weight()
         if not (weight.requires_grad or self.weight_log_scale.requires_grad):
             return self._constant_weight(weight)
@@ -196,7 +229,8 @@ class QuantizedLayer(nn.Module):
 
     def _constant_weight(self, weight: Tensor) -> Tensor:
         # Rounding an untrained weight again at every step would cost as much as the layer itself.
-        version = (self.weight._version, self.weight_log_scale._version)
+        sources = (self.weight, self.weight_log_scale, self.low_rank_a, self.low_rank_b)
+        version = tuple(-1 if source is None else source._version for source in sources)
         if self._cached is None or self._cached[0] != version:
             scale = channel_shape(self.weight_scale().detach(), weight.ndim, 0)
             self._cached = (version, dequantize(self.weight_codes(), scale))
@@ -212,7 +246,7 @@ class QuantizedLayer(nn.Module):
         codes = self.weight_codes() if codes is None else codes
         scale = self.weight_scale().detach() if weight_scale is None else weight_scale
         del self.weight, self.weight_log_scale
-        self._cached = None
+        self.low_rank_a = self.low_rank_b = self.rounding = self._cached = None
         self.register_buffer("codes", codes.clone())
         self.register_buffer("stored_weight_scale", scale.clone())
         if self.quantizer is not None:

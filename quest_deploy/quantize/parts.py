@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import Tensor
 
 from quest_deploy.config import FinetuneConfig, ProgressEvent, Recipe
 from quest_deploy.model.load import LoadedModel
-from quest_deploy.quantize import calibrate, gptq
+from quest_deploy.quantize import adaround, calibrate, gptq
 from quest_deploy.quantize.calibrate import CalibrationSet
 from quest_deploy.quantize.initialize import initialize_layer
 from quest_deploy.quantize.insert import LayerQParams, quantizable_layers
-from quest_deploy.quantize.layers import Quantizable
+from quest_deploy.quantize.layers import Quantizable, TimestepContext
 from quest_deploy.quantize.resume import Throttle, WorkDirectory, flatten_qparams, unflatten_qparams
 
 logger = logging.getLogger(__name__)
@@ -105,6 +106,24 @@ def initialize_one(layer: Quantizable, inputs: Tensor, bits: tuple[int, int], re
 
 
 def round_weights(
+    model: LoadedModel,
+    data: CalibrationSet,
+    qparams: dict[str, LayerQParams],
+    config: FinetuneConfig,
+    work: WorkDirectory,
+    progress: Progress,
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Weights rounded by the initializer (none: all go to nearest), by layer; and what there is to tell of it."""
+    if config.recipe.initializer == "adaround":
+        context, report = TimestepContext(data.boundaries()), reporter(progress, "round weights")
+        weights, errors = adaround.reconstruct(model.denoiser, data, qparams, context, config, work, report)
+        return weights, {"adaround": errors}
+    if config.recipe.initializer == "gptq":
+        return compensate_errors(model, data, qparams, config, work, progress), {}
+    return {}, {}
+
+
+def compensate_errors(
     model: LoadedModel,
     data: CalibrationSet,
     qparams: dict[str, LayerQParams],

@@ -62,6 +62,7 @@ def trainable(
     layers = quantized_layers(denoiser)
     chosen = select({name: roles[name] for name in layers}, phase.layers)
     groups: list[dict[str, object]] = []
+    generator = torch.Generator().manual_seed(0)
 
     def add(name: str, parameter: Tensor | None, rate: float) -> None:
         if parameter is not None and rate > 0:
@@ -75,7 +76,13 @@ def trainable(
             row = layer.row()
             # The float weight is divided by the row, hence so is its grid step.
             step = step if row is None else step / float(row.log().mean().exp())
-            add(f"{name}.weight", layer.weight, phase.learning_rate_weights * step)
+            if phase.low_rank is None:
+                add(f"{name}.weight", layer.weight, phase.learning_rate_weights * step)
+            else:
+                layer.add_low_rank(phase.low_rank, generator)
+                # So that entries of the product move as far in an update as those of a weight would.
+                add(f"{name}.low_rank_b", layer.low_rank_b, phase.learning_rate_weights * step)
+                add(f"{name}.low_rank_a", layer.low_rank_a, phase.learning_rate_weights / phase.low_rank**0.5)
             add(f"{name}.weight_log_scale", layer.weight_log_scale, phase.learning_rate_scales / 4)
         if layer.quantizer is not None and (roles[name] == "temporal") == temporal:
             add(f"{name}.quantizer.log_scale", layer.quantizer.log_scale, phase.learning_rate_scales)
@@ -195,6 +202,8 @@ def run_phase(
     with torch.no_grad():
         for name, tensor in state.best.items():
             parameters[name].copy_(tensor)
+    for layer in quantized_layers(task.student).values():
+        layer.merge_low_rank()
 
 
 def _validate(task: Task, parameters: dict[str, Tensor], state: TrainState) -> None:

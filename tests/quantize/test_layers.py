@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -245,3 +247,55 @@ def test_the_group_scales_survive_freezing() -> None:
     layer.freeze()
     assert torch.equal(layer.quantizer.group_scale(), before)
     assert layer.quantizer.num_groups == 3
+
+
+@pytest.mark.parametrize("make", [linear, conv], ids=["linear", "conv"])
+def test_a_fresh_low_rank_update_changes_no_bit(make: Callable[[], QuantizedLayer]) -> None:
+    layer = make()
+    before = layer.weight_codes(), layer.quantized_weight().detach()
+    layer.add_low_rank(2, torch.Generator().manual_seed(0))
+    assert torch.equal(layer.weight_codes(), before[0])
+    assert torch.equal(layer.quantized_weight().detach(), before[1])
+
+
+def test_the_weight_learns_as_w_plus_b_a_and_is_quantized_after_that() -> None:
+    row = torch.rand(6) + 0.5
+    layer = linear(row=row)
+    layer.add_low_rank(2, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        layer.low_rank_b.copy_(torch.randn(5, 2))
+    wanted = (layer.weight + layer.low_rank_b @ layer.low_rank_a) * row
+    torch.testing.assert_close(layer.scaled_weight(), wanted)
+    expected = fake_quantize(wanted, layer.weight_scale()[:, None], -8, 7)
+    torch.testing.assert_close(layer.quantized_weight(), expected)
+
+
+@pytest.mark.parametrize("make", [linear, conv], ids=["linear", "conv"])
+def test_merging_leaves_the_codes_and_no_trace(make: Callable[[], QuantizedLayer]) -> None:
+    layer = make()
+    names = [name for name, _ in layer.named_parameters()]
+    layer.add_low_rank(3, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        layer.low_rank_b.copy_(torch.randn_like(layer.low_rank_b))
+    codes, before = layer.weight_codes(), layer.weight.clone()
+    layer.merge_low_rank()
+    assert not torch.equal(layer.weight, before)
+    assert torch.equal(layer.weight_codes(), codes)
+    assert [name for name, _ in layer.named_parameters()] == names
+    assert torch.linalg.matrix_rank((layer.weight - before).flatten(1), rtol=1e-4) == 3
+
+
+def test_a_constant_weight_follows_its_low_rank_update() -> None:
+    layer = linear().requires_grad_(False)
+    layer.add_low_rank(2, torch.Generator().manual_seed(0))
+    layer.requires_grad_(False)
+    before = layer.quantized_weight()
+    layer.low_rank_b.copy_(torch.randn(5, 2))
+    assert not torch.equal(layer.quantized_weight(), before)
+
+
+def test_the_rank_is_at_most_that_of_the_weight() -> None:
+    layer = linear()
+    layer.add_low_rank(100, torch.Generator().manual_seed(0))
+    assert layer.low_rank_a.shape == (5, 6)
+    assert layer.low_rank_b.shape == (5, 5)

@@ -89,11 +89,17 @@ def test_the_start_costs_one(task: train.Task) -> None:
     assert task.validation_loss() == pytest.approx(1.0, rel=1e-4)
 
 
-@pytest.mark.parametrize("temporal", [True, False], ids=["temporal", "sensitive"])
-def test_an_absurd_learning_rate_never_ends_worse_than_the_start(task: train.Task, temporal: bool) -> None:
+@pytest.mark.parametrize(
+    ("temporal", "low_rank"),
+    [(True, None), (False, None), (False, 2)],
+    ids=["temporal", "sensitive", "low rank"],
+)
+def test_an_absurd_learning_rate_never_ends_worse_than_the_start(
+    task: train.Task, temporal: bool, low_rank: int | None
+) -> None:
     before, loss = parameters(task), task.validation_loss()
     absurd = {"learning_rate_weights": 1e4, "learning_rate_scales": 50.0, "learning_rate_floats": 1e3}
-    state = run(task, phase(**absurd), temporal=temporal)
+    state = run(task, phase(**absurd, low_rank=low_rank), temporal=temporal)
     assert task.validation_loss() == loss
     assert state.best_loss == loss
     assert all(torch.equal(value, before[name]) for name, value in parameters(task).items())
@@ -166,6 +172,33 @@ def test_what_a_phase_does_not_name_keeps_its_bits(task: train.Task) -> None:
     assert all(".ff.net." in name or name.endswith("quantizer.log_scale") for name in changed)
 
 
+def test_in_low_rank_the_weights_move_by_a_product_of_that_rank(task: train.Task) -> None:
+    names = {name for name, _ in task.student.named_parameters()}
+    layer = quantized_layers(task.student)["mid_block.resnets.0.conv1"]
+    before = layer.weight.clone()
+    run(task, phase(low_rank=2, learning_rate_scales=0.0, learning_rate_floats=0.0, layers="mid_block.*"))
+    moved = (layer.weight - before).flatten(1)
+    assert torch.linalg.matrix_rank(moved, rtol=1e-3) == 2
+    # The product is merged: what is saved and exported is as without it.
+    assert {name for name, _ in task.student.named_parameters()} == names
+
+
+def test_low_rank_lowers_the_loss_as_well(task: train.Task) -> None:
+    state = run(task, phase(steps=12, batch_size=3, learning_rate_scales=0.01, low_rank=4))
+    assert task.validation_loss() == pytest.approx(state.best_loss, rel=1e-4)
+    assert state.best_loss < 0.98
+
+
+def test_low_rank_learns_no_other_weights(task: train.Task) -> None:
+    whole = set(train.learned(train.trainable(task.student, phase(), task.trace.roles, temporal=False)))
+    low = set(
+        train.learned(train.trainable(task.student, phase(low_rank=2), task.trace.roles, temporal=False))
+    )
+    layers = quantized_layers(task.student)
+    assert whole - low == {f"{name}.weight" for name in layers}
+    assert low - whole == {f"{name}.low_rank_{factor}" for name in layers for factor in "ab"}
+
+
 def test_a_rate_of_zero_leaves_its_tensors_alone(task: train.Task) -> None:
     still = phase(learning_rate_weights=0.0, learning_rate_scales=0.0)
     names = train.learned(train.trainable(task.student, still, task.trace.roles, temporal=False))
@@ -173,9 +206,13 @@ def test_a_rate_of_zero_leaves_its_tensors_alone(task: train.Task) -> None:
     assert all(name.endswith(("bias", "norm1.weight", "norm2.weight")) or "norm" in name for name in names)
 
 
-@pytest.mark.parametrize("temporal", [True, False], ids=["temporal", "sensitive"])
-@pytest.mark.parametrize("stop", [1, 3])
-def test_going_on_from_a_snapshot_ends_in_the_same_bits(task: train.Task, stop: int, temporal: bool) -> None:
+@pytest.mark.parametrize(
+    ("stop", "temporal", "low_rank"),
+    [(1, True, None), (3, True, None), (1, False, None), (3, False, None), (3, False, 2)],
+)
+def test_going_on_from_a_snapshot_ends_in_the_same_bits(
+    task: train.Task, stop: int, temporal: bool, low_rank: int | None
+) -> None:
     start, taken = parameters(task), []
 
     def take(state: train.TrainState, optimizer: torch.optim.Adam) -> None:
@@ -184,12 +221,12 @@ def test_going_on_from_a_snapshot_ends_in_the_same_bits(task: train.Task, stop: 
             copies = {name: tensor.detach().clone() for name, tensor in tensors.items()}
             taken.append((copies, json.loads(json.dumps(facts))))
 
-    whole = run(task, phase(), temporal=temporal, after_step=take)
+    whole = run(task, phase(low_rank=low_rank), temporal=temporal, after_step=take)
     expected = parameters(task)
     with torch.no_grad():
         for name, value in task.student.named_parameters():
             value.copy_(start[name])
-    resumed = run(task, phase(), temporal=temporal, resumed=taken[0])
+    resumed = run(task, phase(low_rank=low_rank), temporal=temporal, resumed=taken[0])
     assert resumed.losses == whole.losses
     assert all(torch.equal(value, expected[name]) for name, value in parameters(task).items())
 

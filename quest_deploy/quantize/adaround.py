@@ -1,0 +1,248 @@
+"""AdaRound block reconstruction (arXiv 2004.10568; by blocks as BRECQ, 2102.05426, and Q-Diffusion, 2302.04304, do).
+
+Every weight goes to the floor or the ceiling of its place on the grid, whichever makes a block's output most like that
+of full precision. The choice is learned with a soft rounding that a regulariser drives to 0 or 1::
+
+    W_q = s * clamp(floor(W / s) + h(V)),    h(V) = clamp(1.2 * sigmoid(V) - 0.1, 0, 1)
+    loss = |block(x) - target|^2 / |nearest(x) - target|^2 + 10 * mean(1 - |2 h(V) - 1|^beta)
+
+with scales fixed, beta falling from 20 to 2, and no regulariser for the first fifth. Blocks are done in the order in
+which the network runs them. A block's inputs x come from the quantized network, whose earlier blocks are done and whose
+activations are quantized; the targets are what the full-precision network answers at that place. (Q-Diffusion's first
+stage leaves activations in float.) Both terms of the loss are relative: neither a layer's width nor the scale of its
+output asks for other settings.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from quest_deploy.config import FinetuneConfig
+from quest_deploy.quantize.blocks import Samples, chosen_pairs, collect, order, parts, passes, tensors
+from quest_deploy.quantize.calibrate import CalibrationSet
+from quest_deploy.quantize.grid import channel_shape, dequantize, weight_bounds
+from quest_deploy.quantize.insert import LayerQParams, insert, quantized_layers
+from quest_deploy.quantize.layers import QuantizedLayer, TimestepContext
+from quest_deploy.quantize.resume import WorkDirectory
+
+BATCH_SIZE = 32
+PROMPTS_PER_STEP = 8
+LOWER, UPPER = -0.1, 1.1
+WARM_UP = 0.2
+BETA_START, BETA_END = 20.0, 2.0
+REGULARISATION = 10.0
+# How far a logit can go in a whole run, whatever its length; |V| = 2.4 is the end of the soft range.
+TRAVEL = 80.0
+RATES = (1e-3, 0.3)
+Report = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """The learned rounding of one weight.
+
+    Attributes:
+        floor: float32, the weight's shape: the grid's place below, in steps.
+        scale: float32 [c_out, 1, ...].
+        logits: V, in the weight's shape.
+        bounds: Smallest and largest code.
+    """
+
+    floor: Tensor
+    scale: Tensor
+    logits: Tensor
+    bounds: tuple[int, int]
+
+    def soft(self) -> Tensor:
+        """The weight while it is learned."""
+        return (self.floor + rectified_sigmoid(self.logits)).clamp(*self.bounds) * self.scale
+
+    def codes(self) -> Tensor:
+        """int8, the weight's shape: what was learned."""
+        return (self.floor + (self.logits >= 0)).clamp(*self.bounds).to(torch.int8)
+
+
+def rectified_sigmoid(logits: Tensor) -> Tensor:
+    """h(V), in [0, 1], which it reaches at finite V."""
+    return (torch.sigmoid(logits) * (UPPER - LOWER) + LOWER).clamp(0, 1)
+
+
+def start_rounding(layer: QuantizedLayer) -> Rounding:
+    """The rounding whose soft weight is the float weight (where that lies within the grid)."""
+    weight = layer.scaled_weight().detach()
+    scale = channel_shape(layer.weight_scale().detach(), weight.ndim, 0)
+    floor = (weight / scale).floor()
+    fraction = (weight / scale - floor - LOWER) / (UPPER - LOWER)
+    return Rounding(floor, scale, fraction.logit().requires_grad_(True), weight_bounds(layer.weight_bits))
+
+
+def regulariser(rounding: Sequence[Rounding], beta: float) -> Tensor:
+    """Mean over all weights of 1 - |2 h - 1|^beta: how undecided they are, a scalar."""
+    total = sum(one.logits.numel() for one in rounding)
+    distances = [(2 * rectified_sigmoid(one.logits) - 1).abs() for one in rounding]
+    return torch.stack([(1 - distance.pow(beta)).sum() for distance in distances]).sum() / total
+
+
+def beta_at(progress: float) -> float | None:
+    """The regulariser's exponent at `progress` in [0, 1] of a run; None while there is no regulariser."""
+    if progress < WARM_UP:
+        return None
+    done = (progress - WARM_UP) / (1 - WARM_UP)
+    return BETA_END + 0.5 * (BETA_START - BETA_END) * (1 + math.cos(math.pi * done))
+
+
+def learn_rounding(
+    part: nn.Module,
+    samples: Samples,
+    context: TimestepContext,
+    *,
+    iterations: int,
+    generator: torch.Generator,
+) -> tuple[dict[str, Tensor], float, float]:
+    """Learn how the weights of one part of the network are rounded; nearest stays where that is better.
+
+    Args:
+        part: A block with quantized layers, or a single such layer; its weights end on their grid.
+        samples: What it is given and should answer.
+        context: Its layers' timestep groups.
+        iterations: Updates.
+        generator: Chooses the samples of each.
+
+    Returns:
+        The weights by the layers' names inside `part` ("" is itself), divided by their channel rows; and the mean
+        squared error of the output with weights rounded to nearest, and with these.
+    """
+    layers = quantized_layers(part)
+    codes = {name: layer.weight_codes() for name, layer in layers.items()}
+    nearest = learned = squared_error(part, samples, context)
+    if nearest > 0:
+        rounding = {name: start_rounding(layer) for name, layer in layers.items()}
+        for name, layer in layers.items():
+            layer.rounding = rounding[name].soft
+        _descend(part, samples, context, list(rounding.values()), nearest, iterations, generator)
+        for layer in layers.values():
+            layer.rounding = None
+        _put(layers, {name: one.codes() for name, one in rounding.items()})
+        learned = squared_error(part, samples, context)
+    if learned >= nearest:
+        _put(layers, codes)
+        learned = nearest
+    return {name: layer.weight.detach().clone() for name, layer in layers.items()}, nearest, learned
+
+
+def _descend(
+    part: nn.Module,
+    samples: Samples,
+    context: TimestepContext,
+    rounding: Sequence[Rounding],
+    nearest: float,
+    iterations: int,
+    generator: torch.Generator,
+) -> None:
+    """Gradient descent on the logits of `rounding`, whose soft weights `part` uses."""
+    rate = min(max(TRAVEL / iterations, RATES[0]), RATES[1])
+    optimizer = torch.optim.Adam([one.logits for one in rounding], lr=rate)
+    n = samples.timestep.numel()
+    for step in range(iterations):
+        chosen = torch.randint(n, (min(n, BATCH_SIZE),), generator=generator)
+        loss = _error(part, samples.batch(chosen), context) / nearest
+        beta = beta_at(step / iterations)
+        if beta is not None:
+            loss = loss + REGULARISATION * regulariser(rounding, beta)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+
+
+@torch.no_grad()
+def _put(layers: Mapping[str, QuantizedLayer], codes: Mapping[str, Tensor]) -> None:
+    """Set the float weights to their grid's values, so that they are rounded to these codes."""
+    for name, layer in layers.items():
+        weight = dequantize(codes[name], channel_shape(layer.weight_scale(), layer.weight.ndim, 0))
+        row = layer.row()
+        layer.weight.copy_(weight if row is None else weight / channel_shape(row, weight.ndim, 1))
+
+
+def _error(part: nn.Module, samples: Samples, context: TimestepContext) -> Tensor:
+    context.set_timestep(samples.timestep)
+    outputs = tensors(part(*samples.args, **samples.kwargs))
+    errors = [(got - wanted).square().mean() for got, wanted in zip(outputs, samples.targets, strict=True)]
+    return torch.stack(errors).mean()
+
+
+@torch.no_grad()
+def squared_error(part: nn.Module, samples: Samples, context: TimestepContext) -> float:
+    """Mean squared error of a part's output over all samples, as it is rounded now."""
+    n = samples.timestep.numel()
+    sums = [
+        float(_error(part, samples.batch(index), context)) * index.numel()
+        for index in torch.arange(n).split(BATCH_SIZE)
+    ]
+    return sum(sums) / n
+
+
+def reconstruct(
+    denoiser: nn.Module,
+    data: CalibrationSet,
+    qparams: Mapping[str, LayerQParams],
+    context: TimestepContext,
+    config: FinetuneConfig,
+    work: WorkDirectory | None = None,
+    report: Report = lambda completed, total: None,
+) -> tuple[dict[str, Tensor], dict[str, tuple[float, float]]]:
+    """Learn the rounding of the whole network, part by part.
+
+    Args:
+        denoiser: Full-precision diffusers module.
+        data: Recorded trajectories.
+        qparams: Scales of the layers.
+        context: The timestep groups.
+        config: Its seed, and its recipe's number of updates for each part.
+        work: Where finished parts are kept, and found when the run is resumed.
+        report: Called after each part.
+
+    Returns:
+        Rounded weights by layer name, divided by their channel rows: the float weights to go on from. And by part, the
+        mean squared error of its output before (nearest) and after.
+    """
+    student = copy.deepcopy(denoiser)
+    insert(student, qparams, context)
+    student.requires_grad_(False)
+    layers = quantized_layers(student)
+    pairs = chosen_pairs(data, PROMPTS_PER_STEP, config.seed)
+    with torch.no_grad():
+        run, _ = next(passes(student, data, pairs))
+        names = order(student, parts(student), run)
+    weights: dict[str, Tensor] = {}
+    errors: dict[str, tuple[float, float]] = {}
+    for index, name in enumerate(names):
+        key = f"adaround-{index:04d}"
+        saved = None if work is None else work.load(key)
+        if saved is None:
+            samples = collect(student, denoiser, name, data, pairs)
+            generator = torch.Generator().manual_seed(config.seed + index)
+            found, before, after = learn_rounding(
+                student.get_submodule(name),
+                samples,
+                context,
+                iterations=config.recipe.adaround_iterations,
+                generator=generator,
+            )
+            done = {f"{name}.{inner}" if inner else name: weight for inner, weight in found.items()}
+            if work is not None:
+                work.save(key, done, before=before, after=after)
+        else:
+            done, before, after = saved[0], saved[1]["before"], saved[1]["after"]
+            with torch.no_grad():
+                for layer, weight in done.items():
+                    layers[layer].weight.copy_(weight)
+        weights |= done
+        errors[name] = (before, after)
+        report(index + 1, len(names))
+    return weights, errors

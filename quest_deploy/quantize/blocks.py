@@ -1,0 +1,178 @@
+"""Parts of a denoiser that are learned one by one: which there are, and what each is given and should answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quest_deploy.model.components import predict
+from quest_deploy.quantize.calibrate import CalibrationSet
+from quest_deploy.quantize.insert import quantized_layers
+
+ATTENTION_AND_RESNETS = ("Attention", "ResnetBlock2D", "ResnetBlockCondNorm2D")
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What a part of the network is given at n samples, and what it should answer.
+
+    Attributes:
+        args: Its positional arguments; tensors whose first axis has n entries hold the samples.
+        kwargs: Its keyword arguments, likewise.
+        timestep: float32 [n].
+        targets: Its output tensors in full precision, [n, ...] each.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    timestep: Tensor
+    targets: tuple[Tensor, ...]
+
+    def batch(self, index: Tensor) -> Samples:
+        """The samples `index`, int64 [m]."""
+        n = self.timestep.numel()
+        return Samples(
+            tuple(_take(value, index, n) for value in self.args),
+            {name: _take(value, index, n) for name, value in self.kwargs.items()},
+            self.timestep[index],
+            tuple(target[index] for target in self.targets),
+        )
+
+
+def parts(denoiser: nn.Module) -> list[str]:
+    """Names of what is reconstructed as one: residual and transformer blocks, and every other quantized layer alone."""
+    blocks = [name for name, module in denoiser.named_modules() if _is_block(module)]
+    outermost = [name for name in blocks if not any(name.startswith(f"{other}.") for other in blocks)]
+    names = list(quantized_layers(denoiser))
+    inside = {name for name in names if any(name.startswith(f"{block}.") for block in outermost)}
+    used = [block for block in outermost if any(name.startswith(f"{block}.") for name in names)]
+    return used + [name for name in names if name not in inside]
+
+
+def _is_block(module: nn.Module) -> bool:
+    # By name: diffusers moves its classes about, and each family of transformers has blocks of its own.
+    name = type(module).__name__
+    return name in ATTENTION_AND_RESNETS or name.endswith("TransformerBlock")
+
+
+class _Reached(Exception):
+    """Ends a pass through the network at the part that was asked for."""
+
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def given(denoiser: nn.Module, name: str, run: Callable[[], object]) -> Call:
+    """The arguments that `run`, one pass of `denoiser`, gives to its submodule `name`."""
+    found: list[Call] = []
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.append((args, kwargs))
+        raise _Reached
+
+    _until_reached(denoiser.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True), run)
+    return found[0]
+
+
+def answered(denoiser: nn.Module, name: str, run: Callable[[], object]) -> tuple[Tensor, ...]:
+    """The tensors that submodule `name` of `denoiser` answers in one pass, `run`."""
+    found: list[tuple[Tensor, ...]] = []
+
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        found.append(tensors(output))
+        raise _Reached
+
+    _until_reached(denoiser.get_submodule(name).register_forward_hook(hook), run)
+    return found[0]
+
+
+def _until_reached(handle: Any, run: Callable[[], object]) -> None:
+    try:
+        run()
+    except _Reached:
+        pass
+    finally:
+        handle.remove()
+
+
+def order(denoiser: nn.Module, names: Sequence[str], run: Callable[[], object]) -> list[str]:
+    """`names` in the order in which `run` reaches them; those that it does not reach are left out."""
+    reached: dict[str, None] = {}
+    handles = [
+        denoiser.get_submodule(name).register_forward_pre_hook(
+            lambda module, args, name=name: reached.setdefault(name)
+        )
+        for name in names
+    ]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return list(reached)
+
+
+def chosen_pairs(data: CalibrationSet, prompts_per_step: int, seed: int) -> list[tuple[Tensor, int]]:
+    """For each step, the prompts [n] whose trajectories are used there."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        (torch.randperm(data.num_prompts, generator=generator)[:prompts_per_step], step)
+        for step in range(data.timesteps.numel())
+    ]
+
+
+def passes(
+    denoiser: nn.Module, data: CalibrationSet, pairs: Sequence[tuple[Tensor, int]]
+) -> Iterator[tuple[Callable[[], object], Tensor]]:
+    """A pass of `denoiser` for each of `pairs`, to be called, and its samples' timesteps [n]."""
+    for prompt, step in pairs:
+        sample, timestep, conditioning, _ = data.batch(prompt, torch.full_like(prompt, step))
+        yield lambda: predict(denoiser, sample, timestep, conditioning), timestep  # noqa: B023
+
+
+@torch.no_grad()
+def collect(
+    student: nn.Module,
+    teacher: nn.Module,
+    name: str,
+    data: CalibrationSet,
+    pairs: Sequence[tuple[Tensor, int]],
+) -> Samples:
+    """What the quantized network gives to its part `name`, and what the full-precision one answers there."""
+    calls, timesteps, targets = [], [], []
+    for (run, timestep), (run_teacher, _) in zip(
+        passes(student, data, pairs), passes(teacher, data, pairs), strict=True
+    ):
+        calls.append(given(student, name, run))
+        targets.append(answered(teacher, name, run_teacher))
+        timesteps.append(timestep)
+    sizes = [timestep.numel() for timestep in timesteps]
+    return Samples(
+        tuple(_join(values, sizes) for values in zip(*(args for args, _ in calls), strict=True)),
+        {key: _join([kwargs[key] for _, kwargs in calls], sizes) for key in calls[0][1]},
+        torch.cat(timesteps),
+        tuple(torch.cat(parts) for parts in zip(*targets, strict=True)),
+    )
+
+
+def tensors(output: Any) -> tuple[Tensor, ...]:
+    """The tensors that a module answered, without what else it did."""
+    return (output,) if isinstance(output, Tensor) else tuple(x for x in output if isinstance(x, Tensor))
+
+
+def _per_sample(value: object, count: int) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == count
+
+
+def _take(value: Any, index: Tensor, count: int) -> Any:
+    return value[index] if _per_sample(value, count) else value
+
+
+def _join(values: Sequence[Any], sizes: Sequence[int]) -> Any:
+    """One argument of several passes: joined along the samples, or the first where it is the same for all of them."""
+    whole = all(_per_sample(value, size) for value, size in zip(values, sizes, strict=True))
+    return torch.cat(list(values)) if whole else values[0]
