@@ -247,6 +247,8 @@ class Recipe:
         adaround_iterations: Updates for each block, of 32 samples; used by `initializer: adaround` alone.
         time_aware: Whether every timestep group has an activation scale of its own.
         channel_wise: Whether activations may have a channel row folded into the weights.
+        migration_exponent: How much of the difficulty a channel row moves from the activations to the weights, from 0
+            to 1; "auto" tries three and none for each layer.
         split: Whether convolutions over a skip concatenation have a grid for each half.
         attention_bits: 4 or 8, of queries, keys and values; None leaves the products of attention in float.
         softmax_bits: 8, of the attention's probabilities beside them; None leaves those in float.
@@ -270,6 +272,7 @@ class Recipe:
     adaround_iterations: int = 1000
     time_aware: bool = True
     channel_wise: bool = True
+    migration_exponent: float | Literal["auto"] = "auto"
     split: bool = False
     attention_bits: int | None = None
     softmax_bits: int | None = None
@@ -284,6 +287,9 @@ class Recipe:
         for name in ("weight_bits", "activation_bits"):
             if getattr(self, name) not in (4, 8):
                 problems.append(f"{name} is {getattr(self, name)!r}, expected 4 or 8")
+        exponent = self.migration_exponent
+        if exponent != "auto" and not (isinstance(exponent, int | float) and 0 <= exponent <= 1):
+            problems.append(f"migration_exponent is {exponent!r}, expected auto, or a number from 0 to 1")
         if self.attention_bits not in (None, 4, 8):
             problems.append(f"attention_bits is {self.attention_bits!r}, expected 4, 8 or nothing")
         if self.softmax_bits not in (None, 8):

@@ -30,6 +30,7 @@ def initialize_layer(
     method: Method,
     time_aware: bool,
     channel_wise: bool,
+    migration_exponent: float | Literal["auto"] = "auto",
 ) -> LayerQParams:
     """Scales of one layer.
 
@@ -41,6 +42,7 @@ def initialize_layer(
         method: "minmax" covers every value; "search" takes the ranges of least error.
         time_aware: Whether each group gets a scale of its own (otherwise there is one, G = 1).
         channel_wise: Whether a migration row is tried.
+        migration_exponent: The row's exponent; "auto" takes the best of some, or no row.
     """
     weight = layer.weight.detach()
     if method == "minmax":
@@ -49,7 +51,11 @@ def initialize_layer(
         return _qparams(scale, weight_bits, activation_bits, grid, torch.tensor([grid.scale]), None)
     row = None
     if channel_wise and getattr(layer, "groups", 1) == 1:
-        row = choose_row(weight, inputs, weight_bits, activation_bits)
+        row = (
+            choose_row(weight, inputs, weight_bits, activation_bits)
+            if migration_exponent == "auto"
+            else affine.migration_row(inputs, weight, migration_exponent)
+        )
     scaled_inputs = inputs if row is None else inputs / row
     scaled_weight = weight if row is None else weight * channel_shape(row, weight.ndim, 1)
     grid = activation_grid(scaled_inputs, activation_bits)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from quest_deploy.config import FinetuneConfig, ProgressEvent, Recipe
+from quest_deploy.model.components import first_device
 from quest_deploy.model.load import LoadedModel
 from quest_deploy.quantize import adaround, calibrate, gptq
 from quest_deploy.quantize.calibrate import CalibrationSet
@@ -24,6 +26,7 @@ BATCH_PROMPTS = 8
 PROMPTS_PER_STEP = 8
 POSITIONS_PER_STEP = 64
 ROWS_PER_STEP = 256
+TRAJECTORIES = "trajectories"
 
 
 def record(
@@ -31,10 +34,12 @@ def record(
 ) -> CalibrationSet:
     """The recorded trajectories, a few prompts at a time so that little is lost."""
     recipe, total = config.recipe, config.recipe.calibration_prompts
-    parts = []
-    for start in range(0, total, BATCH_PROMPTS):
-        name = f"trajectories-{start:06d}"
-        saved = work.load(name)
+    device = first_device(model.denoiser)
+    parts, names = [], []
+    done = work.load(TRAJECTORIES)
+    for start in range(0, total if done is None else 0, BATCH_PROMPTS):
+        names.append(f"{TRAJECTORIES}-{start:06d}")
+        saved = work.load(names[-1])
         if saved is None:
             part = calibrate.record_trajectories(
                 model,
@@ -44,16 +49,24 @@ def record(
                 seed=config.seed + start,
                 batch_size=BATCH_PROMPTS,
             )
-            work.save(name, part.tensors())
+            tensors = part.tensors()
+            if recipe.targets == "recompute":
+                del tensors["targets"]
+            work.save(names[-1], tensors)
         else:
-            part = calibrate.from_tensors(saved[0])
-        parts.append(part)
-        progress(
-            ProgressEvent(
-                stage="record trajectories", completed=min(start + BATCH_PROMPTS, total), total=total
-            )
-        )
-    return calibrate.join(parts)
+            tensors = saved[0]
+        if recipe.targets != "disk":
+            parts.append(calibrate.from_tensors(tensors, teacher=model.denoiser, device=device))
+        completed = min(start + BATCH_PROMPTS, total)
+        progress(ProgressEvent(stage="record trajectories", completed=completed, total=total))
+    if recipe.targets != "disk":
+        return calibrate.join(parts)
+    if done is None:
+        work.append(names, TRAJECTORIES)
+        done = work.load(TRAJECTORIES)
+    assert done is not None
+    # safetensors maps the file: rows are read when they are asked for.
+    return calibrate.from_tensors(done[0], teacher=model.denoiser, device=device)
 
 
 def find_scales(
@@ -95,6 +108,8 @@ def find_scales(
 
 def initialize_one(layer: Quantizable, inputs: Tensor, bits: tuple[int, int], recipe: Recipe) -> LayerQParams:
     """Starting scales of one layer as the recipe wants them; `inputs` as `collect_inputs` gives them."""
+    if layer.weight.device.type != "cpu":
+        layer = copy.deepcopy(layer).to("cpu")
     return initialize_layer(
         layer,
         inputs,

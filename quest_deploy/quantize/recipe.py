@@ -16,6 +16,8 @@ from quest_deploy.errors import ConfigError
 
 PACKAGED = ("w8a8", "w4a8", "w4a4")
 PHASES = ("temporal", "sensitive")
+# A union with a Literal in it is another type than one of plain types.
+UNIONS = (types.UnionType, typing.Union)
 
 
 def load_recipe(source: str) -> Recipe:
@@ -101,7 +103,7 @@ def _fits(value: object, hint: Any) -> bool:
         return isinstance(value, int) and not isinstance(value, bool)
     if typing.get_origin(hint) is typing.Literal:
         return value in typing.get_args(hint)
-    if typing.get_origin(hint) is types.UnionType:
+    if typing.get_origin(hint) in UNIONS:
         return any(_fits(value, kind) for kind in typing.get_args(hint))
     if typing.get_origin(hint) is tuple:
         kind = typing.get_args(hint)[0]
@@ -112,7 +114,7 @@ def _fits(value: object, hint: Any) -> bool:
 def _describe(hint: Any) -> str:
     if typing.get_origin(hint) is typing.Literal:
         return "one of " + ", ".join(map(str, typing.get_args(hint)))
-    if typing.get_origin(hint) is types.UnionType:
+    if typing.get_origin(hint) in UNIONS:
         return " or ".join(_describe(kind) for kind in typing.get_args(hint))
     if typing.get_origin(hint) is tuple:
         return "a list"

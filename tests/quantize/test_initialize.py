@@ -8,6 +8,7 @@ from torch import nn
 
 from quest_deploy.errors import CalibrationError
 from quest_deploy.model.load import LoadedModel
+from quest_deploy.quantize import affine
 from quest_deploy.quantize.calibrate import EXTREME_ROWS
 from quest_deploy.quantize.initialize import choose_row, initialize, initialize_layer
 
@@ -37,6 +38,13 @@ def outlier_channel() -> torch.Tensor:
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_channel_of_outliers_gets_a_row(bits: int) -> None:
     assert initialize_layer(nn.Linear(6, 5), outlier_channel(), 8, bits, **PLAIN).row is not None
+
+
+def test_a_given_exponent_makes_the_row_of_that_exponent() -> None:
+    layer, x = nn.Linear(6, 5), torch.randn(3, 200, 6)
+    row = initialize_layer(layer, x, 8, 4, **PLAIN, migration_exponent=0.3).row
+    expected = affine.migration_row(x, layer.weight.detach(), 0.3)
+    assert row is not None and torch.equal(row, expected)
 
 
 @pytest.mark.parametrize(

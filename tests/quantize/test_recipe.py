@@ -166,3 +166,28 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
 def test_a_recipe_is_checked_when_made() -> None:
     with pytest.raises(ConfigError, match="activation_bits is 16"):
         Recipe(**{**vars(load_recipe("w4a8")), "activation_bits": 16})
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"attention_bits": 5}, "attention_bits is 5, expected 4, 8 or nothing"),
+        ({"attention_bits": 8, "softmax_bits": 4}, "softmax_bits is 4, expected 8 or nothing"),
+        ({"softmax_bits": 8}, "softmax_bits is set, expected attention_bits beside it"),
+        ({"softmax_max_keys": 0}, "softmax_max_keys is 0, expected at least 1"),
+        ({"split": "no"}, "split is 'no', expected true or false"),
+        ({"migration_exponent": 1.5}, "migration_exponent is 1.5, expected auto, or a number from 0 to 1"),
+        ({"migration_exponent": "best"}, "migration_exponent is 'best', expected a number or one of auto"),
+    ],
+)
+def test_a_wrong_quantizer_is_refused(given: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        recipe_from_dict(fields(**given))
+
+
+@pytest.mark.parametrize(
+    "given", [{"migration_exponent": 0.5}, {"attention_bits": 8, "softmax_bits": 8}], ids=str
+)
+def test_quantizers_are_read(given: dict) -> None:
+    recipe = recipe_from_dict(fields(**given))
+    assert given.items() <= vars(recipe).items() and recipe_from_dict(to_dict(recipe)) == recipe
