@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 _BACKENDS_OF = {
     "model": ("torch",),
     "checkpoint": ("torch",),
-    "onnx": ("onnxruntime",),
+    "onnx": ("onnxruntime", "openvino"),
     "engines": ("tensorrt", "tensorrt-rtx"),
 }
 
@@ -48,6 +48,7 @@ def resolve_backend(path: Path, backend: str | None) -> str:
 _NEXT_STEP = {
     "torch": "give it the model or checkpoint directory",
     "onnxruntime": "give it a directory made with `quest-deploy export --target onnxruntime`",
+    "openvino": "give it a directory made with `quest-deploy export --target onnxruntime`",
     "tensorrt": "build engines with `quest-deploy build-engine --backend tensorrt`",
     "tensorrt-rtx": "build engines with `quest-deploy build-engine --backend tensorrt-rtx`",
 }
@@ -59,7 +60,7 @@ def load_engines(path: Path, *, backend: str | None = None, threads: int | None 
     Args:
         path: A model, checkpoint, `onnx` or `engines` directory.
         backend: What runs it; None chooses by what it is.
-        threads: Threads of ONNX Runtime; None leaves the choice to it.
+        threads: Threads of ONNX Runtime or OpenVINO; None leaves the choice to it.
 
     Raises:
         ArtifactError: the directory cannot be trusted or cannot be run.
@@ -76,6 +77,10 @@ def load_engines(path: Path, *, backend: str | None = None, threads: int | None 
         from quest_deploy.engines.ort_runtime import load_ort_engines
 
         return load_ort_engines(path, threads=threads)
+    if chosen == "openvino":
+        from quest_deploy.engines.openvino_runtime import load_openvino_engines
+
+        return load_openvino_engines(path, threads=threads)
     from quest_deploy.engines.trt_runtime import load_tensorrt_engines
 
     return load_tensorrt_engines(path, backend="tensorrt" if chosen == "tensorrt" else "tensorrt-rtx")

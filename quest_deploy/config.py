@@ -14,7 +14,7 @@ from quest_deploy.errors import ConfigError
 
 Target = Literal["onnxruntime", "tensorrt", "tensorrt-rtx"]
 Mode = Literal["int8", "none"]
-Backend = Literal["torch", "onnxruntime", "tensorrt", "tensorrt-rtx"]
+Backend = Literal["torch", "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx"]
 TensorRTBackend = Literal["tensorrt", "tensorrt-rtx"]
 
 TARGETS: tuple[str, ...] = get_args(Target)

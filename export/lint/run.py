@@ -8,7 +8,7 @@ from pathlib import Path
 from quest_deploy.errors import ConfigError
 from quest_deploy.export.lint import read
 from quest_deploy.export.lint.execution import execution_of
-from quest_deploy.export.lint.report import SEVERITIES, Finding, Layer, LintReport
+from quest_deploy.export.lint.report import SEVERITIES, Execution, Finding, Layer, LintReport
 from quest_deploy.export.lint.rules import RULES
 from quest_deploy.export.lint.targets import LINT_TARGETS
 from quest_deploy.export.lint.view import View, look_at
@@ -68,7 +68,10 @@ def judge(view: View, findings: list[Finding], target: str) -> Iterator[Layer]:
     for product in view.products:
         names = dict.fromkeys(str(node.name) for node in product.nodes())
         broken = tuple(dict.fromkeys(rule for name in names for rule in breaking.get(name, ())))
-        execution, reasons = ("breaks", broken) if broken else execution_of(product, view, target)
+        execution: Execution = "breaks"
+        reasons = broken
+        if not broken:
+            execution, reasons = execution_of(product, view, target)
         yield Layer(
             component=view.component,
             name=str(product.node.name),

@@ -25,6 +25,7 @@ PACKAGES = {
     "onnx": "export",
     "onnxscript": "export",
     "onnxruntime": "generate --backend onnxruntime, parity",
+    "openvino": "generate --backend openvino",
     "polygraphy": "build-engine",
     "tensorrt_rtx": "build-engine and generate --backend tensorrt-rtx",
     "tensorrt": "build-engine and generate --backend tensorrt",
@@ -183,6 +184,12 @@ def find_abilities(packages: dict[str, Package], driver_problem: str) -> list[Ab
             "generate --backend onnxruntime",
             _missing(packages, "onnxruntime"),
             f"onnxruntime {packages['onnxruntime'].version} with {packages['onnxruntime'].note}",
+        ),
+        _ability(
+            "generate --backend openvino",
+            _missing(packages, "openvino")
+            + ("" if packages["openvino"].version else "; pip install 'quest-deploy[openvino]'"),
+            f"openvino {packages['openvino'].version} on the CPU",
         ),
     ]
     for name, title, builds_without_gpu in (

@@ -8,7 +8,7 @@ import click
 
 from quest_deploy.commands.progress import show_progress
 from quest_deploy.commands.verb import DONE, OVER_BUDGET, Result, output_option, overwrite_option, verb
-from quest_deploy.config import ParityConfig
+from quest_deploy.config import BACKENDS, ParityConfig
 
 
 @click.command(short_help="Measure one artifact against another.")
@@ -21,6 +21,9 @@ from quest_deploy.config import ParityConfig
     type=click.Path(path_type=Path),
     metavar="PATH",
     help="A rung in between, for example the checkpoint; from the reference down, repeatable.",
+)
+@click.option(
+    "--backend", type=click.Choice(BACKENDS), help="What runs CANDIDATE.  [default: what it was made for]"
 )
 @click.option("--budget", metavar="FILE", help="Limits as YAML.  [default: the packaged ones, by recipe]")
 @click.option(
@@ -43,6 +46,7 @@ def parity(
     candidate: Path,
     output: Path,
     via: tuple[Path, ...],
+    backend: str | None,
     budget: str | None,
     prompts: Path | None,
     num_prompts: int,
@@ -77,7 +81,14 @@ def parity(
 
     with show_progress() as progress:
         result = compare(
-            reference, candidate, output, config, via=via, progress=progress, overwrite=overwrite
+            reference,
+            candidate,
+            output,
+            config,
+            via=via,
+            backend=backend,
+            progress=progress,
+            overwrite=overwrite,
         )
     report = result.path / "report.html"
     return Result(

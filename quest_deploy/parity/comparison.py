@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 from quest_deploy.artifacts import check_output, write_artifact, write_json
 from quest_deploy.config import ParityConfig, to_dict
+from quest_deploy.engines import resolve_backend
 from quest_deploy.model.families import Classes, Family, choose_prompts
 from quest_deploy.model.load import SINGLE_FILE_FAMILY
 from quest_deploy.model.spec import classes_of, family_of
@@ -49,6 +51,7 @@ def compare(
     config: ParityConfig,
     *,
     via: Sequence[Path] = (),
+    backend: str | None = None,
     progress: Progress | None = None,
     overwrite: bool = False,
 ) -> ParityResult:
@@ -60,6 +63,7 @@ def compare(
         output: Where the parity artifact is written: ``report.json`` and ``report.html``.
         config: Prompts, steps, guidance, seed and the budget file.
         via: Rungs in between, from the reference down, for example the quantized checkpoint.
+        backend: What runs the candidate; None chooses by what it is.
         progress: Called after each denoising step.
         overwrite: Replace an older parity artifact at `output`.
 
@@ -70,6 +74,10 @@ def compare(
     """
     check_output(output, stage="parity", overwrite=overwrite)
     rungs, edges = make_ladder(reference, via, candidate)
+    if backend is not None:
+        # Refused before the work starts, too.
+        backend = resolve_backend(candidate, backend)
+        rungs = [*rungs[:-1], dataclasses.replace(rungs[-1], backend=backend)]
     budget_path = None if config.budget is None else Path(config.budget)
     # All budgets are read before the work starts: a typing mistake should not cost an hour.
     budgets = {rung.name: load_budget(budget_path, rung.recipe) for rung in rungs}

@@ -35,6 +35,7 @@ class Rung:
         inputs: Digests of what it was made from, by role.
         size_bytes: All of its files.
         denoiser_bytes: The files of its denoiser.
+        backend: What runs it; None chooses by what it is.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Rung:
     inputs: Mapping[str, str]
     size_bytes: int
     denoiser_bytes: int
+    backend: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -79,7 +79,7 @@ def run_ladder(
 def _open(rung: Rung) -> Pipeline | str:
     """The rung ready to run, or why this machine cannot run it."""
     try:
-        return load_pipeline(rung.path)
+        return load_pipeline(rung.path, backend=rung.backend)
     except MissingDependencyError as error:
         if rung.stage != "engines":
             raise

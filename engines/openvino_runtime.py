@@ -1,0 +1,132 @@
+"""OpenVINO: runs the graphs exported for ONNX Runtime, on the CPU; its convolutions and products are INT8 kernels."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quest_deploy.artifacts import read_artifact
+from quest_deploy.engines.base import Closing, Engine, check_inputs
+from quest_deploy.errors import ArtifactError, EngineInputError, MissingDependencyError, StaleArtifactError
+from quest_deploy.model.spec import ComponentSpec, component_specs
+
+logger = logging.getLogger(__name__)
+
+ONNX_NAME = "model.onnx"
+DEVICE = "CPU"
+# OpenVINO computes floats in bf16 where the CPU has it, which flips int8 codes and misses the parity gate.
+PRECISION = "f32"
+# Its own place in the source comes before the cause.
+_NOISE = ("Exception from ", "Check '")
+
+
+class OpenVinoEngine(Closing):
+    """One compiled component."""
+
+    def __init__(self, spec: ComponentSpec, compiled: Any) -> None:
+        self.spec = spec
+        self.compiled = compiled
+        self.request = compiled.create_infer_request()
+
+    def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
+        """Run once: CPU tensors in, CPU tensors out; outputs are copies, which the next run leaves alone.
+
+        Raises:
+            EngineInputError: a name, type or shape that the component does not take.
+        """
+        check_inputs(self.spec, inputs)
+        if self.request is None:
+            raise RuntimeError(f"{self.spec.name}: the engine is closed")
+        arrays = {name: tensor.detach().cpu().contiguous().numpy() for name, tensor in inputs.items()}
+        try:
+            self.request.infer(arrays)
+        except RuntimeError as error:
+            shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in inputs.items())
+            raise EngineInputError(
+                f"{self.spec.name}: OpenVINO cannot run it on {shapes}: {_cause(error)}; "
+                "check the values, and that the model can halve the image sizes as often as it does"
+            ) from error
+        outputs = (tensor.name for tensor in self.spec.outputs)
+        return {name: torch.from_numpy(self.request.get_tensor(name).data.copy()) for name in outputs}
+
+    def close(self) -> None:
+        self.request = None
+        self.compiled = None
+
+
+def load_openvino_engines(onnx_dir: Path, *, threads: int | None = None) -> dict[str, Engine]:
+    """Compile every component of an `onnx` artifact.
+
+    Args:
+        onnx_dir: The artifact; its hashes are verified first.
+        threads: CPU threads; None leaves the choice to OpenVINO.
+
+    Raises:
+        MissingDependencyError: OpenVINO is not installed.
+        ArtifactError: not an `onnx` artifact, changed since it was written, or not a graph that can be run.
+        StaleArtifactError: the graphs' inputs or outputs are not this version's.
+    """
+    try:
+        import openvino
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"OpenVINO cannot be imported ({error}); run `pip install 'quest-deploy[openvino]'`"
+        ) from error
+    source = read_artifact(Path(onnx_dir), stage="onnx")
+    core = openvino.Core()
+    options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": PRECISION, "PERFORMANCE_HINT": "LATENCY"}
+    if threads is not None:
+        options["INFERENCE_NUM_THREADS"] = threads
+    engines: dict[str, Engine] = {}
+    for name, spec in component_specs(source.path).items():
+        compiled = compile_graph(core, source.path / name / ONNX_NAME, options)
+        check_names(spec, compiled)
+        engines[name] = OpenVinoEngine(spec, compiled)
+    logger.debug("compiled %s with OpenVINO at %s", source.path, PRECISION)
+    return engines
+
+
+def compile_graph(core: Any, path: Path, options: dict[str, Any]) -> Any:
+    """Read and compile one graph.
+
+    Raises:
+        ArtifactError: OpenVINO does not take it.
+    """
+    try:
+        return core.compile_model(core.read_model(path), DEVICE, options)
+    except RuntimeError as error:
+        raise ArtifactError(
+            f"'{path}': OpenVINO cannot load it ({_cause(error)}); `quest-deploy lint {path} --target openvino` says "
+            "more, and `quest-deploy export --target onnxruntime` writes graphs that it takes"
+        ) from error
+
+
+def check_names(spec: ComponentSpec, compiled: Any) -> None:
+    """Check that a graph takes and gives what the component's specification says.
+
+    Raises:
+        StaleArtifactError: it does not.
+    """
+    for kind, expected, got in (
+        ("inputs", spec.inputs, compiled.inputs),
+        ("outputs", spec.outputs, compiled.outputs),
+    ):
+        wanted = {tensor.name for tensor in expected}
+        # A port has every name that its value had before the graph was optimised.
+        found = [port.get_names() for port in got]
+        if len(found) != len(wanted) or not all(names & wanted for names in found):
+            listed = sorted(min(names) if names else "?" for names in found)
+            raise StaleArtifactError(
+                f"{spec.name}: the graph has {kind} {listed}, expected {sorted(wanted)}; "
+                "export the model again with `quest-deploy export`"
+            )
+
+
+def _cause(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    telling = [line for line in lines if not line.startswith(_NOISE)]
+    return (telling or lines or [type(error).__name__])[0].rstrip(":.")[:300]
