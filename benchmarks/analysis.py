@@ -127,6 +127,7 @@ def whole_network(config: AnalyzeConfig, recipes: dict[str, Recipe]) -> dict[str
         quantized = start(
             model.denoiser,
             inputs,
+            {},
             data,
             roles,
             dataclasses.replace(config, recipe=recipe),

@@ -57,14 +57,13 @@ def to_svg(figure: Figure) -> str:
     with rc_context(STYLE):
         figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = stream.getvalue()
-    text = text[text.index("<svg") :]
+    tag, _, content = text[text.index("<svg") :].partition(">")
+    # As wide as the page.
+    text = re.sub(r' (?:width|height)="[^"]*"', "", tag) + ">" + content
     for stand_in, variable in VARIABLES.items():
         text = text.replace(stand_in, variable)
     # Names like axes_1 would stand in the page once for each figure; nothing refers to them.
-    text = re.sub(r' id="[A-Za-z0-9]+_\d+"', "", text)
-    return re.sub(
-        r'(<svg[^>]*?) (?:height|width)="[^"]*"', r"\1", re.sub(r' height="[^"]*pt"', "", text, count=1)
-    )
+    return re.sub(r' id="[A-Za-z0-9]+_\d+"', "", text)
 
 
 def sensitivity_bars(sensitivity: Mapping[str, Any], bits: str) -> Figure:

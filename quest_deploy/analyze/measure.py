@@ -14,9 +14,11 @@ from quest_deploy.analyze.config import AnalyzeConfig
 from quest_deploy.config import ProgressEvent
 from quest_deploy.quantize import calibrate
 from quest_deploy.quantize.allocate import Bits, read_table, summarize
+from quest_deploy.quantize.attention import OperandQParams, insert_attention
 from quest_deploy.quantize.calibrate import CalibrationSet
 from quest_deploy.quantize.insert import Role, insert, quantizable_layers
 from quest_deploy.quantize.layers import TimestepContext
+from quest_deploy.quantize.operands import find_operands
 from quest_deploy.quantize.parts import POSITIONS_PER_STEP, PROMPTS_PER_STEP, initialize_one
 from quest_deploy.quantize.resume import Throttle, WorkDirectory
 from quest_deploy.quantize.select import layer_bits
@@ -69,7 +71,15 @@ def measure(
         seed=config.seed,
         report=reporter(progress, "collect activations"),
     )
-    student = start(denoiser, inputs, data, roles, config, progress)
+    operands = find_operands(
+        denoiser,
+        data,
+        config.recipe,
+        work,
+        seed=config.seed,
+        report=reporter(progress, "collect attention operands"),
+    )
+    student = start(denoiser, inputs, operands, data, roles, config, progress)
     pairs = choose_pairs(data, steps=config.sensitivity_steps, prompts=config.sensitivity_prompts)
     entries = _sensitivity(denoiser, data, inputs, roles, pairs, config, work, progress)
     sensitivity = {
@@ -106,12 +116,23 @@ def measure(
 def start(
     denoiser: nn.Module,
     inputs: Mapping[str, Tensor],
+    operands: Mapping[str, OperandQParams],
     data: CalibrationSet,
     roles: Mapping[str, Role],
     config: AnalyzeConfig,
     progress: Progress,
 ) -> nn.Module:
-    """A copy of the denoiser quantized by the recipe, before finetuning and rounded to nearest."""
+    """A copy of the denoiser quantized by the recipe, before finetuning and rounded to nearest.
+
+    Args:
+        denoiser: Full precision.
+        inputs: What each layer was given, from `collect_inputs`.
+        operands: Scales of quantized attention, from `find_operands`; empty where it stays in float.
+        data: Recorded trajectories.
+        roles: The part that each layer plays.
+        config: Holds the recipe.
+        progress: Told how far it is.
+    """
     student = copy.deepcopy(denoiser)
     qparams = {}
     layers = quantizable_layers(denoiser)
@@ -119,7 +140,9 @@ def start(
     for done, (name, layer) in enumerate(layers.items(), start=1):
         qparams[name] = initialize_one(layer, inputs[name], bits[name], config.recipe)
         progress(ProgressEvent(stage="search scales", completed=done, total=len(layers)))
-    insert(student, qparams, TimestepContext(data.boundaries()))
+    context = TimestepContext(data.boundaries())
+    insert(student, qparams, context)
+    insert_attention(student, operands, context)
     return student.requires_grad_(False)
 
 

@@ -51,6 +51,7 @@ from quest_deploy.quantize import calibrate
 from quest_deploy.quantize.checkpoint import load_checkpoint
 from quest_deploy.quantize.parts import BATCH_PROMPTS
 from quest_deploy.quantize.resume import WorkDirectory, machine
+from quest_deploy.quantize.split import find_concatenations, split_channels, split_layers
 from quest_deploy.quantize.trace import trace
 
 SCHEMA_VERSION = 1
@@ -92,6 +93,12 @@ def analyze(
     if not Path(model).is_dir():
         config = with_prompts(config, loaded.family, loaded.classes)
     inputs.setdefault("source", _digest(loaded.path))
+    quantized = None if checkpoint is None else load_checkpoint(checkpoint).denoiser
+    # Split as the checkpoint is, so that both have the same layers.
+    if quantized is not None:
+        split_layers(loaded.denoiser, split_channels(quantized))
+    elif config.recipe.split:
+        split_layers(loaded.denoiser, find_concatenations(loaded.denoiser, loaded.denoiser_spec))
     work = WorkDirectory(Path(output), "analyze")
     work.open(
         {"config": to_dict(config), "inputs": inputs, "machine": machine()},
@@ -107,7 +114,6 @@ def analyze(
         batch_size=BATCH_PROMPTS,
         report=reporter(report, "record trajectories"),
     )
-    quantized = None if checkpoint is None else load_checkpoint(checkpoint).denoiser
     roles = trace(loaded).roles
     document = {
         "schema_version": SCHEMA_VERSION,
