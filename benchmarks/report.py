@@ -5,18 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from benchmarks import cost, engines, quality, runtimes
+from benchmarks import analysis, cost, engines, quality, runtimes
 from benchmarks.goals import goals
 from benchmarks.settings import DOCUMENT, RESULTS, ROOT
 from benchmarks.tables import markdown
 from quest_deploy.artifacts import read_json
 
-BENCHMARKS = {module.NAME: module for module in (quality, cost, engines, runtimes)}
+BENCHMARKS = {module.NAME: module for module in (quality, cost, engines, runtimes, analysis)}
 HEADINGS = {
     "quality": "Quality",
     "cost": "Time, memory and size",
     "engines": "Engines",
     "runtimes": "Deployment",
+    "analysis": "Sensitivity to low bits",
 }
 INTRODUCTION = """\
 # Results
@@ -24,7 +25,7 @@ INTRODUCTION = """\
 <!-- Rendered from benchmarks/results/*.json by `python -m benchmarks.report`. Do not edit. -->
 
 What was measured on the bundled reference model. `make bench` measures it again; one benchmark alone:
-`python -m benchmarks quality` (or `cost`, `engines`, `runtimes`).
+`python -m benchmarks quality` (or `cost`, `engines`, `runtimes`, `analysis`).
 """
 
 

@@ -9,6 +9,24 @@ import pytest
 from benchmarks import report, runtimes
 from benchmarks.goals import goals
 
+SENSITIVITY = {
+    "timesteps": [900.0, 1.0],
+    "layers": [
+        {"name": name, "role": "other", "weights": 8, "macs": 64, "snr_db": {"a4": 20.0 - n, "w4": 20.0 + n}}
+        for n, name in enumerate(("conv_in", "mid_block", "conv_out"))
+    ],
+    "allocations": [
+        {
+            "name": "all layers W4A4",
+            "average_weight_bits": 4.0,
+            "average_activation_bits": 4.0,
+            "weight_bytes": 2_000_000,
+            "predicted_snr_db": 8.04,
+            "measured_snr_db": 8.54,
+        }
+    ],
+}
+
 
 @pytest.fixture(scope="module")
 def made_up(repository: Path) -> ModuleType:
@@ -29,6 +47,7 @@ def everything(made_up: ModuleType) -> dict[str, dict]:
         "cost": made_up.cost(),
         "engines": made_up.engines(),
         "runtimes": {**made_up.HEADER, "recipes": recipes},
+        "analysis": {**made_up.HEADER, **SENSITIVITY},
     }
 
 
@@ -125,3 +144,8 @@ def test_worst_step_ignores_exact_matches(everything: dict[str, dict]) -> None:
 def test_resumed_and_unmeasured_times_are_marked(everything: dict[str, dict]) -> None:
     timing = report.BENCHMARKS["cost"].tables(everything["cost"])[0]
     assert timing.rows[0] == ("finetune", "–", "–", "[9.0 s], 512 MB")
+
+
+def test_layers_are_ranked_for_inputs_and_weights_apart(everything: dict[str, dict]) -> None:
+    table = report.BENCHMARKS["analysis"].tables(everything["analysis"])[0]
+    assert table.rows[0] == ("1", "`conv_out`", "18.0", "`conv_in`", "20.0")
