@@ -29,7 +29,8 @@ ROLE_COLORS = {"temporal": PALETTE[2], "other": PALETTE[1], "boundary": PALETTE[
 COLORMAP = "viridis"
 WIDTH = 11.0
 TOP_LAYERS = 20
-STYLE = {
+# Any: matplotlib lists the names of its settings in the type.
+STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "quest-deploy",
     "font.family": "sans-serif",

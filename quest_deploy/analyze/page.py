@@ -9,6 +9,7 @@ from typing import Any
 
 import jinja2
 from markupsafe import Markup
+from matplotlib.figure import Figure
 
 from quest_deploy.analyze import figures
 from quest_deploy.manifest import tool_versions
@@ -131,7 +132,7 @@ def sections(document: Mapping[str, Any]) -> list[dict[str, Any]]:
     return result
 
 
-def plot(title: str, text: str, figure: figures.Figure) -> dict[str, Any]:
+def plot(title: str, text: str, figure: Figure) -> dict[str, Any]:
     """One figure of a section."""
     return {"title": title, "text": text, "svg": Markup(figures.to_svg(figure))}
 
