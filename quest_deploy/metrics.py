@@ -57,21 +57,21 @@ def ssim(reference: Tensor, candidate: Tensor) -> Tensor:
 
     Local statistics are weighted by the window and taken at its valid positions only, then averaged over positions and
     channels. (torchmetrics averages over a reflected border as well, which changes small images by several hundredths.)
+    Images of fewer than 11 pixels get the largest window of odd size that fits.
 
     Args:
-        reference: [n, c, h, w] in [0, 1], at least 11 pixels high and wide.
+        reference: [n, c, h, w] in [0, 1].
         candidate: [n, c, h, w].
 
     Returns:
         float64 [n], 1 where the two are equal.
     """
     _same_shape(reference, candidate)
-    if min(reference.shape[-2:]) < SSIM_WINDOW:
-        raise ValueError(f"ssim: got images of {list(reference.shape[-2:])} pixels, expected at least 11x11")
+    window = min(SSIM_WINDOW, (min(reference.shape[-2:]) - 1) // 2 * 2 + 1)
     # In float64, since the local variances are differences of nearly equal sums.
     x, y = (image.double().flatten(0, 1)[:, None] for image in (reference, candidate))
     mean_x, mean_y, square_x, square_y, product = (
-        _window_mean(values) for values in (x, y, x * x, y * y, x * y)
+        _window_mean(values, window) for values in (x, y, x * x, y * y, x * y)
     )
     c1, c2 = 0.01**2, 0.03**2
     luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
@@ -80,9 +80,9 @@ def ssim(reference: Tensor, candidate: Tensor) -> Tensor:
     return (luminance * contrast_structure).reshape(reference.shape[0], -1).mean(1)
 
 
-def _window_mean(values: Tensor) -> Tensor:
+def _window_mean(values: Tensor, window: int) -> Tensor:
     """Gaussian-weighted local mean of [n, 1, h, w] at the valid positions of the window."""
-    offsets = torch.arange(SSIM_WINDOW, dtype=values.dtype, device=values.device) - SSIM_WINDOW // 2
+    offsets = torch.arange(window, dtype=values.dtype, device=values.device) - window // 2
     line = torch.exp(-(offsets**2) / (2 * SSIM_SIGMA**2))
     line = line / line.sum()
     rows = torch.nn.functional.conv2d(values, line.reshape(1, 1, -1, 1))

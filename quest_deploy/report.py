@@ -299,7 +299,8 @@ def worst_layers(edges: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Map
 
 
 def png_uri(image: Tensor) -> str:
-    """A picture [3, H, W] in [0, 1] as a data URI, at most :data:`MAX_SIDE` pixels high and wide."""
+    """A picture [1 or 3, H, W] in [0, 1] as a data URI, at most :data:`MAX_SIDE` pixels high and wide."""
+    image = image.expand(3, -1, -1)
     pixels = (torch.nan_to_num(image).clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0)
     picture = Image.fromarray(pixels.contiguous().numpy())
     picture.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)

@@ -74,12 +74,13 @@ def _sizes(path: Path) -> dict[str, int]:
 
 
 def _components(path: Path, files: dict[str, int]) -> dict[str, dict[str, Any]]:
-    from quest_deploy.model.spec import component_specs
+    from quest_deploy.model.spec import component_specs, config_paths
 
     components = {}
+    # Models and checkpoints keep the whole autoencoder in a folder of another name.
+    folders = {name: file.parent.name for name, file in config_paths(path).items()}
     for name, spec in component_specs(path).items():
-        # Models and checkpoints keep the whole autoencoder in vae/.
-        folder = name if (path / name).is_dir() else name.removesuffix("_decoder")
+        folder = folders[name]
         components[name] = {
             "size_bytes": sum(size for file, size in files.items() if file.startswith(f"{folder}/")),
             "inputs": [_tensor(tensor) for tensor in spec.inputs],

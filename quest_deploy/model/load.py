@@ -7,6 +7,7 @@ import importlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from torch import nn
@@ -70,9 +71,7 @@ def load_model(source: str | Path) -> LoadedModel:
     refuse_pickle(path)
     if path.is_file() and path.suffix == SINGLE_FILE_SUFFIX:
         with loading_errors(path):
-            pipeline = _pipeline_class(SINGLE_FILE_FAMILY).from_single_file(
-                str(path), **_options(SINGLE_FILE_FAMILY)
-            )
+            pipeline = _pipeline_class(SINGLE_FILE_FAMILY).from_single_file(str(path), **_options())
             return _loaded(path, SINGLE_FILE_FAMILY, {}, pipeline)
     directory = path if path.is_dir() else _snapshot(str(source))
     component_specs(directory)
@@ -97,17 +96,20 @@ def load_directory(directory: Path, **components: Any) -> LoadedModel:
     with loading_errors(directory):
         for name in needed:
             components[name] = _load_component(directory / name, index.get(name))
-        pipeline = _pipeline_class(family).from_pretrained(
-            str(directory), use_safetensors=True, **_options(family), **components
-        )
+        if family.has_text:
+            pipeline = _pipeline_class(family).from_pretrained(
+                str(directory), use_safetensors=True, **_options(), **components
+            )
+        else:
+            # No pipeline of diffusers: those without text warn of the class names that they do not expect.
+            scheduler = _component_class(directory / "scheduler", index.get("scheduler"))
+            components["scheduler"] = scheduler.from_pretrained(directory / "scheduler")
+            pipeline = SimpleNamespace(**components)
         return _loaded(directory, family, index, pipeline)
 
 
-def _load_component(folder: Path, entry: object) -> nn.Module:
-    """One part with all its weights; `entry` is its line of ``model_index.json``.
-
-    Where a file lacks a tensor, both libraries make one up and only warn.
-    """
+def _component_class(folder: Path, entry: object) -> Any:
+    """The class that a line of ``model_index.json`` names."""
     if not (isinstance(entry, list) and len(entry) == 2 and entry[0] in ("diffusers", "transformers")):
         raise ModelLoadError(
             f"{folder.parent / 'model_index.json'}: {folder.name!r} is {entry!r}, "
@@ -119,6 +121,16 @@ def _load_component(folder: Path, entry: object) -> nn.Module:
         raise ModelLoadError(
             f"{folder}: the installed {library} has no class {class_name!r}; upgrade {library}"
         )
+    return component_class
+
+
+def _load_component(folder: Path, entry: object) -> nn.Module:
+    """One part with all its weights; `entry` is its line of ``model_index.json``.
+
+    Where a file lacks a tensor, both libraries make one up and only warn.
+    """
+    component_class = _component_class(folder, entry)
+    library, class_name = component_class.__module__.split(".")[0], component_class.__name__
     # diffusers refuses tensors of other shapes by itself and names them; transformers does not name them.
     options = {"torch_dtype": _dtype()}
     if library == "transformers":
@@ -154,11 +166,8 @@ def _pipeline_class(family: Family) -> Any:
     return getattr(diffusers, family.pipeline)
 
 
-def _options(family: Family) -> dict[str, Any]:
-    options = {"torch_dtype": _dtype()}
-    if family.has_text:
-        options |= {"safety_checker": None, "requires_safety_checker": False}
-    return options
+def _options() -> dict[str, Any]:
+    return {"torch_dtype": _dtype(), "safety_checker": None, "requires_safety_checker": False}
 
 
 @contextlib.contextmanager

@@ -1,0 +1,80 @@
+"""What carries time, and where a network begins and ends, found in every kind of denoiser."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from quest_deploy.model.components import predict
+from quest_deploy.model.load import LoadedModel
+from quest_deploy.quantize.insert import quantizable_layers
+from quest_deploy.quantize.trace import trace
+
+ENDS = {
+    "dit": {"pos_embed.proj", "proj_out_2"},
+    "class-unet": {"conv_in", "conv_out"},
+    "ldm": {"conv_in", "conv_out"},
+    "ddpm": {"conv_in", "conv_out"},
+}
+CARRIERS = {"dit": ("timestep_embedder.", "norm1.linear", "proj_out_1")}
+OF_A_UNET = ("time_embedding.", "time_emb_proj")
+
+
+@pytest.mark.parametrize("kind", ENDS)
+def test_both_ends_of_the_network_are_found(kind: str, loaded: Callable[[str], LoadedModel]) -> None:
+    roles = trace(loaded(kind)).roles
+    assert {name for name, role in roles.items() if role == "boundary"} == ENDS[kind]
+
+
+@pytest.mark.parametrize("kind", ENDS)
+def test_layers_fed_by_the_timestep_alone_are_found(kind: str, loaded: Callable[[str], LoadedModel]) -> None:
+    roles = trace(loaded(kind)).roles
+    carriers = CARRIERS.get(kind, OF_A_UNET)
+    expected = {name for name in roles if any(part in f"{name}." for part in carriers)}
+    assert {name for name, role in roles.items() if role == "temporal"} == expected
+    assert list(roles) == list(quantizable_layers(loaded(kind).denoiser))
+
+
+@pytest.mark.parametrize(
+    ("kind", "conditions"), [("dit", {"class_labels"}), ("class-unet", {"class_labels"}), ("ddpm", set())]
+)
+def test_what_else_they_depend_on_is_found(
+    kind: str, conditions: set[str], loaded: Callable[[str], LoadedModel]
+) -> None:
+    assert trace(loaded(kind)).conditions == conditions
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["dit", "class-unet", "ddpm"])
+def test_the_temporal_path_alone_gives_what_the_whole_network_computes(
+    kind: str, loaded: Callable[[str], LoadedModel]
+) -> None:
+    model = loaded(kind)
+    found, seen = trace(model), {}
+
+    def keep(name: str) -> Callable[..., None]:
+        return lambda module, args, output: seen.update({name: output})
+
+    layers = quantizable_layers(model.denoiser)
+    handles = [layers[name].register_forward_hook(keep(name)) for name in found.ends]
+    config = model.denoiser.config
+    sample: Tensor = torch.randn(4, config.in_channels, config.sample_size, config.sample_size)
+    timestep = torch.tensor([3.0, 500.5, 501.0, 999.0])
+    conditioning = {"class_labels": torch.tensor([0, 2, 1, 3])} if found.conditions else {}
+    predict(model.denoiser, sample, timestep, conditioning)
+    for handle in handles:
+        handle.remove()
+    alone = found.temporal_outputs(model.denoiser, timestep, conditioning, None)
+    assert len(alone) > 2
+    for name, output in zip(found.ends, alone, strict=True):
+        assert torch.equal(output, seen[name]), name
+
+
+def test_tracing_leaves_no_hook_behind(loaded: Callable[[str], LoadedModel]) -> None:
+    denoiser = loaded("dit").denoiser
+    trace(loaded("dit"))
+    layers = quantizable_layers(denoiser).values()
+    assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)
