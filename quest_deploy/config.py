@@ -6,6 +6,7 @@ Every violation found in one configuration is reported in one :class:`ConfigErro
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -16,6 +17,8 @@ Target = Literal["onnxruntime", "tensorrt", "tensorrt-rtx"]
 Mode = Literal["int8", "none"]
 Backend = Literal["torch", "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx"]
 TensorRTBackend = Literal["tensorrt", "tensorrt-rtx"]
+Precision = Literal["float32", "bfloat16"]
+Targets = Literal["memory", "disk", "recompute"]
 
 TARGETS: tuple[str, ...] = get_args(Target)
 MODES: tuple[str, ...] = get_args(Mode)
@@ -204,6 +207,8 @@ class PhaseConfig:
         learning_rate_floats: For biases and norms, which stay in float; 0 leaves them alone.
         network_every: Every how many updates the network's output joins the loss of the layers' own outputs
             (temporal phase; the sensitive phase uses the network's output at every update).
+        patience: The phase ends after this many validations in a row, of the eight in a phase, that found nothing
+            better; 0 means never before its time.
         low_rank: The weights learn as W + B A with B A of this rank, merged when the phase ends (EfficientDM);
             None lets every entry of W learn.
     """
@@ -216,6 +221,7 @@ class PhaseConfig:
     learning_rate_scales: float = 0.002
     learning_rate_floats: float = 0.0
     network_every: int = 1
+    patience: int = 0
     low_rank: int | None = None
 
     def __post_init__(self) -> None:
@@ -223,6 +229,7 @@ class PhaseConfig:
         at_least(problems, 0, steps=self.steps, learning_rate_weights=self.learning_rate_weights)
         at_least(problems, 0, learning_rate_scales=self.learning_rate_scales)
         at_least(problems, 0, learning_rate_floats=self.learning_rate_floats, walks=self.walks)
+        at_least(problems, 0, patience=self.patience)
         at_least(problems, 1, batch_size=self.batch_size, network_every=self.network_every)
         if self.low_rank is not None:
             at_least(problems, 1, low_rank=self.low_rank)
@@ -256,6 +263,13 @@ class Recipe:
         walk_share: Weight of what the student's errors grow into over a few steps of its own, beside its errors on
             recorded latents; 0 leaves walks out.
         walk_length: Steps of such a walk.
+        precision: Of the float operations while training. Grids and scales are float32 in any case, and codes are
+            exact in bfloat16.
+        gradient_checkpointing: Whether a pass keeps the inputs of blocks alone, and computes the rest again for the
+            gradients: less memory, more time, the same result.
+        memory_limit_gb: What training may take, in 10^9 bytes; where an update needs more, it is computed in slices.
+            None means no limit. Recording and rounding are not limited by it.
+        targets: Whether the full-precision outputs are kept in memory, read from disk, or computed again.
         temporal: Phase 1.
         sensitive: Phase 2.
     """
@@ -279,6 +293,10 @@ class Recipe:
     softmax_max_keys: int = 256
     walk_share: float = 1.0
     walk_length: int = 4
+    precision: Precision = "float32"
+    gradient_checkpointing: bool = False
+    memory_limit_gb: float | None = None
+    targets: Targets = "memory"
     temporal: PhaseConfig
     sensitive: PhaseConfig
 
@@ -307,6 +325,12 @@ class Recipe:
         at_least(problems, 1, softmax_max_keys=self.softmax_max_keys)
         at_least(problems, 1, adaround_iterations=self.adaround_iterations)
         at_least(problems, 0, guidance_scale=self.guidance_scale, walk_share=self.walk_share)
+        one_of(problems, "precision", self.precision, get_args(Precision))
+        one_of(problems, "targets", self.targets, get_args(Targets))
+        if self.precision != "float32" and self.attention_bits is not None:
+            problems.append(f"precision is {self.precision}, expected float32 beside attention_bits")
+        if self.memory_limit_gb is not None and not self.memory_limit_gb > 0:
+            problems.append(f"memory_limit_gb is {self.memory_limit_gb}, expected more than 0")
         if self.validation_prompts >= self.calibration_prompts:
             problems.append(
                 f"validation_prompts is {self.validation_prompts}, "
@@ -319,16 +343,20 @@ class Recipe:
 class FinetuneConfig:
     """One finetuning run. Prompt `i` starts from the noise of seed `seed + i`.
 
-    `prompts` empty means what the model's kind suggests: the packaged list, every class in turn, or none.
+    `prompts` empty means what the model's kind suggests: the packaged list, every class in turn, or none. `device` is
+    "cpu", "cuda", or "cuda:N".
     """
 
     recipe: Recipe
     prompts: tuple[str, ...] = ()
     seed: int = 0
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         problems: list[str] = []
         at_least(problems, 0, seed=self.seed)
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
+            problems.append(f"device is {self.device!r}, expected cpu, cuda or cuda:N")
         if 0 < len(self.prompts) < self.recipe.calibration_prompts:
             problems.append(
                 f"{len(self.prompts)} prompts were given, "

@@ -17,6 +17,7 @@ from quest_deploy.errors import CalibrationError
 from quest_deploy.model.components import (
     Conditioning,
     TextEncoder,
+    first_device,
     join_conditioning,
     predict,
 )
@@ -26,8 +27,62 @@ from quest_deploy.quantize.insert import channel_axis, quantizable_layers
 
 EXTREME_ROWS = 2
 BRANCHES = ("positive", "negative")
+CPU = torch.device("cpu")
+RECOMPUTED_AT_ONCE = 8
 Report = Callable[[int, int], None]
 """(completed, total) of the running stage."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recomputed:
+    """Targets that are not kept: the teacher answers again whenever they are asked for.
+
+    Attributes:
+        teacher: The full-precision denoiser, on `device`.
+        timesteps: As those of :class:`CalibrationSet`, like all that follow.
+        latents: As there.
+        positive: As there.
+        negative: As there.
+        device: As there.
+    """
+
+    teacher: nn.Module
+    timesteps: Tensor
+    latents: Tensor
+    positive: Conditioning
+    negative: Conditioning
+    device: torch.device = CPU
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That the targets would have, [P, T, B, c, h, w]."""
+        prompts, steps, *rest = self.latents.shape
+        return (prompts, steps, 2 if self.negative else 1, *rest)
+
+    @torch.no_grad()
+    def __getitem__(self, at: tuple[Tensor, Tensor]) -> Tensor:
+        """Of (prompt, step) pairs int64 [n]: [n, B, c, h, w]."""
+        prompt, step = at
+        branches = self.shape[2]
+        latents = torch.cat([self.latents[prompt, step]] * branches).to(self.device)
+        timestep = self.timesteps[step].repeat(branches).to(self.device)
+        told = conditioning_of(self.positive, self.negative, prompt, self.device)
+        # The teacher's answers are exact whatever the student's float operations run in.
+        with torch.autocast(self.device.type, enabled=False):
+            output = predict(self.teacher, latents, timestep, told)
+        return torch.stack(output.chunk(branches), dim=1)
+
+
+def conditioning_of(
+    positive: Conditioning, negative: Conditioning, prompt: Tensor, device: torch.device
+) -> dict[str, Tensor]:
+    """What the denoiser is told for the prompts int64 [n], of all branches, on `device`."""
+    chosen = {name: value[prompt].to(device) for name, value in positive.items()}
+    if not negative:
+        return chosen
+    n = prompt.numel()
+    other = {name: value.expand(n, *value.shape[1:]).to(device) for name, value in negative.items()}
+    return join_conditioning([other, chosen])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,13 +96,15 @@ class CalibrationSet:
             one (B = 1).
         positive: What the denoiser was told for each prompt, [P, ...] by input name.
         negative: What it was told for the negative branch, [1, ...] by input name; empty where B = 1.
+        device: Where batches are put; the tensors above stay where they are.
     """
 
     timesteps: Tensor
     latents: Tensor
-    targets: Tensor
+    targets: Tensor | Recomputed
     positive: Conditioning
     negative: Conditioning
+    device: torch.device = CPU
 
     @property
     def guided(self) -> bool:
@@ -58,6 +115,11 @@ class CalibrationSet:
     def num_prompts(self) -> int:
         return self.latents.shape[0]
 
+    @property
+    def targets_at_once(self) -> int:
+        """Of how many prompts the targets of one step can be asked for at once."""
+        return self.num_prompts if isinstance(self.targets, Tensor) else RECOMPUTED_AT_ONCE
+
     def boundaries(self) -> Tensor:
         """float32 [T - 1], ascending: midpoints between calibrated timesteps, so that any t has a nearest one."""
         ordered = self.timesteps.flip(0)
@@ -65,50 +127,58 @@ class CalibrationSet:
 
     def conditioning(self, prompt: Tensor) -> dict[str, Tensor]:
         """What the denoiser is told for the prompts int64 [n], of both branches, negative ones first."""
-        positive = {name: value[prompt] for name, value in self.positive.items()}
-        if not self.guided:
-            return positive
-        n = prompt.numel()
-        negative = {name: value.expand(n, *value.shape[1:]) for name, value in self.negative.items()}
-        return join_conditioning([negative, positive])
+        return conditioning_of(self.positive, self.negative, prompt, self.device)
 
-    def batch(self, prompt: Tensor, step: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor], Tensor]:
-        """All branches of the given (prompt, step) pairs, negative branches first.
-
-        Args:
-            prompt: int64 [n].
-            step: int64 [n].
+    def inputs(self, prompt: Tensor, step: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """What the denoiser is given on all branches of (prompt, step) pairs int64 [n], negative branches first.
 
         Returns:
-            sample [Bn, c, h, w], timestep [Bn], conditioning [Bn, ...] by name, target [Bn, c, h, w].
+            sample [Bn, c, h, w], timestep [Bn], conditioning [Bn, ...] by name.
         """
-        latents, target = self.latents[prompt, step], self.targets[prompt, step]
-        branches = target.shape[1]
+        branches = self.targets.shape[2]
         return (
-            torch.cat([latents] * branches),
-            self.timesteps[step].repeat(branches),
+            torch.cat([self.latents[prompt, step]] * branches).to(self.device),
+            self.timesteps[step].repeat(branches).to(self.device),
             self.conditioning(prompt),
-            torch.cat(target.unbind(1)),
         )
+
+    def batch(self, prompt: Tensor, step: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor], Tensor]:
+        """As :meth:`inputs`, and what the full-precision denoiser answered, [Bn, c, h, w]."""
+        target = torch.cat(self.targets[prompt, step].unbind(1)).to(self.device)
+        return (*self.inputs(prompt, step), target)
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything as one mapping, for files; :func:`from_tensors` reads it."""
-        result = {"timesteps": self.timesteps, "latents": self.latents, "targets": self.targets}
+        result = {"timesteps": self.timesteps, "latents": self.latents}
+        if isinstance(self.targets, Tensor):
+            result["targets"] = self.targets
         for branch in BRANCHES:
             result |= {f"{branch}/{name}": value for name, value in getattr(self, branch).items()}
         return result
 
 
-def from_tensors(tensors: dict[str, Tensor]) -> CalibrationSet:
-    """The inverse of :meth:`CalibrationSet.tensors`."""
+def from_tensors(
+    tensors: dict[str, Tensor], *, teacher: nn.Module | None = None, device: torch.device = CPU
+) -> CalibrationSet:
+    """The inverse of :meth:`CalibrationSet.tensors`.
+
+    Args:
+        tensors: By name.
+        teacher: The full-precision denoiser, which answers again where the targets are missing.
+        device: Where batches are put.
+    """
     branches: dict[str, dict[str, Tensor]] = {branch: {} for branch in BRANCHES}
     for key, value in tensors.items():
         branch, _, name = key.partition("/")
         if branch in branches:
             branches[branch][name] = value
-    return CalibrationSet(
-        timesteps=tensors["timesteps"], latents=tensors["latents"], targets=tensors["targets"], **branches
-    )
+    targets = tensors.get("targets")
+    kept = {"timesteps": tensors["timesteps"], "latents": tensors["latents"]}
+    if targets is not None:
+        return CalibrationSet(**kept, targets=targets, **branches, device=device)
+    assert teacher is not None
+    again = Recomputed(teacher=teacher, **kept, **branches, device=device)
+    return CalibrationSet(**kept, targets=again, **branches, device=device)
 
 
 def tokenize(tokenizer: Any, prompts: Sequence[str]) -> Tensor:
@@ -172,6 +242,7 @@ def record_trajectories(
     config: Any = model.denoiser.config
     shape = (config.in_channels, *latent_size(config))
     negative = encode(model, [""]) if has_negative(model) else None
+    device = first_device(model.denoiser)
     parts = []
     for start in range(0, len(prompts), batch_size):
         chunk = prompts[start : start + batch_size]
@@ -182,22 +253,25 @@ def record_trajectories(
         def all_branches(sample: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
             output = predict(model.denoiser, sample, timestep.to(torch.float32), conditioning)
             branches = 1 if negative is None else 2
-            answered.append(torch.stack(output.chunk(branches), dim=1))  # noqa: B023
+            answered.append(torch.stack(output.chunk(branches), dim=1).to(CPU))  # noqa: B023
             return output
 
         def keep(step: sampling.Step) -> None:
-            seen.append(step.latents)  # noqa: B023
+            seen.append(step.latents.to(CPU))  # noqa: B023
             visited.append(float(step.timestep))  # noqa: B023
 
         generators = sampling.generators_of(seeds)
         sampling.denoise(
             all_branches,
             sampling.make_scheduler(None, model.scheduler.config),
-            sampling.draw_noise(generators, shape),
-            positive,
+            sampling.draw_noise(generators, shape).to(device),
+            {name: value.to(device) for name, value in positive.items()},
             None
             if negative is None
-            else {name: value.expand(len(chunk), *value.shape[1:]) for name, value in negative.items()},
+            else {
+                name: value.expand(len(chunk), *value.shape[1:]).to(device)
+                for name, value in negative.items()
+            },
             steps=steps,
             # A guidance scale of 1 or less would skip the negative branch, whose answers are needed as well.
             guidance_scale=max(guidance_scale, 1.0 + 1e-6),
@@ -221,13 +295,17 @@ def record_trajectories(
 
 def join(parts: Sequence[CalibrationSet]) -> CalibrationSet:
     """Sets recorded with the same settings, as one."""
-    return CalibrationSet(
-        timesteps=parts[0].timesteps,
-        latents=torch.cat([part.latents for part in parts]),
-        targets=torch.cat([part.targets for part in parts]),
-        positive=join_conditioning([part.positive for part in parts]),
-        negative=parts[0].negative,
-    )
+    kept = {
+        "timesteps": parts[0].timesteps,
+        "latents": torch.cat([part.latents for part in parts]),
+        "positive": join_conditioning([part.positive for part in parts]),
+        "negative": parts[0].negative,
+        "device": parts[0].device,
+    }
+    first = parts[0].targets
+    if isinstance(first, Recomputed):
+        return CalibrationSet(**kept, targets=Recomputed(teacher=first.teacher, **kept))
+    return CalibrationSet(**kept, targets=torch.cat([part.targets for part in parts]))
 
 
 def _check(data: CalibrationSet) -> None:
@@ -278,7 +356,8 @@ def collect_inputs(
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             rows = args[0].movedim(axis, -1).flatten(0, -2)
             chosen = torch.randint(rows.shape[0], (positions,), generator=generator)
-            kept[name].append(torch.cat([rows[chosen], rows.amin(dim=0)[None], rows.amax(dim=0)[None]]))
+            seen = torch.cat([rows[chosen], rows.amin(dim=0)[None], rows.amax(dim=0)[None]])
+            kept[name].append(seen.to(CPU))
 
         return hook
 
@@ -290,7 +369,7 @@ def collect_inputs(
         steps = data.timesteps.numel()
         for step in range(steps):
             prompt = torch.randperm(data.num_prompts, generator=generator)[:prompts_per_step]
-            sample, timestep, conditioning, _ = data.batch(prompt, torch.full_like(prompt, step))
+            sample, timestep, conditioning = data.inputs(prompt, torch.full_like(prompt, step))
             predict(denoiser, sample, timestep, conditioning)
             report(step + 1, steps)
     finally:

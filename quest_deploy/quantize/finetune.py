@@ -8,13 +8,13 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from quest_deploy.artifacts import (
     MANIFEST_NAME,
@@ -26,16 +26,17 @@ from quest_deploy.artifacts import (
     stage_of,
     write_artifact,
 )
-from quest_deploy.config import FinetuneConfig, to_dict
+from quest_deploy.config import FinetuneConfig, ProgressEvent, to_dict
 from quest_deploy.model.families import Classes, Family, choose_prompts
 from quest_deploy.model.load import LoadedModel, load_model
 from quest_deploy.model.spec import classes_of, family_of
 from quest_deploy.prompts import load_prompts
 from quest_deploy.quantize.attention import insert_attention
 from quest_deploy.quantize.checkpoint import freeze, save_checkpoint
-from quest_deploy.quantize.insert import insert, quantizable_layers
+from quest_deploy.quantize.insert import LayerQParams, insert, quantizable_layers
 from quest_deploy.quantize.layers import TimestepContext
 from quest_deploy.quantize.operands import find_operands
+from quest_deploy.quantize.parallel import Workers, device_of, find_workers, place
 from quest_deploy.quantize.parts import Progress, find_scales, record, reporter, round_weights
 from quest_deploy.quantize.phases import train_phases
 from quest_deploy.quantize.resume import WorkDirectory, machine
@@ -68,42 +69,69 @@ def finetune(
         QuestDeployError: with what to do next. A run that was interrupted goes on with `resume`.
     """
     work = WorkDirectory(Path(output))
+    workers = find_workers(config.device)
     if Path(model).is_dir():
         config = with_prompts(config, family_of(Path(model)), classes_of(Path(model)))
     if resume and not overwrite and (finished := _finished(Path(model), Path(output), config)) is not None:
         work.remove()
         return finished
     check_output(output, stage="checkpoint", overwrite=overwrite)
+    loaded, trace, config = prepare(model, config)
+    bits = layer_bits(trace.roles, config.recipe)
+    inputs = inputs_of(loaded, config)
+    with workers.main_first():
+        if workers.main:
+            run = {"config": to_dict(config), **inputs, "machine": machine(workers.count)}
+            work.open(run, resume=resume, overwrite=overwrite)
+    place(loaded, device_of(config.device, workers))
+    told = progress if progress is not None and workers.main else _tell_nobody
+    with deterministic(config.seed):
+        denoiser, context, history = _quantize(loaded, trace, config, work, told, workers)
+    with workers.main_first():
+        if workers.main:
+            with write_artifact(
+                output, stage="checkpoint", config=to_dict(config), inputs=inputs, overwrite=overwrite
+            ) as writer:
+                save_checkpoint(
+                    writer.path,
+                    loaded,
+                    denoiser,
+                    recipe=config.recipe,
+                    activation_bits={name: activation for name, (_, activation) in bits.items()},
+                    context=context,
+                    history=history,
+                )
+                writer.details.update(history)
+            work.remove()
+    return read_artifact(output, stage="checkpoint")
+
+
+def prepare(model: str | Path, config: FinetuneConfig) -> tuple[LoadedModel, Trace, FinetuneConfig]:
+    """The model in memory, what feeds its layers, and `config` as it stands for this model.
+
+    Raises:
+        QuestDeployError: the model cannot be loaded, or the recipe does not fit it.
+    """
     loaded = load_model(model)
     if not Path(model).is_dir():
         config = with_prompts(config, loaded.family, loaded.classes)
-    source = hash_directory(loaded.path) if loaded.path.is_dir() else hash_file(loaded.path)
     if config.recipe.split:
         split_layers(loaded.denoiser, find_concatenations(loaded.denoiser, loaded.denoiser_spec))
     # Before the minutes that come first: layers that stand for nothing are an error in the recipe.
     trace = trace_model(loaded)
-    bits = layer_bits(trace.roles, config.recipe)
+    layer_bits(trace.roles, config.recipe)
     for phase in (config.recipe.temporal, config.recipe.sensitive):
         select(trace.roles, phase.layers)
-    run = {"config": to_dict(config), "source": source, "machine": machine()}
-    work.open(run, resume=resume, overwrite=overwrite)
-    with deterministic(config.seed):
-        denoiser, context, history = _quantize(loaded, trace, config, work, progress or (lambda event: None))
-    with write_artifact(
-        output, stage="checkpoint", config=to_dict(config), inputs={"source": source}, overwrite=overwrite
-    ) as writer:
-        save_checkpoint(
-            writer.path,
-            loaded,
-            denoiser,
-            recipe=config.recipe,
-            activation_bits={name: activation for name, (_, activation) in bits.items()},
-            context=context,
-            history=history,
-        )
-        writer.details.update(history)
-    work.remove()
-    return read_artifact(output, stage="checkpoint")
+    return loaded, trace, config
+
+
+def inputs_of(model: LoadedModel, config: FinetuneConfig) -> dict[str, str]:
+    """Content hashes of everything that a checkpoint is made from, for its manifest."""
+    return {"source": hash_directory(model.path) if model.path.is_dir() else hash_file(model.path)}
+
+
+def _tell_nobody(event: ProgressEvent) -> None:
+    pass
 
 
 def with_prompts(config: FinetuneConfig, family: Family, classes: Classes | None) -> FinetuneConfig:
@@ -134,7 +162,8 @@ def _finished(model: Path, output: Path, config: FinetuneConfig) -> Artifact | N
 def deterministic(seed: int) -> Iterator[None]:
     """Deterministic algorithms while the body runs, so that a resumed run ends in the same weights."""
     before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
+    # Not every operation has a deterministic form on a GPU.
+    torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_initialized())
     try:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -144,22 +173,49 @@ def deterministic(seed: int) -> Iterator[None]:
 
 
 def _quantize(
-    model: LoadedModel, trace: Trace, config: FinetuneConfig, work: WorkDirectory, progress: Progress
+    model: LoadedModel,
+    trace: Trace,
+    config: FinetuneConfig,
+    work: WorkDirectory,
+    progress: Progress,
+    workers: Workers,
 ) -> tuple[nn.Module, TimestepContext, dict[str, Any]]:
     recipe = config.recipe
-    data = record(model, config, work, progress)
-    qparams = find_scales(model, data, layer_bits(trace.roles, recipe), config, work, progress)
-    report = reporter(progress, "collect attention operands")
-    operands = find_operands(model.denoiser, data, recipe, work, seed=config.seed, report=report)
-    rounded, history = round_weights(model, data, qparams, config, work, progress)
+    bits = layer_bits(trace.roles, recipe)
+    # The others find every part finished, and only read it.
+    with workers.main_first():
+        data = record(model, config, work, progress)
+        qparams = find_scales(model, data, bits, config, work, progress)
+        report = reporter(progress, "collect attention operands")
+        operands = find_operands(model.denoiser, data, recipe, work, seed=config.seed, report=report)
+        rounded, history = round_weights(model, data, qparams, config, work, progress)
+    context = TimestepContext(data.boundaries())
+    student = make_student(model, qparams, rounded, context)
+    insert_attention(student, operands, context)
+    student.to(data.device)
+    history |= train_phases(model, student, trace, data, context, config, work, progress, workers)
+    freeze(student.to("cpu"))
+    return student, context, history
+
+
+def make_student(
+    model: LoadedModel,
+    qparams: Mapping[str, LayerQParams],
+    rounded: Mapping[str, Tensor],
+    context: TimestepContext,
+) -> nn.Module:
+    """A copy of the denoiser with quantized layers.
+
+    Args:
+        model: The full-precision model.
+        qparams: Scales.
+        rounded: Weights to start from, of the layers that have others than the model's.
+        context: The timestep groups.
+    """
     student = copy.deepcopy(model.denoiser)
     layers = quantizable_layers(student)
     with torch.no_grad():
         for name, weight in rounded.items():
             layers[name].weight.copy_(weight)
-    context = TimestepContext(data.boundaries())
     insert(student, qparams, context)
-    insert_attention(student, operands, context)
-    history |= train_phases(model, student, trace, data, context, config, work, progress)
-    freeze(student)
-    return student, context, history
+    return student

@@ -56,7 +56,7 @@ def round_with_compensation(weight: Tensor, scale: Tensor, hessian: Tensor, bits
     bounds = weight_bounds(bits)
     for start in range(0, columns, BLOCK):
         end = min(start + BLOCK, columns)
-        errors = torch.zeros(work.shape[0], end - start)
+        errors = work.new_zeros(work.shape[0], end - start)
         block = work[:, start:end].clone()
         local = factor[start:end, start:end]
         for i in range(end - start):
@@ -85,7 +85,7 @@ def inverse_factor(matrix: Tensor) -> Tensor:
         matrix: [k, k], symmetric positive definite.
     """
     lower = torch.linalg.cholesky(matrix.flip(0, 1))
-    identity = torch.eye(matrix.shape[0], dtype=matrix.dtype)
+    identity = torch.eye(matrix.shape[0], dtype=matrix.dtype, device=matrix.device)
     return torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
 
 
@@ -168,7 +168,8 @@ def compensate(
     layers = {name: quantizable_layers(denoiser)[name] for name in names}
     generator = torch.Generator().manual_seed(seed)
     hessians = {
-        name: torch.zeros(layer.weight[0].numel(), layer.weight[0].numel()) for name, layer in layers.items()
+        name: layer.weight.new_zeros(layer.weight[0].numel(), layer.weight[0].numel())
+        for name, layer in layers.items()
     }
     steps, done = data.timesteps.numel(), 0
     group = 0
@@ -189,7 +190,7 @@ def compensate(
             # Timesteps descend, groups ascend with the timestep.
             group = steps - 1 - step
             prompt = torch.randperm(data.num_prompts, generator=generator)[:prompts_per_step]
-            sample, timestep, conditioning, _ = data.batch(prompt, torch.full_like(prompt, step))
+            sample, timestep, conditioning = data.inputs(prompt, torch.full_like(prompt, step))
             predict(denoiser, sample, timestep, conditioning)
             done += 1
             report(done, steps + len(names))
@@ -200,10 +201,12 @@ def compensate(
     for name, layer in layers.items():
         q = qparams[name]
         row = torch.ones(layer.weight.shape[1]) if q.row is None else q.row
-        row = channel_shape(row, layer.weight.ndim, 1)
+        row = channel_shape(row, layer.weight.ndim, 1).to(layer.weight.device)
         flat = (layer.weight * row).flatten(1)
-        rounded = round_with_compensation(flat, q.weight_scale, hessians.pop(name), q.weight_bits)
-        result[name] = rounded.reshape(layer.weight.shape) / row
+        rounded = round_with_compensation(
+            flat, q.weight_scale.to(flat.device), hessians.pop(name), q.weight_bits
+        )
+        result[name] = (rounded.reshape(layer.weight.shape) / row).cpu()
         done += 1
         report(done, steps + len(names))
     return result
@@ -212,7 +215,7 @@ def compensate(
 def quantized_input(layer: Quantizable, x: Tensor, qparams: LayerQParams, group: int) -> Tensor:
     """What the quantized layer's weight really multiplies: the input divided by its row, on the activation grid."""
     if qparams.row is not None:
-        x = x / channel_shape(qparams.row, x.ndim, channel_axis(layer))
+        x = x / channel_shape(qparams.row.to(x.device), x.ndim, channel_axis(layer))
     if qparams.group_scale is None:
         return x
     scale = float(qparams.group_scale[min(group, qparams.group_scale.numel() - 1)])

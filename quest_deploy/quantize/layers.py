@@ -128,6 +128,8 @@ class ActivationQuantizer(nn.Module):
         Returns:
             Q(x * r / b), and 1/r shaped [1 or n, 1, ...] (None with a single group).
         """
+        # Under autocast other layers hand on bfloat16; the grid is float32 everywhere.
+        x = x if x.dtype == torch.float32 else x.to(torch.float32)
         scale, ratio, inverse_ratio = self.tables()
         multiplier: Tensor | None = None
         if self.inverse_row is not None:
@@ -257,6 +259,22 @@ class QuantizedLayer(nn.Module):
         """The layer without its bias."""
         raise TypeError(f"{type(self).__name__} does not define its operation")
 
+    def _operation_on_codes(self, x: Tensor) -> Tensor:
+        """The layer without its bias under autocast: `x` float32, as the quantizer gave it.
+
+        A value s * q of the grid is no bfloat16 number, but its code q is. So the operation runs on codes and the
+        scales, which stay float32, follow: the grid is the same, only sums are rounded.
+        """
+        weight = self.quantized_weight()
+        scale = self.weight_scale().detach()
+        codes = weight / channel_shape(scale, weight.ndim, 0)
+        if self.quantizer is None:
+            y = self.operation(x, codes).to(torch.float32)
+        else:
+            step = self.quantizer.tables()[0]
+            y = self.operation(x / step, codes).to(torch.float32) * step
+        return y * scale.reshape(self.bias_shape())
+
     def bias_shape(self) -> tuple[int, ...]:
         """How the bias [c_out] broadcasts against the output."""
         return (-1,)
@@ -266,7 +284,10 @@ class QuantizedLayer(nn.Module):
         unscale: Tensor | None = None
         if self.quantizer is not None:
             x, unscale = self.quantizer(x, self.context.group)
-        y = self.operation(x, self.quantized_weight())
+        if torch.is_autocast_enabled(x.device.type):
+            y = self._operation_on_codes(x)
+        else:
+            y = self.operation(x, self.quantized_weight())
         if unscale is not None:
             y = y * unscale
         return y if self.bias is None else y + self.bias.reshape(self.bias_shape())

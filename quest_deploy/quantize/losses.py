@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +17,8 @@ from quest_deploy.quantize.trace import Trace
 from quest_deploy.quantize.walk import Steps, walk_errors
 
 LEAST_ERROR = 1e-12
+Errors = Callable[[Tensor, Tensor], Tensor]
+"""Of pairs (prompt, step), int64 [n] each: float32 [n]."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,8 @@ class Objective:
         walk_length: Steps of a walk.
         walk_share: Weight of the walks; the raw errors have 1.
         guidance_scale: That the trajectories were recorded with.
+        max_pairs: How many pairs the denoiser is given at once; None for all.
+        max_walks: How many walks it is taken on at once; None for all.
     """
 
     raw: Tensor
@@ -35,11 +42,67 @@ class Objective:
     walk_length: int
     walk_share: float
     guidance_scale: float
+    max_pairs: int | None = None
+    max_walks: int | None = None
 
     @property
     def walking(self) -> bool:
         """Whether walks are part of the loss."""
         return self.walks.numel() > 0 and self.walk_share > 0
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What one update learns from, or a slice of it.
+
+    Attributes:
+        prompt: int64 [n], of the pairs.
+        step: int64 [n], of the pairs.
+        walk_prompt: int64 [m].
+        walk_start: int64 [m], steps at which the walks start.
+        num_pairs: Pairs of the whole update, over whose number errors are averaged.
+        num_walks: Walks of the whole update.
+    """
+
+    prompt: Tensor
+    step: Tensor
+    walk_prompt: Tensor
+    walk_start: Tensor
+    num_pairs: int
+    num_walks: int
+
+    def share(self, index: int, count: int) -> Draw:
+        """What one of `count` processes takes of it."""
+        part = slice(index, None, count)
+        return dataclasses.replace(
+            self,
+            prompt=self.prompt[part],
+            step=self.step[part],
+            walk_prompt=self.walk_prompt[part],
+            walk_start=self.walk_start[part],
+        )
+
+    def slices(self, objective: Objective) -> list[Draw]:
+        """Parts that fit into memory; itself, if all of it fits. The sum of their losses is the loss of the whole."""
+        if objective.max_pairs is None or objective.max_walks is None:
+            return [self]
+        pairs, walks = self.prompt.numel(), self.walk_prompt.numel()
+        # Both kinds of errors keep what backpropagation needs, side by side.
+        if pairs / objective.max_pairs + walks / objective.max_walks <= 1:
+            return [self]
+        none = self.prompt[:0]
+        alone = [
+            dataclasses.replace(self, prompt=prompt, step=step, walk_prompt=none, walk_start=none)
+            for prompt, step in _split(self.prompt, self.step, objective.max_pairs)
+        ]
+        return alone + [
+            dataclasses.replace(self, prompt=none, step=none, walk_prompt=prompt, walk_start=start)
+            for prompt, start in _split(self.walk_prompt, self.walk_start, objective.max_walks)
+        ]
+
+
+def _split(a: Tensor, b: Tensor, size: int) -> Iterable[tuple[Tensor, Tensor]]:
+    return zip(a.split(size), b.split(size), strict=True) if a.numel() else ()
 
 
 def raw_errors(denoiser: nn.Module, data: CalibrationSet, prompt: Tensor, step: Tensor) -> Tensor:
@@ -48,6 +111,29 @@ def raw_errors(denoiser: nn.Module, data: CalibrationSet, prompt: Tensor, step: 
     error = predict(denoiser, sample, timestep, conditioning) - target
     branches = torch.stack(error.square().flatten(1).mean(dim=1).chunk(data.targets.shape[2]))
     return branches.mean(dim=0)
+
+
+def weighed_pairs(
+    denoiser: nn.Module, data: CalibrationSet, objective: Objective, prompt: Tensor, step: Tensor
+) -> Tensor:
+    """float32 [n]: errors of pairs, relative to those at the start."""
+    errors = raw_errors(denoiser, data, prompt, step)
+    return objective.raw[step].to(errors.device) * errors
+
+
+def weighed_walks(
+    denoiser: nn.Module, data: CalibrationSet, objective: Objective, prompt: Tensor, start: Tensor
+) -> Tensor:
+    """float32 [n]: what walks end in, relative to the start of training."""
+    errors = walks(denoiser, data, objective, prompt, start)
+    return objective.walks[start].to(errors.device) * errors
+
+
+def in_slices(errors: Errors, prompt: Tensor, step: Tensor, size: int | None) -> Tensor:
+    """`errors(prompt, step)`, float32 [n], at most `size` of them at a time."""
+    if size is None or prompt.numel() <= size:
+        return errors(prompt, step)
+    return torch.cat([errors(p, s) for p, s in _split(prompt, step, size)])
 
 
 def walks(
@@ -76,42 +162,52 @@ def make_objective(
     walk_length: int,
     walk_share: float,
     guidance_scale: float,
+    max_pairs: int | None = None,
+    max_walks: int | None = None,
 ) -> Objective:
     """The objective under which `denoiser` costs 1 on the given prompts in both terms."""
     count = data.timesteps.numel()
-    everything = torch.stack(
-        [raw_errors(denoiser, data, p.expand(count), torch.arange(count)) for p in prompts]
-    )
     bare = Objective(
-        raw=1 / everything.mean(dim=0).clamp_min(LEAST_ERROR),
+        raw=torch.ones(count),
         walks=torch.empty(0),
         steps=steps,
         walk_length=walk_length,
         walk_share=walk_share,
         guidance_scale=guidance_scale,
+        max_pairs=max_pairs,
+        max_walks=max_walks,
     )
+    raw_of = functools.partial(raw_errors, denoiser, data)
+    everything = torch.stack(
+        [in_slices(raw_of, p.expand(count), torch.arange(count), max_pairs) for p in prompts]
+    )
+    raw = 1 / everything.mean(dim=0).clamp_min(LEAST_ERROR).cpu()
+    objective = dataclasses.replace(bare, raw=raw)
     starts = 0 if steps is None or not walk_share else steps.starts(walk_length)
     if not starts:
-        return bare
-    ends = torch.stack([walks(denoiser, data, bare, p.expand(starts), torch.arange(starts)) for p in prompts])
-    return Objective(**{**vars(bare), "walks": 1 / ends.mean(dim=0).clamp_min(LEAST_ERROR)})
+        return objective
+    walks_of = functools.partial(walks, denoiser, data, bare)
+    ends = torch.stack(
+        [in_slices(walks_of, p.expand(starts), torch.arange(starts), max_walks) for p in prompts]
+    )
+    return dataclasses.replace(objective, walks=1 / ends.mean(dim=0).clamp_min(LEAST_ERROR).cpu())
 
 
 @torch.no_grad()
-def validation_loss(
-    denoiser: nn.Module, data: CalibrationSet, prompts: Tensor, objective: Objective
-) -> float:
-    """The loss over whole trajectories: every step, and walks that follow one another."""
+def total_loss(denoiser: nn.Module, data: CalibrationSet, prompts: Tensor, objective: Objective) -> float:
+    """The sum over prompts of the loss over whole trajectories: every step, and walks that follow one another."""
     step = torch.arange(data.timesteps.numel())
     start = torch.arange(0, objective.walks.numel(), objective.walk_length)
+    pairs_of = functools.partial(weighed_pairs, denoiser, data, objective)
+    walks_of = functools.partial(weighed_walks, denoiser, data, objective)
     total = 0.0
     for prompt in prompts:
-        raw = (objective.raw * raw_errors(denoiser, data, prompt.expand(step.numel()), step)).mean()
+        raw = in_slices(pairs_of, prompt.expand(step.numel()), step, objective.max_pairs).mean()
         if objective.walking:
-            ends = walks(denoiser, data, objective, prompt.expand(start.numel()), start)
-            raw = combine(objective, raw, (objective.walks[start] * ends).mean())
+            ends = in_slices(walks_of, prompt.expand(start.numel()), start, objective.max_walks)
+            raw = combine(objective, raw, ends.mean())
         total += float(raw)
-    return total / prompts.numel()
+    return total
 
 
 def combine(objective: Objective, raw: Tensor, walked: Tensor) -> Tensor:
@@ -119,8 +215,7 @@ def combine(objective: Objective, raw: Tensor, walked: Tensor) -> Tensor:
     return (raw + objective.walk_share * walked) / (1 + objective.walk_share)
 
 
-def network_loss(
-    denoiser: nn.Module,
+def draw(
     data: CalibrationSet,
     prompts: Tensor,
     objective: Objective,
@@ -128,15 +223,26 @@ def network_loss(
     batch_size: int,
     num_walks: int,
     generator: torch.Generator,
-) -> Tensor:
-    """The loss of one update, a scalar: `batch_size` (prompt, step) pairs and `num_walks` walks, all at random."""
+) -> Draw:
+    """`batch_size` (prompt, step) pairs and `num_walks` walks, all at random."""
     prompt, step = draw_pairs(prompts, data.timesteps.numel(), batch_size, generator)
-    raw = (objective.raw[step] * raw_errors(denoiser, data, prompt, step)).mean()
-    if not objective.walking or not num_walks:
+    walk_prompt = walk_start = prompt[:0]
+    if objective.walking and num_walks:
+        walk_prompt, walk_start = draw_pairs(prompts, objective.walks.numel(), num_walks, generator)
+    return Draw(prompt, step, walk_prompt, walk_start, batch_size, walk_prompt.numel())
+
+
+def network_loss(denoiser: nn.Module, data: CalibrationSet, objective: Objective, drawn: Draw) -> Tensor:
+    """The part that `drawn` has in the loss of its update, a scalar."""
+    raw = walked = torch.zeros((), device=data.device)
+    if drawn.prompt.numel():
+        raw = weighed_pairs(denoiser, data, objective, drawn.prompt, drawn.step).sum() / drawn.num_pairs
+    if not drawn.num_walks:
         return raw
-    prompt, start = draw_pairs(prompts, objective.walks.numel(), num_walks, generator)
-    ends = walks(denoiser, data, objective, prompt, start)
-    return combine(objective, raw, (objective.walks[start] * ends).mean())
+    if drawn.walk_prompt.numel():
+        ends = weighed_walks(denoiser, data, objective, drawn.walk_prompt, drawn.walk_start)
+        walked = ends.sum() / drawn.num_walks
+    return combine(objective, raw, walked)
 
 
 def draw_pairs(prompts: Tensor, steps: int, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -174,7 +280,7 @@ def temporal_conditioning(
     rows = data.conditioning(prompt)
     if data.guided:
         # As in training, one in two is told nothing: that branch is half of what the network is asked.
-        negative = torch.randint(2, (count,), generator=generator).bool()
+        negative = torch.randint(2, (count,), generator=generator).bool().to(data.device)
         rows = {name: pick(negative, *value.chunk(2)) for name, value in rows.items()}
     return {name: rows[name] for name in trace.conditions}
 

@@ -171,7 +171,7 @@ def collect_operands(
             )
         for step in range(steps):
             prompt = torch.randperm(data.num_prompts, generator=generator)[:prompts_per_step]
-            sample, timestep, conditioning, _ = data.batch(prompt, torch.full_like(prompt, step))
+            sample, timestep, conditioning = data.inputs(prompt, torch.full_like(prompt, step))
             predict(denoiser, sample, timestep, conditioning)
             report(step + 1, steps)
     result: dict[str, Tensor] = {}

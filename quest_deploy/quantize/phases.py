@@ -8,17 +8,25 @@ from typing import Any
 import torch
 from torch import nn
 
-from quest_deploy.config import FinetuneConfig, PhaseConfig, ProgressEvent
+from quest_deploy.config import FinetuneConfig, PhaseConfig, ProgressEvent, Recipe
 from quest_deploy.errors import CalibrationError, ConfigError
 from quest_deploy.model.load import LoadedModel
 from quest_deploy.quantize import train
 from quest_deploy.quantize.calibrate import CalibrationSet
 from quest_deploy.quantize.layers import TimestepContext
-from quest_deploy.quantize.losses import make_objective
+from quest_deploy.quantize.losses import Objective, make_objective
+from quest_deploy.quantize.memory import (
+    PassMemory,
+    enable_checkpointing,
+    limit_slices,
+    pass_memory,
+    size_bytes,
+)
+from quest_deploy.quantize.parallel import ALONE, Workers
 from quest_deploy.quantize.parts import Progress
 from quest_deploy.quantize.resume import Throttle, WorkDirectory
 from quest_deploy.quantize.trace import Trace
-from quest_deploy.quantize.walk import fit_steps
+from quest_deploy.quantize.walk import Steps, fit_steps
 
 logger = logging.getLogger(__name__)
 
@@ -32,28 +40,65 @@ def train_phases(
     config: FinetuneConfig,
     work: WorkDirectory,
     progress: Progress,
+    workers: Workers = ALONE,
 ) -> dict[str, Any]:
     """Both phases. Returns the losses, for the manifest."""
+    student.requires_grad_(False)
+    if config.recipe.gradient_checkpointing:
+        enable_checkpointing(student, context)
+    task = make_task(model, student, trace, data, context, config, workers)
+    history: dict[str, Any] = {}
+    for name, phase in phases(config.recipe):
+        state = _train_phase(task, name, phase, work, progress)
+        history[name] = {"validation_loss": state.losses, "best": state.best_loss}
+    student.requires_grad_(False)
+    if not train.quantizers_are_finite(student):
+        raise CalibrationError("a learned scale is NaN, infinite or zero; lower the recipe's learning rates")
+    return history
+
+
+def phases(recipe: Recipe) -> list[tuple[str, PhaseConfig]]:
+    """Those that have steps."""
+    both = (("temporal", recipe.temporal), ("sensitive", recipe.sensitive))
+    return [(name, phase) for name, phase in both if phase.steps]
+
+
+def make_task(
+    model: LoadedModel,
+    student: nn.Module,
+    trace: Trace,
+    data: CalibrationSet,
+    context: TimestepContext,
+    config: FinetuneConfig,
+    workers: Workers = ALONE,
+) -> train.Task:
+    """What both phases work on."""
     recipe = config.recipe
     split = data.num_prompts - recipe.validation_prompts
     training, validation = torch.arange(split), torch.arange(split, data.num_prompts)
-    student.requires_grad_(False)
     steps = fit_steps(data, recipe.guidance_scale) if recipe.walk_share else None
     if steps is None and recipe.walk_share:
         logger.warning(
             "%s does not move latents by a multiple of the prediction: finetuning without walks",
             type(model.scheduler).__name__,
         )
-    objective = make_objective(
-        student,
-        data,
-        validation,
-        steps,
-        walk_length=recipe.walk_length,
-        walk_share=recipe.walk_share,
-        guidance_scale=recipe.guidance_scale,
-    )
-    task = train.Task(
+    max_pairs = max_walks = None
+    if recipe.memory_limit_gb is not None:
+        max_pairs, max_walks = _slices(model, student, trace, data, context, recipe, steps)
+        logger.info("at most %d pairs or %d walks at once", max_pairs, max_walks)
+    with train.autocast(data.device, recipe.precision):
+        objective = make_objective(
+            student,
+            data,
+            validation,
+            steps,
+            walk_length=recipe.walk_length,
+            walk_share=recipe.walk_share,
+            guidance_scale=recipe.guidance_scale,
+            max_pairs=max_pairs,
+            max_walks=max_walks,
+        )
+    return train.Task(
         student=student,
         teacher=model.denoiser,
         trace=trace,
@@ -64,16 +109,66 @@ def train_phases(
         context=context,
         seed=config.seed,
         num_train_timesteps=model.scheduler.config.num_train_timesteps,
+        precision=recipe.precision,
+        workers=workers,
     )
-    history: dict[str, Any] = {}
-    for name, phase in (("temporal", recipe.temporal), ("sensitive", recipe.sensitive)):
-        if phase.steps:
-            state = _train_phase(task, name, phase, work, progress)
-            history[name] = {"validation_loss": state.losses, "best": state.best_loss}
+
+
+def phase_memory(
+    model: LoadedModel,
+    student: nn.Module,
+    trace: Trace,
+    data: CalibrationSet,
+    context: TimestepContext,
+    recipe: Recipe,
+    steps: Steps | None,
+    name: str,
+    phase: PhaseConfig,
+) -> tuple[int, PassMemory, PassMemory | None]:
+    """What one phase holds all the time, in bytes, and what its passes over pairs and over walks take beside that."""
+    groups = train.trainable(student, phase, trace.roles, temporal=name == "temporal")
+    learned = size_bytes(train.learned(groups))
+    held = sum(
+        size_bytes([*module.parameters(), *module.buffers()])
+        for module in (student, model.denoiser, model.text_encoder, model.vae)
+        if module is not None
+    )
+    if recipe.targets == "memory":
+        held += size_bytes(data.tensors())
+    bare = Objective(
+        raw=torch.empty(0),
+        walks=torch.empty(0),
+        steps=steps,
+        walk_length=recipe.walk_length,
+        walk_share=recipe.walk_share,
+        guidance_scale=recipe.guidance_scale,
+    )
+    pairs = pass_memory(student, data, context, bare, walks=False)
+    walking = steps is not None and steps.starts(recipe.walk_length) > 0
+    walks = pass_memory(student, data, context, bare, walks=True) if walking else None
     student.requires_grad_(False)
-    if not train.quantizers_are_finite(student):
-        raise CalibrationError("a learned scale is NaN, infinite or zero; lower the recipe's learning rates")
-    return history
+    # Adam's two moments and the best tensors so far; gradients are part of a pass.
+    return held + 3 * learned, pairs, walks
+
+
+def _slices(
+    model: LoadedModel,
+    student: nn.Module,
+    trace: Trace,
+    data: CalibrationSet,
+    context: TimestepContext,
+    recipe: Recipe,
+    steps: Steps | None,
+) -> tuple[int, int]:
+    assert recipe.memory_limit_gb is not None
+    found = [
+        limit_slices(held, recipe.memory_limit_gb, pairs, walks)
+        for held, pairs, walks in (
+            phase_memory(model, student, trace, data, context, recipe, steps, name, phase)
+            for name, phase in phases(recipe)
+        )
+    ]
+    return min((pair for pair, _ in found), default=1), min((walk for _, walk in found), default=1)
 
 
 def _train_phase(
@@ -87,13 +182,14 @@ def _train_phase(
         )
     optimizer = torch.optim.Adam(groups, lr=1.0)
     state = train.TrainState()
-    saved = work.load(f"phase-{name}")
+    with task.workers.main_first():
+        saved = work.load(f"phase-{name}")
     if saved is not None:
         train.restore(state, optimizer, *saved)
     throttle = Throttle()
 
     def after_step(now: train.TrainState, loss: float) -> None:
-        if throttle.due() or now.step == phase.steps:
+        if task.workers.main and (throttle.due() or train.finished(phase, now)):
             tensors, facts = train.snapshot(now, optimizer)
             work.save(f"phase-{name}", tensors, **facts)
         metrics = {"loss": loss, "validation_loss": now.losses[-1][1], "best": now.best_loss}

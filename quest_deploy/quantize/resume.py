@@ -5,10 +5,12 @@ Every file is written to a temporary name and renamed, so that a process killed 
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from quest_deploy.files import read_json, storage_errors, write_json
 from quest_deploy.quantize.insert import LayerQParams
 
 RUN = "run.json"
+SAFETENSORS_TYPES = {torch.float32: "F32", torch.int64: "I64"}
 SAVE_EVERY_SECONDS = 15.0
 
 
@@ -91,6 +94,47 @@ class WorkDirectory:
                 f"{path}: the saved state is corrupt ({error}); start afresh with --overwrite"
             ) from error
 
+    def append(self, names: Sequence[str], name: str) -> None:
+        """Write what was saved under `names` under `name`, one after the other along the first axis, and drop them.
+
+        Tensors whose first axis is not that of the ``latents`` are the same in all, and written once. Nothing is read
+        as a whole: the result may be larger than memory.
+        """
+        parts = [tensors for tensors, _ in filter(None, map(self.load, names))]
+        lengths = [part["latents"].shape[0] for part in parts]
+        header: dict[str, Any] = {"__metadata__": {"facts": "{}"}}
+        sources: list[list[Tensor]] = []
+        offset = 0
+        for key, first in parts[0].items():
+            grows = all(part[key].shape[:1] == (n,) for part, n in zip(parts, lengths, strict=True))
+            grows = grows and not key.startswith(("timesteps", "negative/"))
+            tensors = [part[key] for part in parts] if grows else [first]
+            size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+            header[key] = {
+                "dtype": SAFETENSORS_TYPES[first.dtype],
+                "shape": [sum(lengths) if grows else first.shape[0], *first.shape[1:]],
+                "data_offsets": [offset, offset + size],
+            }
+            sources.append(tensors)
+            offset += size
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        temporary = self.path / f"{name}.partial"
+        with storage_errors(self.output):
+            with temporary.open("wb") as file:
+                file.write(len(text).to_bytes(8, "little") + text)
+                for tensor in itertools.chain.from_iterable(sources):
+                    file.write(tensor.contiguous().numpy().tobytes())
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(self.path / f"{name}.safetensors")
+        self.drop(names)
+
+    def drop(self, names: Sequence[str]) -> None:
+        """Delete what was saved under `names`."""
+        for name in names:
+            (self.path / f"{name}.safetensors").unlink(missing_ok=True)
+
     def remove(self) -> None:
         """Delete the state, when the output is in place."""
         shutil.rmtree(self.path, ignore_errors=True)
@@ -112,9 +156,10 @@ def _short(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def machine() -> dict[str, Any]:
+def machine(processes: int = 1) -> dict[str, Any]:
     """What else the last bits of a result depend on."""
-    return {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    facts = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    return facts if processes == 1 else facts | {"processes": processes}
 
 
 def flatten_qparams(qparams: dict[str, LayerQParams]) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -219,7 +219,7 @@ class _Player:
 
     def __init__(self, tape: Tape, denoiser: nn.Module, inputs: Mapping[str, Tensor]) -> None:
         self.tape, self.denoiser, self.inputs = tape, denoiser, inputs
-        self.count = inputs[TIMESTEP].shape[0]
+        self.count, self.device = inputs[TIMESTEP].shape[0], inputs[TIMESTEP].device
         self.values: dict[int, Any] = {}
         self.outputs: dict[int, list[Tensor]] = {}
 
@@ -231,7 +231,7 @@ class _Player:
 
     def compute(self, source: Source) -> Tensor:
         if isinstance(source, Tensor):
-            return source
+            return source.to(self.device)
         what, which = source
         if what == "input":
             return self.inputs[str(which)]
@@ -253,6 +253,9 @@ class _Player:
             return self.value(value)
         if isinstance(value, tuple):
             return tuple(self.filled(item) for item in value)
+        if isinstance(value, torch.device):
+            # The tape may have been written elsewhere.
+            return self.device
         if isinstance(value, int) and not isinstance(value, bool) and value == BATCH:
             return self.count
         return value

@@ -7,6 +7,7 @@ all timesteps without the rest of the network, since that path depends on the ti
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -15,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quest_deploy.config import PhaseConfig
+from quest_deploy.config import PhaseConfig, Precision
 from quest_deploy.quantize import losses
 from quest_deploy.quantize.attention import operand_quantizers
 from quest_deploy.quantize.calibrate import CalibrationSet
 from quest_deploy.quantize.insert import Role, quantized_layers
 from quest_deploy.quantize.layers import ActivationQuantizer, TimestepContext
 from quest_deploy.quantize.losses import Objective
+from quest_deploy.quantize.parallel import ALONE, Workers
 from quest_deploy.quantize.select import select
 from quest_deploy.quantize.trace import Trace
 
@@ -113,6 +115,8 @@ class Task:
         context: The student's timestep groups.
         seed: For the order of samples.
         num_train_timesteps: Of the noise schedule.
+        precision: Of the float operations; grids are float32 in any case.
+        workers: The processes that share every update.
     """
 
     student: nn.Module
@@ -125,10 +129,20 @@ class Task:
     context: TimestepContext
     seed: int
     num_train_timesteps: int
+    precision: Precision = "float32"
+    workers: Workers = ALONE
 
     def validation_loss(self) -> float:
         """1 is what rounding alone gives."""
-        return losses.validation_loss(self.student, self.data, self.validation, self.objective)
+        mine = self.validation[self.workers.index :: self.workers.count]
+        with autocast(self.data.device, self.precision):
+            total = losses.total_loss(self.student, self.data, mine, self.objective)
+        return self.workers.sum(total) / self.validation.numel()
+
+
+def autocast(device: torch.device, precision: Precision) -> torch.autocast:
+    """Float operations in `precision` while the body runs."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
 
 
 def learned(groups: list[dict[str, object]]) -> dict[str, Tensor]:
@@ -157,11 +171,13 @@ def restore(
         for key, value in tensors.items():
             kind, _, name = key.partition("/")
             if kind == "best":
-                state.best[name] = value
+                state.best[name] = value.to(parameters[name].device)
             elif kind == "now":
                 parameters[name].copy_(value)
             else:
-                optimizer.state[parameters[name]][kind] = value.clone()
+                # Adam counts its steps on the CPU.
+                place = value.device if kind == "step" else parameters[name].device
+                optimizer.state[parameters[name]][kind] = value.to(place, copy=True)
 
 
 def run_phase(
@@ -187,23 +203,30 @@ def run_phase(
     every = max(1, math.ceil(phase.steps / VALIDATIONS_PER_PHASE))
     if state.step == 0:
         _validate(task, parameters, state)
-    while state.step < phase.steps:
+    while not finished(phase, state):
         rate = 0.5 * (1 + math.cos(math.pi * state.step / phase.steps))
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * (0.05 + 0.95 * rate)
         optimizer.zero_grad(set_to_none=True)
-        loss = _loss(task, phase, state.step, temporal=temporal)
-        loss.backward()
+        loss = _backpropagate(task, phase, state.step, temporal=temporal)
+        loss = task.workers.sum_gradients(list(parameters.values()), loss)
         optimizer.step()
         state.step += 1
         if state.step % every == 0 or state.step == phase.steps:
             _validate(task, parameters, state)
-        after_step(state, float(loss.detach()))
+        after_step(state, loss)
     with torch.no_grad():
         for name, tensor in state.best.items():
             parameters[name].copy_(tensor)
     for layer in quantized_layers(task.student).values():
         layer.merge_low_rank()
+
+
+def finished(phase: PhaseConfig, state: TrainState) -> bool:
+    """Whether all updates are done, or the last `patience` validations found nothing better."""
+    found = [loss for _, loss in state.losses]
+    stale = len(found) - 1 - found.index(min(found)) if found else 0
+    return state.step >= phase.steps or 0 < phase.patience <= stale
 
 
 def _validate(task: Task, parameters: dict[str, Tensor], state: TrainState) -> None:
@@ -214,29 +237,51 @@ def _validate(task: Task, parameters: dict[str, Tensor], state: TrainState) -> N
         state.best = {name: tensor.detach().clone() for name, tensor in parameters.items()}
 
 
-def _loss(task: Task, phase: PhaseConfig, step: int, *, temporal: bool) -> Tensor:
+def _backpropagate(task: Task, phase: PhaseConfig, step: int, *, temporal: bool) -> float:
+    """Add the gradients of one update, and give its loss: of this process's share of it."""
     # A generator of each step's own makes the order of samples independent of where a run was interrupted.
     generator = torch.Generator().manual_seed(((task.seed << 24) + (int(temporal) << 23) + step) % SEEDS)
-    terms = []
+    terms: list[Callable[[], Tensor]] = []
     if temporal and task.trace.ends:
-        timestep = torch.rand(TIMESTEPS_PER_LOCAL_BATCH, generator=generator) * (task.num_train_timesteps - 1)
-        conditioning = losses.temporal_conditioning(task.trace, task.data, timestep.numel(), generator)
-        terms.append(
-            losses.temporal_loss(task.student, task.teacher, task.trace, timestep, conditioning, task.context)
-        )
+        terms.append(_temporal_term(task, generator))
+    slices = []
     if step % phase.network_every == 0:
-        terms.append(
-            losses.network_loss(
-                task.student,
-                task.data,
-                task.training,
-                task.objective,
-                batch_size=phase.batch_size,
-                num_walks=phase.walks,
-                generator=generator,
-            )
+        drawn = losses.draw(
+            task.data,
+            task.training,
+            task.objective,
+            batch_size=phase.batch_size,
+            num_walks=phase.walks,
+            generator=generator,
         )
-    return torch.stack(terms).sum()
+        slices = drawn.share(task.workers.index, task.workers.count).slices(task.objective)
+    for part in slices:
+        terms.append(functools.partial(losses.network_loss, task.student, task.data, task.objective, part))
+    total = 0.0
+    # Whatever fits into memory goes through backpropagation as one.
+    for together in [terms] if len(slices) <= 1 else [[term] for term in terms]:
+        with autocast(task.data.device, task.precision):
+            found = [term() for term in together]
+        if any(term.requires_grad for term in found):
+            loss = torch.stack(found).sum()
+            loss.backward()
+            total += float(loss.detach())
+    return total
+
+
+def _temporal_term(task: Task, generator: torch.Generator) -> Callable[[], Tensor]:
+    timestep = torch.rand(TIMESTEPS_PER_LOCAL_BATCH, generator=generator) * (task.num_train_timesteps - 1)
+    conditioning = losses.temporal_conditioning(task.trace, task.data, timestep.numel(), generator)
+    timestep = timestep.to(task.data.device)
+
+    def term() -> Tensor:
+        loss = losses.temporal_loss(
+            task.student, task.teacher, task.trace, timestep, conditioning, task.context
+        )
+        # It is little work, and a ratio of means: every process computes all of it.
+        return loss if task.workers.count == 1 else loss / task.workers.count
+
+    return term
 
 
 def quantizers_are_finite(denoiser: nn.Module) -> bool:

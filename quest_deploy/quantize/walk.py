@@ -40,11 +40,11 @@ class Steps:
         return max(0, self.keep.numel() + 1 - length)
 
 
-def guided_target(data: CalibrationSet, guidance_scale: float) -> Tensor:
-    """What the sampler followed, [P, T, c, h, w]."""
-    if not data.guided:
-        return data.targets[:, :, 0]
-    negative, positive = data.targets.unbind(2)
+def guided_target(targets: Tensor, guidance_scale: float) -> Tensor:
+    """What the sampler followed, [P, c, h, w], where the branches' outputs were `targets` [P, B, c, h, w]."""
+    if targets.shape[1] == 1:
+        return targets[:, 0]
+    negative, positive = targets.unbind(1)
     return negative + guidance_scale * (positive - negative)
 
 
@@ -55,12 +55,15 @@ def fit_steps(data: CalibrationSet, guidance_scale: float) -> Steps | None:
         data: Recorded trajectories.
         guidance_scale: That they were recorded with.
     """
-    prediction = guided_target(data, guidance_scale).to(torch.float64)
-    latents = data.latents.to(torch.float64)
     keep, move = [], []
+    # Step by step: the trajectories may be larger than memory.
+    prompt = torch.arange(data.num_prompts)[: data.targets_at_once]
     for step in range(data.timesteps.numel() - 1):
-        known = torch.stack([latents[:, step].flatten(), prediction[:, step].flatten()], dim=1)
-        wanted = latents[:, step + 1].flatten()
+        at = torch.full_like(prompt, step)
+        target = guided_target(data.targets[prompt, at], guidance_scale).to(torch.float64)
+        latents, following = data.latents[prompt, at], data.latents[prompt, at + 1]
+        known = torch.stack([latents.to(torch.float64).flatten(), target.flatten()], dim=1)
+        wanted = following.to(torch.float64).flatten()
         solution = torch.linalg.lstsq(known, wanted[:, None]).solution.flatten()
         moved = known[:, 1] * solution[1]
         if not float((known @ solution - wanted).norm()) <= MAX_RESIDUAL * float(moved.norm()):
@@ -93,13 +96,17 @@ def walk_errors(
     """
     branches = data.targets.shape[2]
     conditioning = data.conditioning(prompt)
-    latents = data.latents[prompt, start]
+    latents = data.latents[prompt, start].to(data.device)
     shape = (-1, *[1] * (latents.ndim - 1))
     for step in range(length):
         at = start + step
         output = predict(
-            denoiser, torch.cat([latents] * branches), data.timesteps[at].repeat(branches), conditioning
-        )
+            denoiser,
+            torch.cat([latents] * branches),
+            data.timesteps[at].repeat(branches).to(data.device),
+            conditioning,
+        ).to(torch.float32)
         prediction = guide(output, guidance_scale) if data.guided else output
-        latents = steps.keep[at].reshape(shape) * latents + steps.move[at].reshape(shape) * prediction
-    return (latents - data.latents[prompt, start + length]).square().flatten(1).mean(dim=1)
+        keep, move = (factor[at].reshape(shape).to(data.device) for factor in (steps.keep, steps.move))
+        latents = keep * latents + move * prediction
+    return (latents - data.latents[prompt, start + length].to(data.device)).square().flatten(1).mean(dim=1)

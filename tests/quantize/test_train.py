@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -116,8 +117,7 @@ def run_one(task: train.Task, plan: PhaseConfig) -> dict[str, Tensor]:
     groups = train.trainable(task.student, plan, task.trace.roles, temporal=False)
     gradients: dict[str, Tensor] = {}
     generator = torch.Generator().manual_seed(0)
-    loss = losses.network_loss(
-        task.student,
+    drawn = losses.draw(
         task.data,
         task.training,
         task.objective,
@@ -125,6 +125,7 @@ def run_one(task: train.Task, plan: PhaseConfig) -> dict[str, Tensor]:
         num_walks=plan.walks,
         generator=generator,
     )
+    loss = losses.network_loss(task.student, task.data, task.objective, drawn)
     for name, parameter in train.learned(groups).items():
         gradients[name] = torch.autograd.grad(loss, parameter, retain_graph=True)[0]
     return gradients
@@ -262,3 +263,55 @@ def test_a_broken_scale_is_found(task: train.Task, value: float) -> None:
     with torch.no_grad():
         quantized_layers(task.student)["conv_out"].quantizer.log_scale[1] = value
     assert not train.quantizers_are_finite(task.student)
+
+
+def test_default_settings_give_the_bits_of_the_plain_path(
+    task: train.Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, start = phase(steps=3, walks=1), parameters(task)
+    better = iter([0.0, -1.0, -2.0, -3.0])
+    monkeypatch.setattr(train.Task, "validation_loss", lambda task: next(better))
+    run(task, plan)
+    got = parameters(task)
+    with torch.no_grad():
+        for name, value in task.student.named_parameters():
+            value.copy_(start[name])
+    plain(task, plan)
+    assert all(torch.equal(value, got[name]) for name, value in parameters(task).items())
+
+
+def plain(task: train.Task, plan: PhaseConfig) -> None:
+    """The updates of the sensitive phase as one loop, without slices, processes or precisions."""
+    optimizer = torch.optim.Adam(
+        train.trainable(task.student, plan, task.trace.roles, temporal=False), lr=1.0
+    )
+    data, objective = task.data, task.objective
+    for update in range(plan.steps):
+        for group in optimizer.param_groups:
+            cosine = 0.5 * (1 + math.cos(math.pi * update / plan.steps))
+            group["lr"] = group["base_lr"] * (0.05 + 0.95 * cosine)
+        optimizer.zero_grad(set_to_none=True)
+        generator = torch.Generator().manual_seed((task.seed << 24) + update)
+        prompt, step = losses.draw_pairs(task.training, data.timesteps.numel(), plan.batch_size, generator)
+        raw = (objective.raw[step] * losses.raw_errors(task.student, data, prompt, step)).mean()
+        prompt, step = losses.draw_pairs(task.training, objective.walks.numel(), plan.walks, generator)
+        walked = (objective.walks[step] * losses.walks(task.student, data, objective, prompt, step)).mean()
+        loss = (raw + objective.walk_share * walked) / (1 + objective.walk_share)
+        loss.backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("patience", "found", "ends"),
+    [
+        (0, [1.0, 2.0, 3.0, 4.0], False),
+        (2, [1.0, 0.5, 2.0], False),
+        (2, [1.0, 0.5, 2.0, 0.6], True),
+        (1, [1.0], False),
+    ],
+)
+def test_a_phase_ends_where_validations_find_nothing_better(
+    patience: int, found: list[float], ends: bool
+) -> None:
+    state = train.TrainState(step=3, losses=list(enumerate(found)))
+    assert train.finished(phase(steps=9, patience=patience), state) is ends

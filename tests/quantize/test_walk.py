@@ -60,7 +60,7 @@ def test_the_steps_of_a_linear_sampler_are_found() -> None:
     data = recorded(Linear(0.5, 0.7))
     # Answers that are multiples of the latents would leave the two numbers undetermined.
     varied = noisy(data)
-    guided = guided_target(varied, GUIDANCE)
+    guided = torch.stack([guided_target(varied.targets[:, step], GUIDANCE) for step in range(4)], dim=1)
     latents = [varied.latents[:, 0]]
     for step in range(3):
         latents.append(KEEP[step] * latents[-1] + MOVE[step] * guided[:, step])

@@ -1,0 +1,36 @@
+"""The state that an interrupted run leaves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from quest_deploy.quantize.calibrate import CalibrationSet, from_tensors, join
+from quest_deploy.quantize.resume import WorkDirectory
+
+
+def part(seed: int, prompts: int) -> CalibrationSet:
+    generator = torch.Generator().manual_seed(seed)
+    return CalibrationSet(
+        timesteps=torch.tensor([900.0, 300.0]),
+        latents=torch.randn(prompts, 2, 4, 3, 3, generator=generator),
+        targets=torch.randn(prompts, 2, 2, 4, 3, 3, generator=generator),
+        positive={"labels": torch.randint(9, (prompts,), generator=generator)},
+        negative={"labels": torch.tensor([9])},
+    )
+
+
+def test_trajectories_on_disk_are_those_in_memory(tmp_path: Path) -> None:
+    work = WorkDirectory(tmp_path / "out")
+    work.open({}, resume=False, overwrite=False)
+    parts = [part(0, 3), part(1, 2)]
+    for index, one in enumerate(parts):
+        work.save(f"part-{index}", one.tensors())
+    work.append(["part-0", "part-1"], "all")
+    loaded = work.load("all")
+    assert loaded is not None
+    got, expected = from_tensors(loaded[0]).tensors(), join(parts).tensors()
+    assert got.keys() == expected.keys()
+    assert all(torch.equal(got[name], value) for name, value in expected.items())
+    assert sorted(path.name for path in work.path.iterdir()) == ["all.safetensors", "run.json"]
