@@ -6,9 +6,11 @@ Every violation found in one configuration is reported in one :class:`ConfigErro
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from quest_deploy.errors import ConfigError
@@ -19,6 +21,7 @@ Backend = Literal["torch", "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx"
 TensorRTBackend = Literal["tensorrt", "tensorrt-rtx"]
 Precision = Literal["float32", "bfloat16"]
 Targets = Literal["memory", "disk", "recompute"]
+StaticMode = Literal["int8-weight-only", "w8a8"]
 
 TARGETS: tuple[str, ...] = get_args(Target)
 MODES: tuple[str, ...] = get_args(Mode)
@@ -260,6 +263,8 @@ class Recipe:
         attention_bits: 4 or 8, of queries, keys and values; None leaves the products of attention in float.
         softmax_bits: 8, of the attention's probabilities beside them; None leaves those in float.
         softmax_max_keys: Attentions over more keys than this keep their probabilities in float.
+        text_encoder: How the text encoder is quantized, "int8-weight-only" or "w8a8"; None leaves it in float.
+        vae_decoder: The same for the autoencoder's decoder.
         walk_share: Weight of what the student's errors grow into over a few steps of its own, beside its errors on
             recorded latents; 0 leaves walks out.
         walk_length: Steps of such a walk.
@@ -291,6 +296,8 @@ class Recipe:
     attention_bits: int | None = None
     softmax_bits: int | None = None
     softmax_max_keys: int = 256
+    text_encoder: StaticMode | None = None
+    vae_decoder: StaticMode | None = None
     walk_share: float = 1.0
     walk_length: int = 4
     precision: Precision = "float32"
@@ -314,6 +321,9 @@ class Recipe:
             problems.append(f"softmax_bits is {self.softmax_bits!r}, expected 8 or nothing")
         elif self.softmax_bits is not None and self.attention_bits is None:
             problems.append("softmax_bits is set, expected attention_bits beside it")
+        for name in ("text_encoder", "vae_decoder"):
+            if getattr(self, name) is not None:
+                one_of(problems, name, getattr(self, name), get_args(StaticMode))
         one_of(problems, "initializer", self.initializer, ("nearest", "gptq", "adaround"))
         at_least(
             problems,
@@ -340,17 +350,44 @@ class Recipe:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """A LoRA that is merged into the model before anything else.
+
+    Attributes:
+        file: A ``.safetensors`` file.
+        scale: What its change of the weights is multiplied by.
+    """
+
+    file: str
+    scale: float = 1.0
+
+    @property
+    def path(self) -> Path:
+        """Where the file is."""
+        return Path(self.file)
+
+    def __post_init__(self) -> None:
+        problems: list[str] = []
+        if self.path.suffix != ".safetensors":
+            problems.append(f"file is {self.file!r}, expected a .safetensors file: others may hold code")
+        if not math.isfinite(self.scale):
+            problems.append(f"scale is {self.scale}, expected a finite number")
+        raise_if_any(problems, "LoRA")
+
+
+@dataclass(frozen=True, kw_only=True)
 class FinetuneConfig:
     """One finetuning run. Prompt `i` starts from the noise of seed `seed + i`.
 
     `prompts` empty means what the model's kind suggests: the packaged list, every class in turn, or none. `device` is
-    "cpu", "cuda", or "cuda:N".
+    "cpu", "cuda", or "cuda:N". `loras` are merged into the model first, in their order.
     """
 
     recipe: Recipe
     prompts: tuple[str, ...] = ()
     seed: int = 0
     device: str = "cpu"
+    loras: tuple[LoraConfig, ...] = ()
 
     def __post_init__(self) -> None:
         problems: list[str] = []

@@ -3,13 +3,16 @@
 ``quest.json`` says what each layer is, and each operand of a quantized attention; ``quest.safetensors`` in the
 denoiser's folder holds, by layer name, ``codes`` (two to a byte for 4 bits), ``weight_scale`` [c_out],
 ``bias`` [c_out], ``group_scale`` [G] and ``row`` [c_in], by operand ``group_scale``, and under ``rest.`` every tensor
-of the denoiser that is not quantized.
+of the denoiser that is not quantized. A text encoder or autoencoder that is quantized is stored in the same way.
 """
 
 from __future__ import annotations
 
+import importlib
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -26,17 +29,19 @@ from quest_deploy.model.families import TEXT_ENCODER
 from quest_deploy.model.load import LoadedModel, load_directory
 from quest_deploy.model.spec import family_of
 from quest_deploy.quantize.attention import OperandQParams, insert_attention, operand_quantizers
-from quest_deploy.quantize.insert import LayerQParams, insert, quantized_layers
+from quest_deploy.quantize.insert import LayerQParams, insert, quantized_layers, replace_layers
 from quest_deploy.quantize.layers import ActivationQuantizer, QuantizedLayer, TimestepContext
 from quest_deploy.quantize.pack import pack_int4, unpack_int4
 from quest_deploy.quantize.split import split_channels, split_layers
+from quest_deploy.quantize.static import BITS, static_context
 
 SCHEMA_VERSION = 2
-# Version 1 had neither quantized attention nor split layers.
+# Version 1 had neither quantized attention, nor split layers, nor quantized companions.
 READABLE_VERSIONS = (1, SCHEMA_VERSION)
 SUMMARY = "quest.json"
 WEIGHTS = "quest.safetensors"
 MALFORMED = (AttributeError, RuntimeError, TypeError, ValueError)
+LIBRARIES = ("diffusers", "transformers")
 CARRIED = ("README.md", "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE")
 
 
@@ -95,6 +100,7 @@ def save_checkpoint(
     activation_bits: dict[str, int],
     context: TimestepContext,
     history: dict[str, Any],
+    companions: Mapping[str, nn.Module] = MappingProxyType({}),
 ) -> None:
     """Write everything but the manifest into `folder`.
 
@@ -106,32 +112,19 @@ def save_checkpoint(
         activation_bits: By layer name.
         context: The timestep groups.
         history: Losses, for people to read.
+        companions: Text encoder and autoencoder where they are quantized (and frozen), by folder.
     """
-    layers = quantized_layers(denoiser)
-    tensors: dict[str, Tensor] = {}
-    for name, layer in layers.items():
-        tensors.update({f"{name}.{key}": value for key, value in layer_tensors(layer).items()})
-    operands = operand_quantizers(denoiser)
-    tensors.update({f"{name}.group_scale": operand.group_scale() for name, operand in operands.items()})
-    inside = tuple(f"{name}." for name in (*layers, *operands))
-    for name, value in denoiser.state_dict().items():
-        if not name.startswith(inside):
-            tensors[f"rest.{name}"] = value
-    home = folder / model.family.denoiser
+    layers, operands = quantized_layers(denoiser), operand_quantizers(denoiser)
     for name, part in parts(model).items():
         source = model.path / name
         if name == model.family.denoiser:
-            continue
-        if source.is_dir():
+            write_component(folder / name, denoiser)
+        elif name in companions:
+            write_component(folder / name, companions[name])
+        elif source.is_dir():
             shutil.copytree(source, folder / name, ignore=_not_carried)
         else:
             part.save_pretrained(folder / name)
-    home.mkdir()
-    config: Any = model.denoiser.config
-    # diffusers adds where the model was loaded from, which would make the bytes depend on it.
-    portable = {key: value for key, value in config.items() if key != "_name_or_path"}
-    write_json(home / "config.json", portable)
-    save_file({name: value.contiguous().cpu() for name, value in tensors.items()}, home / WEIGHTS)
     write_json(folder / "model_index.json", model_index(model))
     write_json(
         folder / SUMMARY,
@@ -143,12 +136,39 @@ def save_checkpoint(
             "layers": {name: describe_layer(layer, activation_bits[name]) for name, layer in layers.items()},
             "splits": split_channels(denoiser),
             "attention": {name: describe_operand(operand) for name, operand in operands.items()},
+            "companions": {name: _describe_companion(module) for name, module in companions.items()},
             "history": history,
         },
     )
     for name in CARRIED:
         if (model.path / name).is_file():
             shutil.copyfile(model.path / name, folder / name)
+
+
+def write_component(folder: Path, module: nn.Module) -> None:
+    """Write the configuration of a component whose quantized layers are frozen, and all of its tensors."""
+    layers, operands = quantized_layers(module), operand_quantizers(module)
+    tensors: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        tensors.update({f"{name}.{key}": value for key, value in layer_tensors(layer).items()})
+    tensors.update({f"{name}.group_scale": operand.group_scale() for name, operand in operands.items()})
+    inside = tuple(f"{name}." for name in (*layers, *operands))
+    for name, value in module.state_dict().items():
+        if not name.startswith(inside):
+            tensors[f"rest.{name}"] = value
+    settings: Any = module.config
+    config = settings.to_dict() if hasattr(settings, "to_dict") else settings
+    folder.mkdir()
+    # Both libraries add where the model was loaded from, which would make the bytes depend on it.
+    write_json(
+        folder / "config.json", {key: value for key, value in config.items() if key != "_name_or_path"}
+    )
+    save_file({name: value.contiguous().cpu() for name, value in tensors.items()}, folder / WEIGHTS)
+
+
+def _describe_companion(module: nn.Module) -> dict[str, Any]:
+    layers = quantized_layers(module).items()
+    return {"layers": {name: describe_layer(layer, BITS) for name, layer in layers}}
 
 
 def _not_carried(source: str, names: list[str]) -> set[str]:
@@ -207,12 +227,14 @@ def load_checkpoint(path: str | Path) -> LoadedModel:
         )
     try:
         home = folder / family_of(folder).denoiser
-        denoiser = _denoiser(home, summary, load_file(home / WEIGHTS))
+        components = {home.name: _denoiser(home, summary, load_file(home / WEIGHTS))}
+        for name, part in summary.get("companions", {}).items():
+            components[name] = _companion(folder, name, part["layers"])
     except (OSError, SafetensorError, CalibrationError, KeyError, *MALFORMED) as error:
         raise ArtifactError(
             f"{folder}: is not a complete checkpoint ({type(error).__name__}: {error}); finetune the model again"
         ) from error
-    return load_directory(folder, **{home.name: denoiser})
+    return load_directory(folder, **components)
 
 
 def _denoiser(home: Path, summary: dict[str, Any], tensors: dict[str, Tensor]) -> nn.Module:
@@ -224,7 +246,33 @@ def _denoiser(home: Path, summary: dict[str, Any], tensors: dict[str, Tensor]) -
     split_layers(denoiser, summary.get("splits", {}))
     entries = summary["layers"]
     insert(denoiser, {name: _qparams(entry, tensors, name) for name, entry in entries.items()}, context)
-    for name, layer in quantized_layers(denoiser).items():
+    operands = summary.get("attention", {})
+    insert_attention(
+        denoiser, {name: _operand(entry, tensors, name) for name, entry in operands.items()}, context
+    )
+    return _filled(denoiser, entries, tensors)
+
+
+def _companion(folder: Path, name: str, entries: dict[str, Any]) -> nn.Module:
+    """A quantized text encoder or autoencoder."""
+    library, class_name = read_json(folder / "model_index.json")[name]
+    if library not in LIBRARIES:
+        raise ValueError(f"{name!r} is a class of {library!r}, expected one of {' or '.join(LIBRARIES)}")
+    kind: Any = getattr(importlib.import_module(library), class_name)
+    config = read_json(folder / name / "config.json")
+    if library == "transformers":
+        module: nn.Module = kind(kind.config_class.from_dict(config))
+    else:
+        module = kind.from_config(config)
+    tensors = load_file(folder / name / WEIGHTS)
+    qparams = {layer: _qparams(entry, tensors, layer) for layer, entry in entries.items()}
+    replace_layers(module, qparams, static_context())
+    return _filled(module, entries, tensors)
+
+
+def _filled(module: nn.Module, entries: dict[str, Any], tensors: dict[str, Tensor]) -> nn.Module:
+    """`module`, whose quantizers are in place, with the stored codes, scales and other tensors."""
+    for name, layer in quantized_layers(module).items():
         codes = tensors[f"{name}.codes"]
         if layer.weight_bits == 4:
             codes = unpack_int4(codes, entries[name]["shape"])
@@ -233,19 +281,16 @@ def _denoiser(home: Path, summary: dict[str, Any], tensors: dict[str, Tensor]) -
         layer.freeze(codes, tensors[f"{name}.weight_scale"], tensors.get(f"{name}.group_scale"))
         if layer.bias is not None:
             layer.bias.data = tensors[f"{name}.bias"]
-    operands = summary.get("attention", {})
-    insert_attention(
-        denoiser, {name: _operand(entry, tensors, name) for name, entry in operands.items()}, context
-    )
-    for name, quantizer in operand_quantizers(denoiser).items():
+    operands = operand_quantizers(module)
+    for name, quantizer in operands.items():
         quantizer.freeze(tensors[f"{name}.group_scale"])
     rest = {name.removeprefix("rest."): value for name, value in tensors.items() if name.startswith("rest.")}
-    missing, unexpected = denoiser.load_state_dict(rest, strict=False)
+    missing, unexpected = module.load_state_dict(rest, strict=False)
     inside = tuple(f"{name}." for name in (*entries, *operands))
     missing = [name for name in missing if not name.startswith(inside)]
     if missing or unexpected:
         raise KeyError(f"tensors missing: {missing[:3]}, unexpected: {unexpected[:3]}")
-    return parameters_frozen(denoiser)
+    return parameters_frozen(module)
 
 
 def _qparams(entry: dict[str, Any], tensors: dict[str, Tensor], name: str) -> LayerQParams:

@@ -27,8 +27,9 @@ from quest_deploy.artifacts import (
     write_artifact,
 )
 from quest_deploy.config import FinetuneConfig, ProgressEvent, to_dict
-from quest_deploy.model.families import Classes, Family, choose_prompts
+from quest_deploy.model.families import TEXT_ENCODER, Classes, Family, choose_prompts
 from quest_deploy.model.load import LoadedModel, load_model
+from quest_deploy.model.lora import merge_loras
 from quest_deploy.model.spec import classes_of, family_of
 from quest_deploy.prompts import load_prompts
 from quest_deploy.quantize.attention import insert_attention
@@ -42,6 +43,7 @@ from quest_deploy.quantize.phases import train_phases
 from quest_deploy.quantize.resume import WorkDirectory, machine
 from quest_deploy.quantize.select import layer_bits, select
 from quest_deploy.quantize.split import find_concatenations, split_layers
+from quest_deploy.quantize.static import quantize_companions
 from quest_deploy.quantize.trace import Trace
 from quest_deploy.quantize.trace import trace as trace_model
 
@@ -100,7 +102,11 @@ def finetune(
                     activation_bits={name: activation for name, (_, activation) in bits.items()},
                     context=context,
                     history=history,
+                    companions=quantize_companions(loaded, config),
                 )
+                if config.loras and loaded.text_encoder is not None:
+                    # Components are copied as they lie on disk, and a LoRA may have changed this one.
+                    loaded.text_encoder.save_pretrained(writer.path / TEXT_ENCODER)
                 writer.details.update(history)
             work.remove()
     return read_artifact(output, stage="checkpoint")
@@ -115,6 +121,7 @@ def prepare(model: str | Path, config: FinetuneConfig) -> tuple[LoadedModel, Tra
     loaded = load_model(model)
     if not Path(model).is_dir():
         config = with_prompts(config, loaded.family, loaded.classes)
+    merge_loras(loaded, config.loras)
     if config.recipe.split:
         split_layers(loaded.denoiser, find_concatenations(loaded.denoiser, loaded.denoiser_spec))
     # Before the minutes that come first: layers that stand for nothing are an error in the recipe.
@@ -127,7 +134,8 @@ def prepare(model: str | Path, config: FinetuneConfig) -> tuple[LoadedModel, Tra
 
 def inputs_of(model: LoadedModel, config: FinetuneConfig) -> dict[str, str]:
     """Content hashes of everything that a checkpoint is made from, for its manifest."""
-    return {"source": hash_directory(model.path) if model.path.is_dir() else hash_file(model.path)}
+    inputs = {"source": hash_directory(model.path) if model.path.is_dir() else hash_file(model.path)}
+    return inputs | {f"lora-{index}": hash_file(lora.path) for index, lora in enumerate(config.loras)}
 
 
 def _tell_nobody(event: ProgressEvent) -> None:
@@ -155,7 +163,9 @@ def _finished(model: Path, output: Path, config: FinetuneConfig) -> Artifact | N
         return None
     artifact = read_artifact(output, stage="checkpoint")
     same_config = artifact.manifest.config == json.loads(json.dumps(to_dict(config)))
-    return artifact if same_config and artifact.manifest.inputs["source"] == hash_directory(model) else None
+    inputs = {"source": hash_directory(model)}
+    inputs |= {f"lora-{index}": hash_file(lora.path) for index, lora in enumerate(config.loras)}
+    return artifact if same_config and artifact.manifest.inputs == inputs else None
 
 
 @contextmanager

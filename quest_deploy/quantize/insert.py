@@ -71,20 +71,33 @@ def replace_module(root: nn.Module, name: str, new: nn.Module) -> None:
     setattr(root.get_submodule(parent), child, new)
 
 
+def replace_layers(
+    component: nn.Module, qparams: Mapping[str, LayerQParams], context: TimestepContext
+) -> None:
+    """Replace the layers named in `qparams` by quantized ones.
+
+    Raises:
+        CalibrationError: a name that the component does not have.
+    """
+    layers = quantizable_layers(component)
+    unknown = sorted(qparams.keys() - layers.keys())
+    if unknown:
+        raise CalibrationError(
+            f"{len(unknown)} layers are not in the {type(component).__name__}, the first is {unknown[0]!r}"
+        )
+    for name, layer in layers.items():
+        if name in qparams:
+            new = quantized_layer(layer, *_arguments(layer, qparams[name]), context)
+            replace_module(component, name, new)
+
+
 def insert(denoiser: nn.Module, qparams: Mapping[str, LayerQParams], context: TimestepContext) -> None:
     """Replace the layers named in `qparams` by quantized ones and keep `context` up to date.
 
     Raises:
         CalibrationError: a name that the denoiser does not have.
     """
-    layers = quantizable_layers(denoiser)
-    unknown = sorted(qparams.keys() - layers.keys())
-    if unknown:
-        raise CalibrationError(f"{len(unknown)} layers are not in the denoiser, the first is {unknown[0]!r}")
-    for name, layer in layers.items():
-        if name in qparams:
-            new = quantized_layer(layer, *_arguments(layer, qparams[name]), context)
-            replace_module(denoiser, name, new)
+    replace_layers(denoiser, qparams, context)
     denoiser.register_forward_pre_hook(_timestep_hook(context), with_kwargs=True)
 
 

@@ -176,6 +176,10 @@ def test_a_recipe_is_checked_when_made() -> None:
         ({"softmax_bits": 8}, "softmax_bits is set, expected attention_bits beside it"),
         ({"softmax_max_keys": 0}, "softmax_max_keys is 0, expected at least 1"),
         ({"split": "no"}, "split is 'no', expected true or false"),
+        (
+            {"text_encoder": "w4a4"},
+            "text_encoder is 'w4a4', expected one of int8-weight-only, w8a8 or nothing",
+        ),
         ({"migration_exponent": 1.5}, "migration_exponent is 1.5, expected auto, or a number from 0 to 1"),
         ({"migration_exponent": "best"}, "migration_exponent is 'best', expected a number or one of auto"),
     ],
@@ -186,7 +190,9 @@ def test_a_wrong_quantizer_is_refused(given: dict, message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "given", [{"migration_exponent": 0.5}, {"attention_bits": 8, "softmax_bits": 8}], ids=str
+    "given",
+    [{"migration_exponent": 0.5, "vae_decoder": "w8a8"}, {"attention_bits": 8, "softmax_bits": 8}],
+    ids=str,
 )
 def test_quantizers_are_read(given: dict) -> None:
     recipe = recipe_from_dict(fields(**given))

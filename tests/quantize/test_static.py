@@ -1,0 +1,132 @@
+"""Text encoder and autoencoder: quantized where the recipe asks, stored, and near what they were."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from quest_deploy.artifacts import write_artifact
+from quest_deploy.config import FinetuneConfig, StaticMode
+from quest_deploy.errors import ConfigError
+from quest_deploy.model.components import TextEncoder, VaeDecoder
+from quest_deploy.model.load import LoadedModel
+from quest_deploy.quantize.checkpoint import freeze, load_checkpoint, save_checkpoint
+from quest_deploy.quantize.insert import quantizable_layers, quantized_layers
+from quest_deploy.quantize.recipe import load_recipe
+from quest_deploy.quantize.static import final_latents, quantize_companions
+
+PROMPTS = ("a red heart", "a blue car", "the moon", "a cat")
+IDS = torch.arange(24).reshape(1, 24) % 9
+
+
+def config(text_encoder: StaticMode | None = None, vae_decoder: StaticMode | None = None) -> FinetuneConfig:
+    recipe = dataclasses.replace(
+        load_recipe("w8a8"),
+        calibration_prompts=4,
+        validation_prompts=1,
+        calibration_steps=2,
+        text_encoder=text_encoder,
+        vae_decoder=vae_decoder,
+    )
+    return FinetuneConfig(recipe=recipe, prompts=PROMPTS)
+
+
+@pytest.fixture(scope="module")
+def w8a8(float_model: LoadedModel) -> dict[str, nn.Module]:
+    """Both components of the tiny model at W8A8."""
+    return quantize_companions(float_model, config("w8a8", "w8a8"))
+
+
+def answers(text_encoder: nn.Module, vae: nn.Module) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        hidden, _ = TextEncoder(text_encoder)(IDS[:, : text_encoder.config.max_position_embeddings])
+        return {"text_encoder": hidden, "vae": VaeDecoder(vae)(torch.randn(2, 4, 8, 8))[0]}
+
+
+def test_the_encoder_of_the_autoencoder_stays_as_it_was(w8a8: dict[str, nn.Module]) -> None:
+    layers = quantized_layers(w8a8["vae"])
+    assert layers and all(name.startswith(("decoder.", "post_quant_conv")) for name in layers)
+    left = [
+        name for name in quantizable_layers(w8a8["vae"]) if not name.startswith(("encoder.", "quant_conv"))
+    ]
+    assert left == []
+
+
+def test_activations_have_one_scale_and_weights_alone_none(
+    float_model: LoadedModel, w8a8: dict[str, nn.Module]
+) -> None:
+    alone = quantize_companions(float_model, config("int8-weight-only"))
+    assert all(layer.quantizer.num_groups == 1 for layer in quantized_layers(w8a8["text_encoder"]).values())
+    assert all(layer.quantizer is None for layer in quantized_layers(alone["text_encoder"]).values())
+
+
+def test_nothing_is_quantized_unless_asked_for(float_model: LoadedModel) -> None:
+    assert quantize_companions(float_model, config()) == {}
+
+
+def test_the_model_stays_as_it_was(float_model: LoadedModel, w8a8: dict[str, nn.Module]) -> None:
+    assert not quantized_layers(float_model.text_encoder) and not quantized_layers(float_model.vae)
+
+
+def test_latents_are_those_that_the_pipeline_draws(float_model: LoadedModel) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    got = final_latents(float_model, PROMPTS[:2], config())
+    pipeline = StableDiffusionPipeline(
+        vae=float_model.vae,
+        text_encoder=float_model.text_encoder,
+        tokenizer=float_model.tokenizer,
+        unet=float_model.denoiser,
+        scheduler=float_model.scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+    expected = pipeline(
+        list(PROMPTS[:2]),
+        num_inference_steps=2,
+        guidance_scale=config().recipe.guidance_scale,
+        height=8 * pipeline.vae_scale_factor,
+        width=8 * pipeline.vae_scale_factor,
+        generator=generators,
+        output_type="latent",
+    ).images
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("missing", ["text_encoder", "vae"])
+def test_a_component_that_is_not_there_is_refused(float_model: LoadedModel, missing: str) -> None:
+    with pytest.raises(ConfigError, match="to null in the recipe"):
+        quantize_companions(dataclasses.replace(float_model, **{missing: None}), config("w8a8", "w8a8"))
+
+
+@pytest.mark.parametrize("mode", ["w8a8", "int8-weight-only"])
+def test_a_checkpoint_holds_quantized_components(
+    tmp_path: Path, float_model: LoadedModel, w8a8: dict[str, nn.Module], quantize_tiny, mode: StaticMode
+) -> None:
+    denoiser, context = quantize_tiny(8, 8)
+    freeze(denoiser)
+    companions = w8a8 if mode == "w8a8" else quantize_companions(float_model, config(mode, mode))
+    path = tmp_path / "checkpoint"
+    with write_artifact(path, stage="checkpoint", config={}) as writer:
+        save_checkpoint(
+            writer.path,
+            float_model,
+            denoiser,
+            recipe=load_recipe("w8a8"),
+            activation_bits=dict.fromkeys(quantized_layers(denoiser), 8),
+            context=context,
+            history={},
+            companions=companions,
+        )
+    assert not list((path / "text_encoder").glob("model*.safetensors"))
+    loaded = load_checkpoint(path)
+    got, expected = answers(loaded.text_encoder, loaded.vae), answers(**companions)
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
