@@ -1,0 +1,317 @@
+"""What finetuning will take: time, memory and disk of each part, before any of it runs.
+
+Passes are counted, and one of each kind is timed; where that alone would take long, its operations are counted instead
+and divided by the speed of a matrix product. Memory is found without computing anything.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from quest_deploy.config import FinetuneConfig, PhaseConfig
+from quest_deploy.model.components import predict
+from quest_deploy.model.load import LoadedModel
+from quest_deploy.model.spec import latent_size
+from quest_deploy.quantize import calibrate, gptq, losses, parts, train
+from quest_deploy.quantize.calibrate import CalibrationSet
+from quest_deploy.quantize.finetune import make_student, prepare
+from quest_deploy.quantize.insert import LayerQParams, quantizable_layers
+from quest_deploy.quantize.layers import TimestepContext
+from quest_deploy.quantize.memory import (
+    GIGABYTE,
+    PeakMemory,
+    enable_checkpointing,
+    size_bytes,
+    without_trajectories,
+    without_values,
+)
+from quest_deploy.quantize.phases import phase_memory, phases
+from quest_deploy.quantize.select import layer_bits
+from quest_deploy.quantize.trace import Trace
+from quest_deploy.quantize.walk import Steps
+
+LONGEST_MEASUREMENT_S = 20.0
+BACKWARD_COST = 3.0
+PRODUCT_SIZE = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartEstimate:
+    """What one part will take.
+
+    Attributes:
+        part: As progress names it.
+        seconds: On this machine; None where it cannot be told beforehand.
+        memory_bytes: The most at once, of tensors.
+        disk_bytes: What is kept until the checkpoint is written; of the checkpoint, what it has at last.
+    """
+
+    part: str
+    seconds: float | None
+    memory_bytes: int
+    disk_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """Seconds of one pair of a prompt and a timestep, both branches.
+
+    Attributes:
+        forward_s: Without gradients.
+        update_s: With them.
+        measured: Whether they were timed, or follow from the number of operations.
+    """
+
+    forward_s: float
+    update_s: float
+    measured: bool
+
+
+def estimate(model: str | Path, config: FinetuneConfig) -> tuple[list[PartEstimate], Speed]:
+    """What finetuning `model` will take. Nothing is written.
+
+    Raises:
+        QuestDeployError: the run itself would be refused.
+    """
+    loaded, trace, config = prepare(model, config)
+    recipe = config.recipe
+    data = placeholder(loaded, config)
+    context = TimestepContext(data.boundaries())
+    bits = layer_bits(trace.roles, recipe)
+    student = make_student(loaded, _any_scales(loaded.denoiser, bits, data), {}, context).requires_grad_(
+        False
+    )
+    if recipe.gradient_checkpointing:
+        enable_checkpointing(student, context)
+    speed = measure_speed(loaded, student, data, context)
+    weights = sum(
+        size_bytes([*module.parameters(), *module.buffers()])
+        for module in (loaded.denoiser, loaded.text_encoder, loaded.vae)
+        if module is not None
+    )
+    pairs = data.num_prompts * data.timesteps.numel()
+    shown = data.timesteps.numel() * min(parts.PROMPTS_PER_STEP, data.num_prompts)
+    kept = size_bytes(data.tensors())
+    if recipe.targets == "recompute":
+        kept -= size_bytes([torch.empty(0), *_targets(data)])
+    in_memory = kept if recipe.targets != "disk" else 0
+    many = weights + _forward_memory(loaded.denoiser, data, context, parts.BATCH_PROMPTS)
+    layers = quantizable_layers(loaded.denoiser)
+    width = parts.POSITIONS_PER_STEP + calibrate.EXTREME_ROWS
+    inputs = sum(4 * data.timesteps.numel() * width * layer.weight.shape[1] for layer in layers.values())
+    result = [
+        PartEstimate(
+            part="record trajectories",
+            seconds=pairs * speed.forward_s,
+            memory_bytes=many + in_memory,
+            disk_bytes=kept,
+        ),
+        PartEstimate(
+            part="collect activations",
+            seconds=shown * speed.forward_s,
+            memory_bytes=many + in_memory + inputs,
+            disk_bytes=inputs,
+        ),
+        PartEstimate(
+            part="search scales",
+            seconds=_search_seconds(loaded, data, config, bits),
+            memory_bytes=weights + in_memory + inputs,
+            disk_bytes=0,
+        ),
+    ]
+    if recipe.initializer != "nearest":
+        chunks = list(gptq.chunks(loaded.denoiser, list(bits)))
+        hessians = max((_hessian_bytes(layers, names) for names in chunks), default=0)
+        rounding: float | None = None
+        if recipe.initializer == "gptq":
+            rounding = len(chunks) * shown * speed.forward_s + _rounding_seconds(layers, chunks)
+        result.append(
+            PartEstimate(
+                part="round weights",
+                seconds=rounding,
+                memory_bytes=many + in_memory + hessians,
+                disk_bytes=size_bytes([layer.weight for layer in layers.values()]),
+            )
+        )
+    for name, phase in phases(recipe):
+        result.append(_phase(loaded, student, trace, data, context, config, name, phase, speed))
+    others = (
+        sum(f.stat().st_size for f in loaded.path.rglob("*.safetensors")) if loaded.path.is_dir() else weights
+    )
+    codes = sum(layer.weight.numel() * bits[name][0] // 8 for name, layer in layers.items())
+    floats = size_bytes([layer.weight for layer in layers.values()])
+    result.append(
+        PartEstimate(
+            part="write checkpoint",
+            seconds=0.0,
+            memory_bytes=2 * weights,
+            disk_bytes=max(0, others - floats) + codes,
+        )
+    )
+    return result, speed
+
+
+def placeholder(model: LoadedModel, config: FinetuneConfig) -> CalibrationSet:
+    """A calibration set of the shapes that recording would give, whose tensors take no memory."""
+    recipe = config.recipe
+    prompts, steps = recipe.calibration_prompts, recipe.calibration_steps
+    denoiser: Any = model.denoiser
+    shape = (denoiser.config.in_channels, *latent_size(denoiser.config))
+    guided = calibrate.has_negative(model)
+    positive = calibrate.encode(model, config.prompts[:1])
+    one = torch.zeros(())
+    return CalibrationSet(
+        timesteps=torch.linspace(model.scheduler.config.num_train_timesteps - 1, 0, steps),
+        latents=one.expand(prompts, steps, *shape),
+        targets=one.expand(prompts, steps, 2 if guided else 1, *shape),
+        positive={name: value.expand(prompts, *value.shape[1:]) for name, value in positive.items()},
+        negative=calibrate.encode(model, [""]) if guided else {},
+    )
+
+
+def _targets(data: CalibrationSet) -> list[Tensor]:
+    return [data.targets] if isinstance(data.targets, Tensor) else []
+
+
+def _any_scales(
+    denoiser: nn.Module, bits: Mapping[str, tuple[int, int]], data: CalibrationSet
+) -> dict[str, LayerQParams]:
+    groups = data.timesteps.numel()
+    return {
+        name: LayerQParams(
+            weight_bits=bits[name][0],
+            weight_scale=torch.full([layer.weight.shape[0]], 0.01),
+            activation_bits=bits[name][1],
+            group_scale=torch.full([groups], 0.1),
+        )
+        for name, layer in quantizable_layers(denoiser).items()
+    }
+
+
+def measure_speed(
+    model: LoadedModel, student: nn.Module, data: CalibrationSet, context: TimestepContext
+) -> Speed:
+    """Time one pair, or count its operations where that would take long."""
+    bare, shapes = without_values(model.denoiser, context), without_trajectories(data)
+    one = torch.zeros(1, dtype=torch.int64)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        predict(bare, *shapes.inputs(one, one))
+    expected = counter.get_total_flops() / _products_per_second()
+    if expected * (1 + BACKWARD_COST) > LONGEST_MEASUREMENT_S:
+        return Speed(forward_s=expected, update_s=expected * BACKWARD_COST, measured=False)
+
+    def forward() -> None:
+        with torch.no_grad():
+            predict(model.denoiser, *data.inputs(one, one))
+
+    def update() -> None:
+        losses.raw_errors(student, data, one, one).sum().backward()
+
+    student.requires_grad_(True)
+    found = Speed(forward_s=_timed(forward), update_s=_timed(update), measured=True)
+    student.zero_grad(set_to_none=True)
+    student.requires_grad_(False)
+    return found
+
+
+def _timed(run: Callable[[], object]) -> float:
+    run()
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+
+
+def _products_per_second() -> float:
+    a = torch.ones(PRODUCT_SIZE, PRODUCT_SIZE)
+    return 2 * PRODUCT_SIZE**3 / _timed(lambda: a @ a)
+
+
+@torch.no_grad()
+def _forward_memory(denoiser: nn.Module, data: CalibrationSet, context: TimestepContext, prompts: int) -> int:
+    bare, shapes = without_values(denoiser, context), without_trajectories(data)
+    at = torch.zeros(min(prompts, data.num_prompts), dtype=torch.int64)
+    with PeakMemory() as memory:
+        predict(bare, *shapes.inputs(at, at))
+    return memory.peak
+
+
+def _search_seconds(
+    model: LoadedModel, data: CalibrationSet, config: FinetuneConfig, bits: Mapping[str, tuple[int, int]]
+) -> float:
+    """Of all layers, from that of the median size."""
+    layers = quantizable_layers(model.denoiser)
+    by_size = sorted(layers, key=lambda name: layers[name].weight.numel())
+    name = by_size[len(by_size) // 2]
+    layer = layers[name]
+    width = parts.POSITIONS_PER_STEP + calibrate.EXTREME_ROWS
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(data.timesteps.numel(), width, layer.weight.shape[1], generator=generator)
+    started = time.perf_counter()
+    parts.initialize_one(layer, rows, bits[name], config.recipe)
+    spent = time.perf_counter() - started
+    return spent * sum(other.weight.numel() for other in layers.values()) / layer.weight.numel()
+
+
+def _hessian_bytes(layers: Mapping[str, nn.Module], names: list[str]) -> int:
+    return sum(4 * layers[name].weight[0].numel() ** 2 for name in names)  # type: ignore[index,union-attr]
+
+
+def _rounding_seconds(layers: Mapping[str, Any], chunks: list[list[str]]) -> float:
+    names = [name for chunk in chunks for name in chunk]
+    if not names:
+        return 0.0
+
+    def cost(name: str) -> int:
+        rows, columns = layers[name].weight.flatten(1).shape
+        return columns**2 * (columns + rows)
+
+    name = sorted(names, key=cost)[len(names) // 2]
+    weight = layers[name].weight.detach().flatten(1)
+    started = time.perf_counter()
+    gptq.round_with_compensation(weight, torch.full([weight.shape[0]], 0.01), torch.eye(weight.shape[1]), 8)
+    return (time.perf_counter() - started) * sum(map(cost, names)) / cost(name)
+
+
+def _phase(
+    model: LoadedModel,
+    student: nn.Module,
+    trace: Trace,
+    data: CalibrationSet,
+    context: TimestepContext,
+    config: FinetuneConfig,
+    name: str,
+    phase: PhaseConfig,
+    speed: Speed,
+) -> PartEstimate:
+    recipe = config.recipe
+    count = data.timesteps.numel()
+    walking = recipe.walk_share > 0 and count > recipe.walk_length
+    steps = Steps(torch.ones(count - 1), torch.ones(count - 1)) if walking else None
+    held, pairs, walks = phase_memory(model, student, trace, data, context, recipe, steps, name, phase)
+    passes = pairs.fixed + pairs.each * phase.batch_size
+    if walks is not None and phase.walks:
+        passes += walks.fixed + walks.each * phase.walks
+    memory = held + passes
+    if recipe.memory_limit_gb is not None:
+        memory = min(memory, int(recipe.memory_limit_gb * GIGABYTE))
+    updates = -(-phase.steps // phase.network_every)
+    walked = phase.walks * recipe.walk_length if walking else 0
+    judged = recipe.validation_prompts * count * (2 if walking else 1) * (train.VALIDATIONS_PER_PHASE + 1)
+    learned = size_bytes(
+        train.learned(train.trainable(student, phase, trace.roles, temporal=name == "temporal"))
+    )
+    student.requires_grad_(False)
+    return PartEstimate(
+        part=f"finetune {name} layers",
+        seconds=updates * (phase.batch_size + walked) * speed.update_s + judged * speed.forward_s,
+        memory_bytes=memory,
+        disk_bytes=4 * learned,
+    )
