@@ -284,7 +284,8 @@ class QuantizedLayer(nn.Module):
         unscale: Tensor | None = None
         if self.quantizer is not None:
             x, unscale = self.quantizer(x, self.context.group)
-        if torch.is_autocast_enabled(x.device.type):
+        # PyTorch has no autocast where nothing is computed.
+        if not x.is_meta and torch.is_autocast_enabled(x.device.type):
             y = self._operation_on_codes(x)
         else:
             y = self.operation(x, self.quantized_weight())
