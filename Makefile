@@ -24,6 +24,7 @@ lint: $(STAMP)
 	scripts/lint_wheel.sh
 
 bench: $(STAMP)
+	@$(PIP) nvidia-modelopt
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
 # PyTorch comes first and alone, so that the build that the machine's package index prefers (CPU or CUDA) is settled

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from benchmarks.baselines.rows import FINETUNED
+from benchmarks.baselines.rows import ROWS as BASELINES
 from benchmarks.runtimes import within_gates
 from benchmarks.tables import Table, interval, number, yes
 
 QUALITY_GOALS = {"w8a8": (32.0, 38.0), "w4a8": (28.0, 26.0), "w4a4": (21.0, 20.0)}
 """Noise SNR and image PSNR in dB."""
 GAIN_GOAL_DB = 1.0
+FINETUNING_GOAL_DB = 3.0
 ONNX_RATIO_GOAL = 0.2
 HELP_SECONDS_GOAL = 0.5
 
@@ -21,6 +24,7 @@ def goals(results: dict[str, Any]) -> Table | None:
     """One row for each requirement that something was measured for; None without any."""
     sections: dict[str, Callable[[dict[str, Any]], Iterator[Row]]] = {
         "quality": _quality,
+        "baselines": _baselines,
         "runtimes": _runtimes,
         "engines": _engines,
         "cost": _cost,
@@ -49,6 +53,25 @@ def _quality(result: dict[str, Any]) -> Iterator[Row]:
             requirement = f"{name.upper()}: aim of noise SNR / image PSNR, {aims[0]:g} / {aims[1]:g} dB"
             reached = all(value >= aim for value, aim in zip(measured, aims, strict=True))
             yield requirement, f"{number(measured[0])} / {number(measured[1])} dB", yes(reached)
+
+
+def _baselines(result: dict[str, Any]) -> Iterator[Row]:
+    for name in result["settings"]["recipes"]:
+        recipe = result["recipes"][name]
+        yield _ahead(name, "every baseline", recipe, list(recipe["differences"]), 0.0)
+        if name == "w4a4":
+            plain = [row for row in recipe["differences"] if row not in FINETUNED]
+            yield _ahead(name, "the best that is not finetuned", recipe, plain, FINETUNING_GOAL_DB)
+
+
+def _ahead(name: str, whom: str, recipe: dict[str, Any], rows: list[str], goal_db: float) -> Row:
+    """QuEST's lead over the nearest of `rows` in noise SNR."""
+    nearest = max(rows, key=lambda row: recipe["rows"][row]["raw_snr_db"]["mean"])
+    lead = recipe["differences"][nearest]["raw_snr_db"]
+    wanted = f", by {goal_db:g} dB or more" if goal_db else ""
+    met = lead["mean"] >= goal_db and (lead["low"] or 0) > 0
+    requirement = f"{name.upper()}: QuEST ahead of {whom} in noise SNR{wanted}"
+    return requirement, f"{interval(lead)} dB over {BASELINES[nearest]}", yes(met)
 
 
 def _runtimes(result: dict[str, Any]) -> Iterator[Row]:

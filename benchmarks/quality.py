@@ -6,12 +6,12 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from benchmarks import stages
+from benchmarks import rows, stages
 from benchmarks.environment import header
+from benchmarks.rows import MEASURED_BY, Bench
 from benchmarks.settings import MODEL, Settings
 from benchmarks.stages import identity, sources_digest
 from benchmarks.tables import Table, interval, number
-from quest_deploy.artifacts import read_json, write_json
 from quest_deploy.config import Recipe
 from quest_deploy.files import hash_mapping
 from quest_deploy.manifest import MANIFEST_NAME
@@ -33,7 +33,6 @@ GRID_LABELS = {
     "quest": "(c) QuEST",
 }
 GRID_COLUMNS = 8
-MEASURED_BY = (*stages.QUANTIZER, "quest_deploy/metrics.py", "benchmarks/trajectories.py")
 
 
 def variant(recipe: Recipe, row: str) -> Recipe:
@@ -49,7 +48,7 @@ def variant(recipe: Recipe, row: str) -> Recipe:
 
 def run(settings: Settings) -> dict[str, Any]:
     """Measure all rows of all recipes; go on where an interrupted run stopped."""
-    folder = settings.work / NAME
+    folder = settings.work / rows.FOLDER
     # Finetuning runs in processes of its own, measured, before torch is loaded here.
     paths: dict[str, dict[str, Path]] = {}
     made_by: dict[str, str] = {}
@@ -60,24 +59,27 @@ def run(settings: Settings) -> dict[str, Any]:
             paths[name][row] = folder / "checkpoints" / f"{name}-{row}"
             stages.finetune(settings, variant(settings.recipe(name), row), paths[name][row])
     for name in settings.recipes:
-        paths[name]["minmax"] = _minmax(settings, name, folder)
-    recipes = {name: _recipe(settings, name, paths[name], folder) for name in settings.recipes}
+        paths[name]["minmax"] = minmax(settings, name, folder)
+    bench = rows.bench(settings)
+    recipes = {name: _recipe(bench, name, paths[name]) for name in settings.recipes}
     return {
         **header(settings),
         "prompts": list(settings.prompts),
-        "torch_threads": _threads(),
+        "torch_threads": threads(),
         "checkpoints_made_by": made_by,
         "recipes": recipes,
     }
 
 
-def _threads() -> int:
+def threads() -> int:
+    """How many threads torch uses."""
     import torch
 
     return torch.get_num_threads()
 
 
-def _minmax(settings: Settings, name: str, folder: Path) -> Path:
+def minmax(settings: Settings, name: str, folder: Path) -> Path:
+    """The checkpoint of row (a) of a recipe."""
     recipe = settings.recipe(name)
     calibration = {
         "source": identity(MODEL),
@@ -97,45 +99,32 @@ def _minmax(settings: Settings, name: str, folder: Path) -> Path:
     return output
 
 
-def _recipe(settings: Settings, name: str, paths: dict[str, Path], folder: Path) -> dict[str, Any]:
+def _recipe(bench: Bench, name: str, paths: dict[str, Path]) -> dict[str, Any]:
     """All rows of one recipe, their differences, and the grid of images."""
-    from safetensors.torch import load_file
-
-    from benchmarks.trajectories import measure, reference, save
-
-    conditions = {**settings.describe(), "recipes": None, "model": identity(MODEL)}
-    key = hash_mapping({"conditions": conditions, "code": sources_digest(MEASURED_BY)})
-    known = reference(settings, folder / f"reference-{key[:12]}")
-    rows: dict[str, dict[str, Any]] = {}
-    images = {"fp32": known.images}
-    for row in ROWS:
-        own = hash_mapping({"conditions": key, "checkpoint": identity(paths[row])})
-        figures, drawn = (
-            folder / "rows" / f"{name}-{row}-{own[:12]}{suffix}" for suffix in (".json", ".safetensors")
+    figures: dict[str, dict[str, Any]] = {}
+    images = {"fp32": bench.known.images}
+    for row, label in ROWS.items():
+        figures[row], images[row] = rows.measured_checkpoint(
+            bench, f"{name}-{row}", f"{name}, {label}", paths[row]
         )
-        if not figures.is_file():
-            print(f"\nmeasuring {name}, {ROWS[row]}", flush=True)
-            measured, pictures = measure(paths[row], known, settings)
-            save(drawn, {"images": pictures})
-            write_json(figures, measured)
-        rows[row] = read_json(figures)
-        images[row] = load_file(drawn)["images"]
-    _save_grid(settings, name, images)
-    return {"rows": rows, "differences": differences(rows)}
+    _save_grid(bench.settings, name, images)
+    return {"rows": figures, "differences": differences(figures)}
 
 
 def differences(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
-    """Mean and 95 % interval, paired by prompt, of what one row has over another."""
+    """Of each pair of rows that is compared."""
+    return {_key(pair): difference(rows[pair[0]], rows[pair[1]]) for pair in PAIRS}
+
+
+def difference(better: dict[str, Any], worse: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Mean and 95 % interval, paired by prompt, of what one row has over another in each figure."""
     from quest_deploy.metrics import paired_interval
 
-    result: dict[str, dict[str, dict[str, float]]] = {}
-    for pair in PAIRS:
-        better, worse = pair
-        result[_key(pair)] = {}
-        for figure in FIGURES:
-            pairs = zip(rows[better][figure]["per_prompt"], rows[worse][figure]["per_prompt"], strict=True)
-            ends = paired_interval([first - second for first, second in pairs])
-            result[_key(pair)][figure] = dict(zip(("low", "mean", "high"), ends, strict=True))
+    result: dict[str, dict[str, float]] = {}
+    for figure in FIGURES:
+        pairs = zip(better[figure]["per_prompt"], worse[figure]["per_prompt"], strict=True)
+        ends = paired_interval([first - second for first, second in pairs])
+        result[figure] = dict(zip(("low", "mean", "high"), ends, strict=True))
     return result
 
 

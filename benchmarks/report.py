@@ -5,15 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from benchmarks import analysis, cost, engines, quality, runtimes
+from benchmarks import analysis, baselines, cost, engines, quality, runtimes
 from benchmarks.goals import goals
 from benchmarks.settings import DOCUMENT, RESULTS, ROOT
 from benchmarks.tables import markdown
 from quest_deploy.artifacts import read_json
 
-BENCHMARKS = {module.NAME: module for module in (quality, cost, engines, runtimes, analysis)}
+BENCHMARKS = {module.NAME: module for module in (quality, baselines, cost, engines, runtimes, analysis)}
 HEADINGS = {
     "quality": "Quality",
+    "baselines": "Baselines",
     "cost": "Time, memory and size",
     "engines": "Engines",
     "runtimes": "Deployment",
@@ -25,7 +26,7 @@ INTRODUCTION = """\
 <!-- Rendered from benchmarks/results/*.json by `python -m benchmarks.report`. Do not edit. -->
 
 What was measured on the bundled reference model. `make bench` measures it again; one benchmark alone:
-`python -m benchmarks quality` (or `cost`, `engines`, `runtimes`, `analysis`).
+`python -m benchmarks quality` (or `baselines`, `cost`, `engines`, `runtimes`, `analysis`).
 """
 
 

@@ -117,16 +117,26 @@ def teacher_forced(pipeline: Pipeline, data: CalibrationSet, settings: Settings)
     for step in range(data.timesteps.numel()):
         raw_parts, guided_parts = [], []
         for prompt in torch.arange(data.num_prompts).split(settings.batch_size):
-            sample, timestep, conditioning, target = data.batch(prompt, torch.full_like(prompt, step))
-            output = pipeline.engines["unet"](sample=sample, timestep=timestep[:1], **conditioning)[
-                "out_sample"
-            ].cpu()
+            target, output = predicted(pipeline, data, prompt, step)
             raw_parts.append(decibel(snr_db(target, output)).reshape(2, -1).mean(0))
             pair = (guide(tensor, settings.guidance_scale) for tensor in (target, output))
             guided_parts.append(decibel(snr_db(*pair)))
         raw.append(torch.cat(raw_parts))
         guided.append(torch.cat(guided_parts))
     return torch.stack(raw), torch.stack(guided)
+
+
+def predicted(pipeline: Pipeline, data: CalibrationSet, prompt: Tensor, step: int) -> tuple[Tensor, Tensor]:
+    """What full precision answered at one step for the given prompts, and what the pipeline does; [2n, c, h, w]."""
+    sample, timestep, conditioning, target = data.batch(prompt, torch.full_like(prompt, step))
+    output = pipeline.engines["unet"](sample=sample, timestep=timestep[:1], **conditioning)["out_sample"]
+    return target, output.cpu()
+
+
+def run_denoiser(denoiser: nn.Module, data: CalibrationSet, prompt: Tensor, step: int) -> None:
+    """Run the module of diffusers at one step, for whoever watches its layers."""
+    sample, timestep, conditioning, _ = data.batch(prompt, torch.full_like(prompt, step))
+    predict(denoiser, sample, timestep[:1], conditioning)
 
 
 def decibel(values: Tensor) -> Tensor:
@@ -136,10 +146,17 @@ def decibel(values: Tensor) -> Tensor:
 
 def measure(path: Path, known: Reference, settings: Settings) -> tuple[dict[str, Any], Tensor]:
     """One row: its figures, and its images [P, 3, H, W]."""
-    started = time.monotonic()
     with load_pipeline(path) as pipeline:
-        raw, guided = teacher_forced(pipeline, known.data, settings)
-        images = draw(pipeline, settings)
+        return measure_pipeline(pipeline, known, settings)
+
+
+def measure_pipeline(
+    pipeline: Pipeline, known: Reference, settings: Settings
+) -> tuple[dict[str, Any], Tensor]:
+    """As :func:`measure`, of a pipeline that is open."""
+    started = time.monotonic()
+    raw, guided = teacher_forced(pipeline, known.data, settings)
+    images = draw(pipeline, settings)
     figures = {
         "raw_snr_db": summary(raw),
         "guided_snr_db": summary(guided),
@@ -180,8 +197,7 @@ def extremes(denoiser: nn.Module, data: CalibrationSet, batch_size: int) -> dict
     try:
         for step in range(data.timesteps.numel()):
             for prompt in torch.arange(data.num_prompts).split(batch_size):
-                sample, timestep, conditioning, _ = data.batch(prompt, torch.full_like(prompt, step))
-                predict(denoiser, sample, timestep[:1], conditioning)
+                run_denoiser(denoiser, data, prompt, step)
     finally:
         for handle in handles:
             handle.remove()

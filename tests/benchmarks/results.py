@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from benchmarks import baselines as baselines_benchmark
+from benchmarks.baselines.rows import ROWS as BASELINES
 from benchmarks.quality import FIGURES, ROWS, differences
 
 HEADER: dict[str, Any] = {
@@ -25,6 +27,25 @@ def quality() -> dict[str, Any]:
         recipes[name] = {"rows": rows, "differences": differences(rows)}
     made_by = {"w8a8": "this code", "w4a8": "other code"}
     return {**HEADER, "recipes": recipes, "checkpoints_made_by": made_by}
+
+
+def baselines() -> dict[str, Any]:
+    recipes = {}
+    for name, best in (("w8a8", 40.0), ("w4a8", 30.0)):
+        rows: dict[str, dict[str, Any]] = {}
+        for worse, row in enumerate(reversed(BASELINES)):
+            rows[row] = {figure: figures(best - 2 * worse, offset=worse) for figure in FIGURES}
+            rows[row]["validation_loss"] = 0.001 * (worse + 1)
+            rows[row]["own_loss"] = {"before": 1.0, "after": 0.5} if row == "quest" else None
+            rows[row]["budget"] = {
+                "prompts": 96,
+                "steps": 25,
+                "calibration_samples": 400,
+                "training_samples": 9600,
+                "seconds": None if row == "minmax" else 12.0,
+            }
+        recipes[name] = {"rows": rows, "differences": baselines_benchmark.harness.differences(rows)}
+    return {**HEADER, "modelopt": "1.2.3", "recipes": recipes}
 
 
 def figures(mean: float, *, offset: float = 0) -> dict[str, Any]:

@@ -44,6 +44,7 @@ def everything(made_up: ModuleType) -> dict[str, dict]:
     recipes = {name: runtimes.summarize(made_up.parity_report()) for name in ("w8a8", "w4a8")}
     return {
         "quality": made_up.quality(),
+        "baselines": made_up.baselines(),
         "cost": made_up.cost(),
         "engines": made_up.engines(),
         "runtimes": {**made_up.HEADER, "recipes": recipes},
@@ -100,6 +101,7 @@ def test_checkpoints_of_other_code_are_told(everything: dict[str, dict]) -> None
 
 def test_goals_that_are_met(everything: dict[str, dict]) -> None:
     assert met(everything, "W4A8: QuEST over calibration") == "yes"
+    assert met(everything, "W4A8: QuEST ahead of every baseline") == "yes"
     assert met(everything, "W4A8: denoiser ONNX") == "yes"
     assert met(everything, "`quest-deploy --help`") == "yes"
     assert met(everything, "W8A8: TensorRT") == "yes"
@@ -110,6 +112,25 @@ def test_a_gain_whose_interval_holds_zero_does_not_count(everything: dict[str, d
     gain = everything["quality"]["recipes"]["w4a8"]["differences"]["quest - calibrated"]["raw_snr_db"]
     gain |= {"low": -0.1, "mean": 3.0}
     assert met(everything, "W4A8: QuEST over calibration") == "**no**"
+
+
+def test_a_baseline_that_is_ahead_is_named(everything: dict[str, dict]) -> None:
+    recipe = everything["baselines"]["recipes"]["w4a8"]
+    recipe["rows"]["adaround"]["raw_snr_db"]["mean"] = 99.0
+    recipe["differences"]["adaround"]["raw_snr_db"] = {"low": -70.0, "mean": -69.0, "high": -68.0}
+    assert met(everything, "W4A8: QuEST ahead of every baseline") == "**no**"
+    table = goals(everything)
+    assert any("AdaRound" in row[1] for row in table.rows if row[0].startswith("W4A8: QuEST ahead"))
+
+
+def test_at_w4a4_the_lead_over_what_is_not_finetuned_is_asked(everything: dict[str, dict]) -> None:
+    result = everything["baselines"]
+    result["settings"] = result["settings"] | {"recipes": ["w4a4"]}
+    result["recipes"]["w4a4"] = result["recipes"]["w4a8"]
+    # Made up: QuEST is 2 dB ahead of the next row, which is finetuned, and 4 dB of the first that is not.
+    assert met(everything, "W4A4: QuEST ahead of the best that is not finetuned") == "yes"
+    result["recipes"]["w4a4"]["differences"]["adaround"]["raw_snr_db"]["mean"] = 2.9
+    assert met(everything, "W4A4: QuEST ahead of the best that is not finetuned") == "**no**"
 
 
 def test_goals_that_are_missed(everything: dict[str, dict]) -> None:
