@@ -177,8 +177,11 @@ def main() -> None:
     tokenizer = make_tokenizer(emoji)
     captions = [caption for one in emoji for caption in one.captions]
     tokens = tokenize(tokenizer, [*captions, "", ""]).reshape(len(emoji) + 1, 2, -1)
-    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    text_config = CLIPTextConfig(**{**config_of("text_encoder"), "dtype": "float32", **special})
+    special: dict[str, Any] = {
+        f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")
+    }
+    special |= {"vocab_size": len(tokenizer), "dtype": "float32"}
+    text_config = CLIPTextConfig(**{**config_of("text_encoder"), **special})
     scheduler = DDIMScheduler.from_pretrained(ARCHITECTURE / "scheduler")
     modules = nn.ModuleDict(
         {
