@@ -102,12 +102,14 @@ def _until_reached(handle: Any, run: Callable[[], object]) -> None:
 def order(denoiser: nn.Module, names: Sequence[str], run: Callable[[], object]) -> list[str]:
     """`names` in the order in which `run` reaches them; those that it does not reach are left out."""
     reached: dict[str, None] = {}
-    handles = [
-        denoiser.get_submodule(name).register_forward_pre_hook(
-            lambda module, args, name=name: reached.setdefault(name)
-        )
-        for name in names
-    ]
+
+    def note(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            reached[name] = None
+
+        return hook
+
+    handles = [denoiser.get_submodule(name).register_forward_pre_hook(note(name)) for name in names]
     try:
         run()
     finally:
