@@ -24,65 +24,14 @@ from quest_deploy.model.components import (
 from quest_deploy.model.load import LoadedModel
 from quest_deploy.model.spec import latent_size
 from quest_deploy.quantize.insert import channel_axis, quantizable_layers
+from quest_deploy.quantize.recomputed import CPU, RECOMPUTED_AT_ONCE, Recomputed, conditioning_of
+from quest_deploy.quantize.resume import GENERATOR, Throttle, WorkDirectory
 
 EXTREME_ROWS = 2
 BRANCHES = ("positive", "negative")
-CPU = torch.device("cpu")
-RECOMPUTED_AT_ONCE = 8
+PIECES = "inputs-"
 Report = Callable[[int, int], None]
 """(completed, total) of the running stage."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recomputed:
-    """Targets that are not kept: the teacher answers again whenever they are asked for.
-
-    Attributes:
-        teacher: The full-precision denoiser, on `device`.
-        timesteps: As those of :class:`CalibrationSet`, like all that follow.
-        latents: As there.
-        positive: As there.
-        negative: As there.
-        device: As there.
-    """
-
-    teacher: nn.Module
-    timesteps: Tensor
-    latents: Tensor
-    positive: Conditioning
-    negative: Conditioning
-    device: torch.device = CPU
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """That the targets would have, [P, T, B, c, h, w]."""
-        prompts, steps, *rest = self.latents.shape
-        return (prompts, steps, 2 if self.negative else 1, *rest)
-
-    @torch.no_grad()
-    def __getitem__(self, at: tuple[Tensor, Tensor]) -> Tensor:
-        """Of (prompt, step) pairs int64 [n]: [n, B, c, h, w]."""
-        prompt, step = at
-        branches = self.shape[2]
-        latents = torch.cat([self.latents[prompt, step]] * branches).to(self.device)
-        timestep = self.timesteps[step].repeat(branches).to(self.device)
-        told = conditioning_of(self.positive, self.negative, prompt, self.device)
-        # The teacher's answers are exact whatever the student's float operations run in.
-        with torch.autocast(self.device.type, enabled=False):
-            output = predict(self.teacher, latents, timestep, told)
-        return torch.stack(output.chunk(branches), dim=1)
-
-
-def conditioning_of(
-    positive: Conditioning, negative: Conditioning, prompt: Tensor, device: torch.device
-) -> dict[str, Tensor]:
-    """What the denoiser is told for the prompts int64 [n], of all branches, on `device`."""
-    chosen = {name: value[prompt].to(device) for name, value in positive.items()}
-    if not negative:
-        return chosen
-    n = prompt.numel()
-    other = {name: value.expand(n, *value.shape[1:]).to(device) for name, value in negative.items()}
-    return join_conditioning([other, chosen])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -331,6 +280,7 @@ def collect_inputs(
     positions: int,
     seed: int,
     report: Report = lambda completed, total: None,
+    work: WorkDirectory | None = None,
 ) -> dict[str, Tensor]:
     """What every quantizable layer is given, timestep by timestep.
 
@@ -341,6 +291,7 @@ def collect_inputs(
         positions: How many tokens or pixels of each layer's input are kept per timestep.
         seed: For the choice of positions.
         report: Called after each timestep.
+        work: Where to keep what was seen, to go on from after an interruption.
 
     Returns:
         By layer name, float32 [G, positions + 2, c_in]; the last two hold each channel's least and largest value
@@ -365,12 +316,18 @@ def collect_inputs(
         layer.register_forward_pre_hook(keep(name, channel_axis(layer)))
         for name, layer in quantizable_layers(denoiser).items()
     ]
+    steps, throttle = data.timesteps.numel(), Throttle()
+    first, saved = _go_on(work, kept, generator)
     try:
-        steps = data.timesteps.numel()
-        for step in range(steps):
+        for step in range(first, steps):
             prompt = torch.randperm(data.num_prompts, generator=generator)[:prompts_per_step]
             sample, timestep, conditioning = data.inputs(prompt, torch.full_like(prompt, step))
             predict(denoiser, sample, timestep, conditioning)
+            if work is not None and throttle.due() and step + 1 < steps:
+                # Only what is new: all of it may be gigabytes.
+                new = {name: torch.stack(rows[saved[name] :]) for name, rows in kept.items() if rows}
+                work.save(f"{PIECES}{step:06d}", new | {GENERATOR: generator.get_state()}, steps=step + 1)
+                saved = {name: len(rows) for name, rows in kept.items()}
             report(step + 1, steps)
     finally:
         for handle in handles:
@@ -397,3 +354,16 @@ def _by_group(rows: Sequence[Tensor], steps: int) -> list[Tensor]:
         low, high = together[:, -2].amin(dim=0), together[:, -1].amax(dim=0)
         groups.append(torch.cat([kept, low[None], high[None]]))
     return groups
+
+
+def _go_on(
+    work: WorkDirectory | None, kept: dict[str, list[Tensor]], generator: torch.Generator
+) -> tuple[int, dict[str, int]]:
+    """Put an interrupted run's state in place. Returns the first step to do, and how many rows each layer has."""
+    first = 0
+    for tensors, facts in [] if work is None else filter(None, map(work.load, work.names(PIECES))):
+        generator.set_state(tensors.pop(GENERATOR))
+        for layer, rows in tensors.items():
+            kept[layer] += rows.unbind(0)
+        first = facts["steps"]
+    return first, {name: len(rows) for name, rows in kept.items()}

@@ -20,6 +20,7 @@ from quest_deploy.quantize.calibrate import CalibrationSet
 from quest_deploy.quantize.grid import channel_shape, weight_bounds
 from quest_deploy.quantize.insert import LayerQParams, channel_axis, quantizable_layers
 from quest_deploy.quantize.layers import Quantizable
+from quest_deploy.quantize.resume import GENERATOR, Throttle, WorkDirectory
 
 DAMPING = 0.01
 BLOCK = 128
@@ -149,6 +150,8 @@ def compensate(
     rows_per_step: int,
     seed: int,
     report: Callable[[int, int], None] = lambda completed, total: None,
+    work: WorkDirectory | None = None,
+    key: str = "rounded",
 ) -> dict[str, Tensor]:
     """Rounded weights of the layers `names`, divided by their channel rows: the float weights to go on from.
 
@@ -161,6 +164,8 @@ def compensate(
         rows_per_step: How many rows of each layer's input are used at each timestep.
         seed: For the choice of rows.
         report: Called after each timestep and each layer.
+        work: Where to keep Hessians and rounded layers, to go on from after an interruption.
+        key: What their names there start with.
 
     Returns:
         By layer name, float32 in the weight's shape.
@@ -171,8 +176,15 @@ def compensate(
         name: layer.weight.new_zeros(layer.weight[0].numel(), layer.weight[0].numel())
         for name, layer in layers.items()
     }
-    steps, done = data.timesteps.numel(), 0
-    group = 0
+    steps, first, group, throttle = data.timesteps.numel(), 0, 0, Throttle()
+    result: dict[str, Tensor] = {}
+    if work is not None and (saved := work.load(f"{key}-hessians")) is not None:
+        generator.set_state(saved[0].pop(GENERATOR))
+        first = saved[1]["steps"]
+        for name, hessian in saved[0].items():
+            hessians[name].copy_(hessian)
+    if work is not None and (saved := work.load(f"{key}-layers")) is not None:
+        result = saved[0]
 
     def accumulate(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         layer = layers[name]
@@ -186,19 +198,22 @@ def compensate(
 
     handles = [layer.register_forward_pre_hook(accumulate(name)) for name, layer in layers.items()]
     try:
-        for step in range(steps):
+        for step in range(first, steps):
             # Timesteps descend, groups ascend with the timestep.
             group = steps - 1 - step
             prompt = torch.randperm(data.num_prompts, generator=generator)[:prompts_per_step]
             sample, timestep, conditioning = data.inputs(prompt, torch.full_like(prompt, step))
             predict(denoiser, sample, timestep, conditioning)
-            done += 1
-            report(done, steps + len(names))
+            # The last time for the layers, of which each may take a while.
+            if work is not None and (throttle.due() or step + 1 == steps):
+                work.save(f"{key}-hessians", hessians | {GENERATOR: generator.get_state()}, steps=step + 1)
+            report(step + 1, steps + len(names))
     finally:
         for handle in handles:
             handle.remove()
-    result = {}
-    for name, layer in layers.items():
+    for done, (name, layer) in enumerate(layers.items(), start=steps + 1):
+        if name in result:
+            continue
         q = qparams[name]
         row = torch.ones(layer.weight.shape[1]) if q.row is None else q.row
         row = channel_shape(row, layer.weight.ndim, 1).to(layer.weight.device)
@@ -207,7 +222,8 @@ def compensate(
             flat, q.weight_scale.to(flat.device), hessians.pop(name), q.weight_bits
         )
         result[name] = (rounded.reshape(layer.weight.shape) / row).cpu()
-        done += 1
+        if work is not None and throttle.due():
+            work.save(f"{key}-layers", result)
         report(done, steps + len(names))
     return result
 

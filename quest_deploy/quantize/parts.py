@@ -88,8 +88,10 @@ def find_scales(
             positions=POSITIONS_PER_STEP,
             seed=config.seed,
             report=reporter(progress, "collect activations"),
+            work=work,
         )
         work.save("inputs", inputs)
+        work.drop(work.names(calibrate.PIECES))
     else:
         inputs = saved[0]
     saved = work.load("scales")
@@ -161,8 +163,11 @@ def compensate_errors(
                 rows_per_step=ROWS_PER_STEP,
                 seed=config.seed,
                 report=reporter(progress, "round weights"),
+                work=work,
+                key=key,
             )
             work.save(key, part)
+            work.drop(work.names(f"{key}-"))
         else:
             part = saved[0]
         rounded.update(part)

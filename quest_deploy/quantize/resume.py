@@ -24,6 +24,7 @@ from quest_deploy.files import read_json, storage_errors, write_json
 from quest_deploy.quantize.insert import LayerQParams
 
 RUN = "run.json"
+GENERATOR = "/generator"  # no layer has such a name
 SAFETENSORS_TYPES = {torch.float32: "F32", torch.int64: "I64"}
 SAVE_EVERY_SECONDS = 15.0
 
@@ -129,6 +130,10 @@ class WorkDirectory:
                 os.fsync(file.fileno())
             temporary.replace(self.path / f"{name}.safetensors")
         self.drop(names)
+
+    def names(self, prefix: str) -> list[str]:
+        """What was saved under names that start with `prefix`, in order."""
+        return sorted(path.stem for path in self.path.glob(f"{prefix}*.safetensors"))
 
     def drop(self, names: Sequence[str]) -> None:
         """Delete what was saved under `names`."""

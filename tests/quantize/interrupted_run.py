@@ -2,7 +2,7 @@
 
 Arguments: model, an empty folder, and moments ``part:count:how``, in the order in which a run passes them. The process
 is killed when it saves its state for the `count`-th time under a name that starts with `part`: `after` that is done, or
-`during` it, when half of the file is written. The part ``output`` is the checkpoint itself.
+`during` it, when half of the file is written. ``inputs$`` is that name alone; ``output`` is the checkpoint itself.
 Writes one JSON object to standard output.
 """
 
@@ -58,7 +58,7 @@ def kill_at(part: str, count: int, how: str) -> None:
 
     def counted_save(self: resume.WorkDirectory, name: str, tensors: dict, **facts: Any) -> None:
         nonlocal left
-        left -= name.startswith(part)
+        left -= name == part[:-1] if part.endswith("$") else name.startswith(part)
         save(self, name, tensors, **facts)
         if left == 0 and how == "after":
             die()

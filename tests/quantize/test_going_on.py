@@ -1,0 +1,84 @@
+"""What a part keeps while it runs: interrupted in the middle, it goes on to the same bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from quest_deploy.model.load import LoadedModel
+from quest_deploy.quantize import resume
+from quest_deploy.quantize.calibrate import CalibrationSet, collect_inputs
+from quest_deploy.quantize.gptq import compensate
+from quest_deploy.quantize.insert import LayerQParams
+from quest_deploy.quantize.resume import WorkDirectory
+
+LAYERS = ("time_embedding.linear_1", "conv_in", "conv_out")
+
+
+class Stop(Exception):
+    """Ends a part from outside."""
+
+
+def stop_at(wanted: int) -> Callable[[int, int], None]:
+    def report(completed: int, total: int) -> None:
+        if completed == wanted:
+            raise Stop
+
+    return report
+
+
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> WorkDirectory:
+    """Where every step is saved."""
+    monkeypatch.setattr(resume, "SAVE_EVERY_SECONDS", 0.0)
+    directory = WorkDirectory(tmp_path / "out")
+    directory.open({}, resume=False, overwrite=False)
+    return directory
+
+
+@pytest.mark.parametrize("stop", [1, 2])
+def test_collecting_goes_on_to_the_same_bits(
+    float_model: LoadedModel,
+    recorded: CalibrationSet,
+    inputs: dict[str, Tensor],
+    work: WorkDirectory,
+    stop: int,
+) -> None:
+    options = {"prompts_per_step": 2, "positions": 8, "seed": 0, "work": work}
+    with pytest.raises(Stop):
+        collect_inputs(float_model.denoiser, recorded, report=stop_at(stop), **options)
+    done: list[int] = []
+    again = collect_inputs(
+        float_model.denoiser, recorded, report=lambda completed, total: done.append(completed), **options
+    )
+    assert done == list(range(stop + 1, 4))
+    assert all(torch.equal(again[name], value) for name, value in inputs.items())
+
+
+@pytest.mark.parametrize("stop", [1, 3, 4, 5])
+def test_rounding_goes_on_to_the_same_bits(
+    float_model: LoadedModel,
+    recorded: CalibrationSet,
+    qparams: Callable[[int, int], dict[str, LayerQParams]],
+    work: WorkDirectory,
+    stop: int,
+) -> None:
+    options = {"prompts_per_step": 2, "rows_per_step": 16, "seed": 0}
+    arguments = (float_model.denoiser, recorded, qparams(4, 4), LAYERS)
+    whole = compensate(*arguments, **options)
+    with pytest.raises(Stop):
+        compensate(*arguments, report=stop_at(stop), work=work, key="rounded-0000", **options)
+    done: list[int] = []
+    again = compensate(
+        *arguments,
+        report=lambda completed, total: done.append(completed),
+        work=work,
+        key="rounded-0000",
+        **options,
+    )
+    assert done == list(range(stop + 1, 7))
+    assert all(torch.equal(again[name], value) for name, value in whole.items())
