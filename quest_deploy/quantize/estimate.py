@@ -19,10 +19,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from quest_deploy.config import FinetuneConfig, PhaseConfig
 from quest_deploy.model.components import predict
 from quest_deploy.model.load import LoadedModel
-from quest_deploy.model.spec import latent_size
+from quest_deploy.model.spec import classes_of, family_of, latent_size
 from quest_deploy.quantize import calibrate, gptq, losses, parts, train
 from quest_deploy.quantize.calibrate import CalibrationSet
-from quest_deploy.quantize.finetune import make_student, prepare
+from quest_deploy.quantize.finetune import make_student, prepare, with_prompts
 from quest_deploy.quantize.insert import LayerQParams, quantizable_layers
 from quest_deploy.quantize.layers import TimestepContext
 from quest_deploy.quantize.memory import (
@@ -81,6 +81,8 @@ def estimate(model: str | Path, config: FinetuneConfig) -> tuple[list[PartEstima
     Raises:
         QuestDeployError: the run itself would be refused.
     """
+    if Path(model).is_dir():
+        config = with_prompts(config, family_of(Path(model)), classes_of(Path(model)))
     loaded, trace, config = prepare(model, config)
     recipe = config.recipe
     data = placeholder(loaded, config)
@@ -101,7 +103,7 @@ def estimate(model: str | Path, config: FinetuneConfig) -> tuple[list[PartEstima
     shown = data.timesteps.numel() * min(parts.PROMPTS_PER_STEP, data.num_prompts)
     kept = size_bytes(data.tensors())
     if recipe.targets == "recompute":
-        kept -= size_bytes([torch.empty(0), *_targets(data)])
+        kept -= size_bytes(_targets(data))
     in_memory = kept if recipe.targets != "disk" else 0
     many = weights + _forward_memory(loaded.denoiser, data, context, parts.BATCH_PROMPTS)
     layers = quantizable_layers(loaded.denoiser)
