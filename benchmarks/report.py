@@ -5,13 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from benchmarks import analysis, baselines, cost, engines, quality, runtimes
+from benchmarks import analysis, baselines, cost, differences, engines, quality, runtimes
 from benchmarks.goals import goals
 from benchmarks.settings import DOCUMENT, RESULTS, ROOT
 from benchmarks.tables import markdown
 from quest_deploy.artifacts import read_json
 
-BENCHMARKS = {module.NAME: module for module in (quality, baselines, cost, engines, runtimes, analysis)}
+BENCHMARKS = {
+    module.NAME: module for module in (quality, baselines, cost, engines, runtimes, analysis, differences)
+}
 HEADINGS = {
     "quality": "Quality",
     "baselines": "Baselines",
@@ -19,6 +21,7 @@ HEADINGS = {
     "engines": "Engines",
     "runtimes": "Deployment",
     "analysis": "Sensitivity to low bits",
+    "differences": "Differences from the published quantizers",
 }
 INTRODUCTION = """\
 # Results
@@ -26,7 +29,7 @@ INTRODUCTION = """\
 <!-- Rendered from benchmarks/results/*.json by `python -m benchmarks.report`. Do not edit. -->
 
 What was measured on the bundled reference model. `make bench` measures it again; one benchmark alone:
-`python -m benchmarks quality` (or `baselines`, `cost`, `engines`, `runtimes`, `analysis`).
+`python -m benchmarks quality` (or `baselines`, `cost`, `engines`, `runtimes`, `analysis`, `differences`).
 """
 
 

@@ -28,6 +28,15 @@ SENSITIVITY = {
 }
 
 
+DIFFERENCES = {
+    "prompts": 2,
+    "calibration_prompts": 3,
+    "layers": 4,
+    "layers_whose_range_misses_zero": 1,
+    "rows": [{"what": "symmetric instead of asymmetric 4-bit weights", "ours": 20.5, "published": 21.0}],
+}
+
+
 @pytest.fixture(scope="module")
 def made_up(repository: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(
@@ -49,6 +58,7 @@ def everything(made_up: ModuleType) -> dict[str, dict]:
         "engines": made_up.engines(),
         "runtimes": {**made_up.HEADER, "recipes": recipes},
         "analysis": {**made_up.HEADER, **SENSITIVITY},
+        "differences": {**made_up.HEADER, **DIFFERENCES},
     }
 
 
