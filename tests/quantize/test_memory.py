@@ -114,12 +114,12 @@ def test_a_pass_that_keeps_less_takes_less(student, recorded, objective) -> None
 def test_the_memory_of_a_pass_is_found_without_computing_it(student, recorded, objective, walks) -> None:  # type: ignore[no-untyped-def]
     denoiser, context = student
     found = pass_memory(denoiser, recorded, context, objective, walks=walks)
-    none, two = torch.arange(0), torch.tensor([0, 1])
-    drawn = Draw(none, none, two, two, 1, 2) if walks else Draw(two, two, none, none, 2, 0)
+    none, two, start = torch.arange(0), torch.tensor([0, 1]), torch.tensor([0, 0])
+    drawn = Draw(none, none, two, start, 1, 2) if walks else Draw(two, two, none, none, 2, 0)
     with PeakMemory() as memory:
         losses.network_loss(denoiser, recorded, objective, drawn).backward()
-    # Attention is another kernel on the CPU than where nothing is computed.
-    assert found.fixed + 2 * found.each == pytest.approx(memory.peak, rel=0.25)
+    # Attention is a kernel on the CPU that keeps less than the products that stand for it where nothing is computed.
+    assert 0.9 * memory.peak <= found.fixed + 2 * found.each <= 1.5 * memory.peak
 
 
 def test_measuring_leaves_the_student_alone(student, recorded, objective) -> None:  # type: ignore[no-untyped-def]
