@@ -58,7 +58,9 @@ def test_a_name_that_the_denoiser_lacks_is_refused(
     float_model: LoadedModel, qparams: Callable[[int, int], dict[str, LayerQParams]]
 ) -> None:
     unet = copy.deepcopy(float_model.denoiser)
-    with pytest.raises(CalibrationError, match="1 layers are not in the UNet2DConditionModel, the first is 'conv_inn'"):
+    with pytest.raises(
+        CalibrationError, match="1 layers are not in the UNet2DConditionModel, the first is 'conv_inn'"
+    ):
         insert(unet, {"conv_inn": qparams(8, 8)["conv_in"]}, TimestepContext(torch.empty(0)))
     assert not quantized_layers(unet)
 
