@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,13 +15,14 @@ from quest_deploy.config import FinetuneConfig, StaticMode
 from quest_deploy.errors import ConfigError
 from quest_deploy.model.components import TextEncoder, VaeDecoder
 from quest_deploy.model.load import LoadedModel
+from quest_deploy.quantize.calibrate import tokenize
 from quest_deploy.quantize.checkpoint import freeze, load_checkpoint, save_checkpoint
 from quest_deploy.quantize.insert import quantizable_layers, quantized_layers
 from quest_deploy.quantize.recipe import load_recipe
 from quest_deploy.quantize.static import final_latents, quantize_companions
 
 PROMPTS = ("a red heart", "a blue car", "the moon", "a cat")
-IDS = torch.arange(24).reshape(1, 24) % 9
+Answers = Callable[..., dict[str, Tensor]]
 
 
 def config(text_encoder: StaticMode | None = None, vae_decoder: StaticMode | None = None) -> FinetuneConfig:
@@ -41,11 +43,32 @@ def w8a8(float_model: LoadedModel) -> dict[str, nn.Module]:
     return quantize_companions(float_model, config("w8a8", "w8a8"))
 
 
-def answers(text_encoder: nn.Module, vae: nn.Module) -> dict[str, Tensor]:
-    torch.manual_seed(0)
-    with torch.no_grad():
-        hidden, _ = TextEncoder(text_encoder)(IDS[:, : text_encoder.config.max_position_embeddings])
-        return {"text_encoder": hidden, "vae": VaeDecoder(vae)(torch.randn(2, 4, 8, 8))[0]}
+@pytest.fixture(scope="module")
+def answers(float_model: LoadedModel) -> Answers:
+    """What both components make of prompts and latents like those that they were calibrated on."""
+    ids = tokenize(float_model.tokenizer, ["a red moon", "the blue cat"])
+    latents = final_latents(float_model, PROMPTS[:2], config()) / float_model.vae.config.scaling_factor
+
+    def run(text_encoder: nn.Module, vae: nn.Module) -> dict[str, Tensor]:
+        with torch.no_grad():
+            return {"text_encoder": TextEncoder(text_encoder)(ids)[0], "vae": VaeDecoder(vae)(latents)[0]}
+
+    return run
+
+
+def snr_db(reference: Tensor, got: Tensor) -> float:
+    return float(10 * torch.log10(reference.square().sum() / (reference - got).square().sum()))
+
+
+@pytest.mark.parametrize("name", ["text_encoder", "vae"])
+def test_eight_bits_hardly_change_a_component(
+    float_model: LoadedModel, w8a8: dict[str, nn.Module], answers: Answers, name: str
+) -> None:
+    weights = quantize_companions(float_model, config("int8-weight-only", "int8-weight-only"))
+    true = answers(float_model.text_encoder, float_model.vae)[name]
+    both, weights_alone = (answers(**found)[name] for found in (w8a8, weights))
+    assert 100 > snr_db(true, weights_alone) > 25
+    assert 100 > snr_db(true, both) > 25
 
 
 def test_the_encoder_of_the_autoencoder_stays_as_it_was(w8a8: dict[str, nn.Module]) -> None:
@@ -109,7 +132,12 @@ def test_a_component_that_is_not_there_is_refused(float_model: LoadedModel, miss
 
 @pytest.mark.parametrize("mode", ["w8a8", "int8-weight-only"])
 def test_a_checkpoint_holds_quantized_components(
-    tmp_path: Path, float_model: LoadedModel, w8a8: dict[str, nn.Module], quantize_tiny, mode: StaticMode
+    tmp_path: Path,
+    float_model: LoadedModel,
+    w8a8: dict[str, nn.Module],
+    answers: Answers,
+    quantize_tiny,
+    mode: StaticMode,
 ) -> None:
     denoiser, context = quantize_tiny(8, 8)
     freeze(denoiser)
