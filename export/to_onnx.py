@@ -63,6 +63,7 @@ def export(
         model = _load(source, stage)
         specs = model.specs
         modules = wrap_components(model)
+        denoiser_config: Any = model.denoiser.config
         components: dict[str, Any] = {}
         for done, (name, spec) in enumerate(specs.items()):
             _report(progress, done, len(specs), name)
@@ -72,7 +73,7 @@ def export(
                 spec,
                 writer.path / name / MODEL_FILE,
                 config,
-                granularity=latent_granularity(model.denoiser.config) if name == model.family.denoiser else 1,
+                granularity=latent_granularity(denoiser_config) if name == model.family.denoiser else 1,
                 quantized_layers=len(quantized),
             )
             logger.info("%s: %d nodes, %d bytes", name, summary.nodes, summary.size_bytes)

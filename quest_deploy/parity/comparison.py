@@ -77,7 +77,7 @@ def compare(
     if backend is not None:
         # Refused before the work starts, too.
         backend = resolve_backend(candidate, backend)
-        rungs = [*rungs[:-1], dataclasses.replace(rungs[-1], backend=backend)]
+        rungs = (*rungs[:-1], dataclasses.replace(rungs[-1], backend=backend))
     budget_path = None if config.budget is None else Path(config.budget)
     # All budgets are read before the work starts: a typing mistake should not cost an hour.
     budgets = {rung.name: load_budget(budget_path, rung.recipe) for rung in rungs}

@@ -122,12 +122,12 @@ def from_tensors(
         if branch in branches:
             branches[branch][name] = value
     targets = tensors.get("targets")
-    kept = {"timesteps": tensors["timesteps"], "latents": tensors["latents"]}
+    kept: dict[str, Any] = {"timesteps": tensors["timesteps"], "latents": tensors["latents"]}
+    kept |= {**branches, "device": device}
     if targets is not None:
-        return CalibrationSet(**kept, targets=targets, **branches, device=device)
+        return CalibrationSet(**kept, targets=targets)
     assert teacher is not None
-    again = Recomputed(teacher=teacher, **kept, **branches, device=device)
-    return CalibrationSet(**kept, targets=again, **branches, device=device)
+    return CalibrationSet(**kept, targets=Recomputed(teacher=teacher, **kept))
 
 
 def tokenize(tokenizer: Any, prompts: Sequence[str]) -> Tensor:
@@ -244,7 +244,7 @@ def record_trajectories(
 
 def join(parts: Sequence[CalibrationSet]) -> CalibrationSet:
     """Sets recorded with the same settings, as one."""
-    kept = {
+    kept: dict[str, Any] = {
         "timesteps": parts[0].timesteps,
         "latents": torch.cat([part.latents for part in parts]),
         "positive": join_conditioning([part.positive for part in parts]),
@@ -254,7 +254,8 @@ def join(parts: Sequence[CalibrationSet]) -> CalibrationSet:
     first = parts[0].targets
     if isinstance(first, Recomputed):
         return CalibrationSet(**kept, targets=Recomputed(teacher=first.teacher, **kept))
-    return CalibrationSet(**kept, targets=torch.cat([part.targets for part in parts]))
+    targets = [part.targets for part in parts if isinstance(part.targets, Tensor)]
+    return CalibrationSet(**kept, targets=torch.cat(targets))
 
 
 def _check(data: CalibrationSet) -> None:

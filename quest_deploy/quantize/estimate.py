@@ -263,7 +263,14 @@ def _search_seconds(
 
 
 def _hessian_bytes(layers: Mapping[str, nn.Module], names: list[str]) -> int:
-    return sum(4 * layers[name].weight[0].numel() ** 2 for name in names)  # type: ignore[index,union-attr]
+    return sum(4 * columns(layers[name]) ** 2 for name in names)
+
+
+def columns(layer: nn.Module) -> int:
+    """How many inputs each output of a layer is a sum over."""
+    weight = layer.weight
+    assert isinstance(weight, torch.Tensor)
+    return weight[0].numel()
 
 
 def _rounding_seconds(layers: Mapping[str, Any], chunks: list[list[str]]) -> float:

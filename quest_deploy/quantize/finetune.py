@@ -104,9 +104,10 @@ def finetune(
                     history=history,
                     companions=quantize_companions(loaded, config),
                 )
-                if config.loras and loaded.text_encoder is not None and not config.recipe.text_encoder:
+                text_encoder: Any = loaded.text_encoder
+                if config.loras and text_encoder is not None and not config.recipe.text_encoder:
                     # Components are copied as they lie on disk, and a LoRA may have changed this one.
-                    loaded.text_encoder.save_pretrained(writer.path / TEXT_ENCODER)
+                    text_encoder.save_pretrained(writer.path / TEXT_ENCODER)
                 writer.details.update(history)
             work.remove()
     return read_artifact(output, stage="checkpoint")
