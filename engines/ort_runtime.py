@@ -75,6 +75,8 @@ def load_ort_engines(onnx_dir: Path, *, threads: int | None = None) -> dict[str,
         ) from error
     source = read_artifact(Path(onnx_dir), stage="onnx")
     options = onnxruntime.SessionOptions()
+    # By default a product of float activations and integer weights quantizes its activations: 46 dB of 140 are left.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     options.log_severity_level = _ERRORS_ONLY
     if threads is not None:
         options.intra_op_num_threads = threads

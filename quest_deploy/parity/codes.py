@@ -210,6 +210,8 @@ def onnxruntime_codes(
     if unknown:
         return f"the graph quantizes at {unknown[0]}, where the rung above does not"
     options = onnxruntime.SessionOptions()
+    # As the engine runs it: float products of integer weights stay float.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     options.log_severity_level = 3
     options.add_session_config_entry(
         "session.model_external_initializers_file_folder_path", str(onnx_path.parent.resolve())

@@ -56,6 +56,7 @@ def run_onnx(
 ) -> dict[str, np.ndarray]:
     """Outputs of `model` in ONNX Runtime, by name."""
     options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     options.log_severity_level = 3
     options.intra_op_num_threads = 1
     if not optimize:
