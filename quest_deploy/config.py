@@ -231,8 +231,8 @@ class PhaseConfig:
         problems: list[str] = []
         at_least(problems, 0, steps=self.steps, learning_rate_weights=self.learning_rate_weights)
         at_least(problems, 0, learning_rate_scales=self.learning_rate_scales)
-        at_least(problems, 0, learning_rate_floats=self.learning_rate_floats, walks=self.walks)
-        at_least(problems, 0, patience=self.patience)
+        at_least(problems, 0, learning_rate_floats=self.learning_rate_floats)
+        at_least(problems, 0, walks=self.walks, patience=self.patience)
         at_least(problems, 1, batch_size=self.batch_size, network_every=self.network_every)
         if self.low_rank is not None:
             at_least(problems, 1, low_rank=self.low_rank)
@@ -325,15 +325,11 @@ class Recipe:
             if getattr(self, name) is not None:
                 one_of(problems, name, getattr(self, name), get_args(StaticMode))
         one_of(problems, "initializer", self.initializer, ("nearest", "gptq", "adaround"))
-        at_least(
-            problems,
-            2,
-            calibration_prompts=self.calibration_prompts,
-            calibration_steps=self.calibration_steps,
-        )
+        calibration = {name: getattr(self, name) for name in ("calibration_prompts", "calibration_steps")}
+        at_least(problems, 2, **calibration)
         at_least(problems, 1, validation_prompts=self.validation_prompts, walk_length=self.walk_length)
-        at_least(problems, 1, softmax_max_keys=self.softmax_max_keys)
-        at_least(problems, 1, adaround_iterations=self.adaround_iterations)
+        counts = {"softmax_max_keys": self.softmax_max_keys, "adaround_iterations": self.adaround_iterations}
+        at_least(problems, 1, **counts)
         at_least(problems, 0, guidance_scale=self.guidance_scale, walk_share=self.walk_share)
         one_of(problems, "precision", self.precision, get_args(Precision))
         one_of(problems, "targets", self.targets, get_args(Targets))

@@ -4,159 +4,26 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
-from torch import Tensor
 
 from quest_deploy.artifacts import read_artifact, write_artifact
 from quest_deploy.config import ParityConfig, ProgressEvent
 from quest_deploy.errors import ArtifactError, ConfigError, MissingDependencyError, ParityError
 from quest_deploy.parity import compare
 from quest_deploy.parity import run as parity_run
-from quest_deploy.parity.gates import Gate, PsnrChange
+from quest_deploy.parity.gates import Gate
 from quest_deploy.parity.ladder import make_ladder
 from quest_deploy.prompts import load_prompts
-from quest_deploy.sampling import Step
+from tests.parity.stubs import Damage, Rungs
 
-REFERENCE_MODEL = Path(__file__).parents[1] / "reference-model" / "pipeline"
-TEXT = "encoder_hidden_states"
+SLIGHT = Damage(noise=0.01)
 CONFIG = ParityConfig(
     prompts=("a red apple", "a <b>cat</b>", "a house"), num_prompts=3, steps=4, batch_size=2
 )
-
-
-@dataclass(frozen=True)
-class Damage:
-    """What a stub rung does wrong; nothing by default."""
-
-    noise: float = 0.0
-    text: float = 0.0
-    decoder: float = 0.0
-    nan_at_step: int = -1
-    train_timesteps: int = 1000
-    missing: str = ""
-
-
-class StubPipeline:
-    """A stand-in with the interface of `quest_deploy.pipeline.Pipeline`: smooth closed-form components, no model."""
-
-    backend = "stub"
-
-    def __init__(self, path: Path, damage: Damage) -> None:
-        self.path, self.damage = path, damage
-        self.scheduler = SimpleNamespace(
-            config={"num_train_timesteps": damage.train_timesteps, "_version": str(path)}
-        )
-
-    def __enter__(self) -> StubPipeline:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        return None
-
-    def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        lengths = torch.tensor([float(len(prompt)) for prompt in prompts])
-        waves = torch.sin(lengths[:, None, None] * torch.arange(1, 13).reshape(1, 3, 4))
-        return {TEXT: waves + self.damage.text}
-
-    def encode_negative(self, count: int) -> dict[str, Tensor]:
-        return self.encode([""] * count)
-
-    def initial_noise(self, seeds: Sequence[int]) -> Tensor:
-        return torch.cat([torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(s)) for s in seeds])
-
-    def predict_noise(
-        self,
-        latents: Tensor,
-        timestep: Tensor,
-        positive: dict[str, Tensor],
-        negative: dict[str, Tensor],
-        *,
-        guidance_scale: float,
-    ) -> Tensor:
-        text = (positive[TEXT] - negative[TEXT]).mean((1, 2)).reshape(-1, 1, 1, 1)
-        prediction = torch.tanh(latents + guidance_scale * text + timestep / 1000)
-        step = round((1000 - timestep.item()) / 100)
-        if step == self.damage.nan_at_step:
-            prediction[0, 0, 0, 0] = math.nan
-        return prediction * (1 + self.damage.noise)
-
-    def denoise(
-        self,
-        noise: Tensor,
-        positive: dict[str, Tensor],
-        negative: dict[str, Tensor],
-        *,
-        steps: int,
-        guidance_scale: float,
-        scheduler: str | None = None,
-        generators: Sequence[torch.Generator],
-        callback: Callable[[Step], None],
-    ) -> Tensor:
-        latents = noise
-        for index in range(steps):
-            timestep = torch.tensor(1000 - 100 * index)
-            prediction = self.predict_noise(
-                latents, timestep, positive, negative, guidance_scale=guidance_scale
-            )
-            callback(Step(index, timestep, latents, prediction))
-            latents = latents - 0.3 * prediction
-        return latents
-
-    def decode(self, latents: Tensor) -> Tensor:
-        pixels = latents[:, :3].repeat_interleave(4, 2).repeat_interleave(4, 3)
-        return torch.sigmoid(pixels) * (1 - self.damage.decoder)
-
-
-class Rungs:
-    """Rung directories without weights, and the stub that `load_pipeline` returns for each."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.damage: dict[Path, Damage] = {}
-
-    def add(
-        self,
-        name: str,
-        damage: Damage = Damage(),
-        *,
-        stage: str = "model",
-        recipe: str | None = None,
-        made_from: Path | None = None,
-    ) -> Path:
-        path = self.root / name
-        self.damage[path] = damage
-        if stage == "model":
-            self._fill(path)
-            return path
-        inputs = {} if made_from is None else {"source": self.digest(made_from)}
-        with write_artifact(path, stage=stage, config={"name": name}, inputs=inputs) as writer:
-            self._fill(writer.path)
-            if recipe is not None:
-                (writer.path / "quest.json").write_text(json.dumps({"recipe": {"name": recipe}}))
-        return path
-
-    def digest(self, path: Path) -> str:
-        return make_ladder(path, [], path)[0][0].digest
-
-    def load(self, path: Path) -> StubPipeline:
-        damage = self.damage[Path(path)]
-        if damage.missing:
-            raise MissingDependencyError(damage.missing)
-        return StubPipeline(path, damage)
-
-    @staticmethod
-    def _fill(path: Path) -> None:
-        for name in ("model_index.json", "unet/config.json", "text_encoder/config.json", "vae/config.json"):
-            (path / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(REFERENCE_MODEL / name, path / name)
 
 
 @pytest.fixture
@@ -171,7 +38,7 @@ def gate(result: Any, quantity: str, rung: str | None = None) -> Gate:
     return found
 
 
-def full_ladder(rungs: Rungs, onnx: Damage, quantized: Damage = Damage(noise=0.01)) -> Any:
+def full_ladder(rungs: Rungs, onnx: Damage, quantized: Damage = SLIGHT) -> Any:
     model = rungs.add("model")
     checkpoint = rungs.add("checkpoint", quantized, stage="checkpoint", recipe="w8a8", made_from=model)
     candidate = rungs.add("onnx", onnx, stage="onnx", recipe="w8a8", made_from=checkpoint)
@@ -270,22 +137,6 @@ def test_deployment_that_changes_image_quality_fails(rungs: Rungs) -> None:
     change = gate(result, "change of image PSNR")
     assert change.passed is False and change.measured == pytest.approx(6, abs=0.5)
     assert "95 % interval" in change.detail
-
-
-@pytest.mark.parametrize(
-    ("change", "certain"),
-    [
-        ({"median": 0.4, "low": -0.1, "high": 0.9}, 0.0),
-        ({"median": 0.9, "low": 0.5, "high": 1.2}, 0.5),
-        ({"median": -0.9, "low": -1.2, "high": -0.4}, 0.4),
-        ({"median": 0.4, "low": float("-inf"), "high": float("inf")}, None),
-    ],
-    ids=["by luck", "better", "worse", "one prompt"],
-)
-def test_a_change_of_image_quality_counts_as_far_as_it_is_certain(
-    change: dict[str, float], certain: float | None
-) -> None:
-    assert PsnrChange(mean=0.0, **change).certain == certain
 
 
 def test_a_checkpoint_below_its_budget_fails(rungs: Rungs, tmp_path: Path) -> None:
