@@ -21,7 +21,7 @@ from quest_deploy.quantize.finetune import finetune
 
 UPDATES = 10
 # Only floats learn, and slowly: a weight or an activation that crosses a rounding boundary moves the loss of a model as
-# small as this by per cents, and gradients that differ in the sixth digit, as sums in another order do, send some across
+# small as this by per cents; gradients that differ in the sixth digit, as sums in another order do, send some across
 # (noise of that size in the gradients of one process does the same).
 SMOOTH = {"learning_rate_weights": 0.0, "learning_rate_scales": 0.0, "learning_rate_floats": 2e-4}
 RECIPE = Recipe(
