@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -81,6 +81,22 @@ def check_inputs(spec: ComponentSpec, inputs: Mapping[str, Tensor], limits: Limi
         raise EngineInputError(
             f"{spec.name} input 'timestep': got {steps} values, expected 1 or the batch, {batch}"
         )
+
+
+def as_arrays(inputs: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Inputs as NumPy arrays of the CPU, without a copy where a tensor is there and contiguous."""
+    return {name: tensor.detach().cpu().contiguous().numpy() for name, tensor in inputs.items()}
+
+
+def cannot_run(
+    spec: ComponentSpec, runtime: str, inputs: Mapping[str, Tensor], cause: str
+) -> EngineInputError:
+    """The error of a runtime that fails on inputs which the specification allows."""
+    shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in inputs.items())
+    return EngineInputError(
+        f"{spec.name}: {runtime} cannot run it on {shapes}: {cause}; "
+        "check the values, and that the model can halve the image sizes as often as it does"
+    )
 
 
 def _check_tensor(

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from quest_deploy.artifacts import read_artifact
-from quest_deploy.engines.base import Closing, Engine, check_inputs
-from quest_deploy.errors import ArtifactError, EngineInputError, MissingDependencyError, StaleArtifactError
+from quest_deploy.engines.base import Closing, Engine, as_arrays, cannot_run, check_inputs
+from quest_deploy.errors import ArtifactError, MissingDependencyError, StaleArtifactError
 from quest_deploy.model.spec import ComponentSpec, component_specs
 
 logger = logging.getLogger(__name__)
@@ -41,15 +41,10 @@ class OpenVinoEngine(Closing):
         check_inputs(self.spec, inputs)
         if self.request is None:
             raise RuntimeError(f"{self.spec.name}: the engine is closed")
-        arrays = {name: tensor.detach().cpu().contiguous().numpy() for name, tensor in inputs.items()}
         try:
-            self.request.infer(arrays)
+            self.request.infer(as_arrays(inputs))
         except RuntimeError as error:
-            shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in inputs.items())
-            raise EngineInputError(
-                f"{self.spec.name}: OpenVINO cannot run it on {shapes}: {_cause(error)}; "
-                "check the values, and that the model can halve the image sizes as often as it does"
-            ) from error
+            raise cannot_run(self.spec, "OpenVINO", inputs, _cause(error)) from error
         outputs = (tensor.name for tensor in self.spec.outputs)
         return {name: torch.from_numpy(self.request.get_tensor(name).data.copy()) for name in outputs}
 

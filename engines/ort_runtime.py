@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from quest_deploy.artifacts import read_artifact
-from quest_deploy.engines.base import Closing, Engine, check_inputs
+from quest_deploy.engines.base import Closing, Engine, as_arrays, cannot_run, check_inputs
 from quest_deploy.engines.libraries import gpus
-from quest_deploy.errors import ArtifactError, EngineInputError, MissingDependencyError, StaleArtifactError
+from quest_deploy.errors import ArtifactError, MissingDependencyError, StaleArtifactError
 from quest_deploy.model.spec import ComponentSpec, component_specs
 
 logger = logging.getLogger(__name__)
@@ -40,15 +40,10 @@ class OrtEngine(Closing):
         check_inputs(self.spec, inputs)
         if self.session is None:
             raise RuntimeError(f"{self.spec.name}: the engine is closed")
-        arrays = {name: tensor.detach().cpu().contiguous().numpy() for name, tensor in inputs.items()}
         try:
-            outputs = self.session.run(self.output_names, arrays)
+            outputs = self.session.run(self.output_names, as_arrays(inputs))
         except _runtime_errors() as error:
-            shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in inputs.items())
-            raise EngineInputError(
-                f"{self.spec.name}: ONNX Runtime cannot run it on {shapes}: {_first_line(error)}; "
-                "check the values, and that the model can halve the image sizes as often as it does"
-            ) from error
+            raise cannot_run(self.spec, "ONNX Runtime", inputs, _first_line(error)) from error
         return {name: torch.from_numpy(array) for name, array in zip(self.output_names, outputs, strict=True)}
 
     def close(self) -> None:
