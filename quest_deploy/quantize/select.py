@@ -60,12 +60,7 @@ def select(roles: Mapping[str, Role], layers: str | Sequence[str]) -> set[str]:
     """
     chosen: set[str] = set()
     for wanted in [layers] if isinstance(layers, str) else layers:
-        preset = PRESETS.get(wanted)
-        found = {
-            name
-            for name, role in roles.items()
-            if (preset(name, role) if preset else fnmatch.fnmatchcase(name, wanted))
-        }
+        found = matching(roles, wanted)
         if not found and wanted != "none":
             raise ConfigError(
                 f"layers {wanted!r} stands for no layer of this model; give a preset ({', '.join(PRESETS)}), "
@@ -73,6 +68,16 @@ def select(roles: Mapping[str, Role], layers: str | Sequence[str]) -> set[str]:
             )
         chosen |= found
     return chosen
+
+
+def matching(roles: Mapping[str, Role], wanted: str) -> set[str]:
+    """The layers that one preset, pattern or name stands for; perhaps none."""
+    preset = PRESETS.get(wanted)
+    return {
+        name
+        for name, role in roles.items()
+        if (preset(name, role) if preset else fnmatch.fnmatchcase(name, wanted))
+    }
 
 
 def layer_bits(roles: Mapping[str, Role], recipe: Recipe) -> dict[str, tuple[int, int]]:
@@ -89,9 +94,8 @@ def layer_bits(roles: Mapping[str, Role], recipe: Recipe) -> dict[str, tuple[int
     }
     for override in recipe.overrides:
         # A preset may stand for nothing: a packaged recipe serves models that do not have such layers.
-        preset = PRESETS.get(override.layers)
-        chosen = None if preset is None else {name for name, role in roles.items() if preset(name, role)}
-        for name in select(roles, override.layers) if chosen is None else chosen:
+        find = matching if override.layers in PRESETS else select
+        for name in find(roles, override.layers):
             weight, activation = bits[name]
             bits[name] = (override.weight_bits or weight, override.activation_bits or activation)
     return bits

@@ -13,14 +13,7 @@ from quest_deploy.analyze.config import AnalyzeConfig
 from quest_deploy.analyze.stage import analyze
 from quest_deploy.errors import ConfigError
 from quest_deploy.files import read_json
-
-
-def shaken(module: torch.nn.Module) -> torch.nn.Module:
-    """No parameter left at zero: a fresh DiT would ignore whatever it is given."""
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.05)
-    return module
+from tests.families.models import shaken
 
 
 def unconditional(folder: Path) -> None:
