@@ -102,7 +102,7 @@ def minmax(settings: Settings, name: str, folder: Path) -> Path:
 def _recipe(bench: Bench, name: str, paths: dict[str, Path]) -> dict[str, Any]:
     """All rows of one recipe, their differences, and the grid of images."""
     figures: dict[str, dict[str, Any]] = {}
-    images = {"fp32": bench.known.images}
+    images = {"fp32": bench.known[0].images}
     for row, label in ROWS.items():
         figures[row], images[row] = rows.measured_checkpoint(
             bench, f"{name}-{row}", f"{name}, {label}", paths[row]
@@ -151,14 +151,14 @@ def tables(result: dict[str, Any]) -> list[Table]:
         for name, recipe in recipes.items()
         for pair, values in ((pair, recipe["differences"][_key(pair)]) for pair in PAIRS)
     )
-    prompts, steps = result["settings"]["prompts"], result["settings"]["steps"]
+    steps = result["settings"]["steps"]
     return [
         Table(
             title="Quality against full precision",
             columns=("recipe", "row", "noise SNR, dB", "noise SNR guided, dB", "image PSNR, dB", "SSIM"),
             rows=figures,
             labels=2,
-            note=f"Means over {prompts} held-out prompts, {steps} DDIM steps, guidance "
+            note=f"Means over {sample_size(result)}, {steps} DDIM steps, guidance "
             f"{result['settings']['guidance_scale']:g}, same noise. Noise SNR is taken on the full-precision "
             "trajectory: of the network's output, mean of both guidance branches in dB, and of the guided prediction."
             + _doubts(result["checkpoints_made_by"]),
@@ -168,10 +168,17 @@ def tables(result: dict[str, Any]) -> list[Table]:
             columns=("recipe", "rows", "noise SNR, dB", "noise SNR guided, dB", "image PSNR, dB"),
             rows=compared,
             labels=2,
-            note="Mean and 95 % bootstrap interval over prompts.",
+            note="Mean and 95 % bootstrap interval over prompts, of each the mean over its noise seeds.",
         ),
         _per_step(recipes),
     ]
+
+
+def sample_size(result: dict[str, Any]) -> str:
+    """How much was measured, in words."""
+    settings = result["settings"]
+    seeds = len(settings.get("noise_seeds", [0]))
+    return f"{settings['prompts']} held-out prompts" + (f" × {seeds} noise seeds" if seeds > 1 else "")
 
 
 def _doubts(made_by: dict[str, str]) -> str:

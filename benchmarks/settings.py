@@ -32,7 +32,8 @@ class Settings:
         steps: Of the model's own scheduler, DDIM.
         guidance_scale: Of classifier-free guidance.
         batch_size: Images at a time.
-        seed: Of finetuning, and of the first prompt's noise.
+        seed: Of finetuning.
+        noise_seeds: Of the first prompt's noise (prompt `i` has the next but i); every row is drawn from each of them.
     """
 
     recipes: tuple[str, ...] = PACKAGED
@@ -42,6 +43,7 @@ class Settings:
     guidance_scale: float = 3.0
     batch_size: int = 16
     seed: int = 0
+    noise_seeds: tuple[int, ...] = (0, 64, 128)
 
     @property
     def work(self) -> Path:
@@ -92,6 +94,7 @@ class Settings:
             "guidance_scale": self.guidance_scale,
             "batch_size": self.batch_size,
             "seed": self.seed,
+            "noise_seeds": list(self.noise_seeds),
             "quick": self.quick,
         }
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from quest_deploy.config import FinetuneConfig, Recipe, to_dict
 from quest_deploy.files import hash_file, hash_mapping
 from quest_deploy.manifest import MANIFEST_NAME, read_manifest
 from quest_deploy.prompts import load_prompts
-from quest_deploy.quantize.recipe import PACKAGED
+from quest_deploy.quantize.recipe import PACKAGED, recipe_from_dict
 from scripts import demo
 
 PACKAGE = ("quest_deploy", "export", "engines")
@@ -137,7 +138,7 @@ def finetuned(settings: Settings, name: str) -> tuple[Path, dict[str, Any]]:
     if not (path / MANIFEST_NAME).is_file() or (settings.quick and settings.checkpoints is None):
         return path, {**finetune(settings, recipe, path), "made_by": "this code"}
     config = FinetuneConfig(recipe=recipe, prompts=load_prompts(default="calibration"), seed=settings.seed)
-    if hash_mapping(read_manifest(path).config) != hash_mapping(to_dict(config)):
+    if not made_with(config, read_manifest(path).config):
         raise SystemExit(
             f"benchmarks: {path} was made with other settings than recipe {name} has now; "
             "remove it, or give another directory with --checkpoints"
@@ -150,6 +151,16 @@ def finetuned(settings: Settings, name: str) -> tuple[Path, dict[str, Any]]:
             return path, {**known["outcome"], "made_by": "this code" if same else "other code"}
     unknown = {"stage": f"finetune {name}", "command": "", "exit_code": 0, "resumed": False}
     return path, {**unknown, "seconds": None, "peak_memory_bytes": None, "made_by": "unknown"}
+
+
+def made_with(config: FinetuneConfig, recorded: Mapping[str, Any]) -> bool:
+    """Whether a manifest's configuration is `config`; a setting that did not exist then has its default."""
+    known = dict(recorded)
+    recipe = recipe_from_dict(known.pop("recipe"))
+    now = to_dict(config)
+    defaults = to_dict(FinetuneConfig(recipe=recipe))
+    same = {key: json.loads(json.dumps(known.get(key, defaults[key]))) for key in now if key != "recipe"}
+    return recipe == config.recipe and same == {key: json.loads(json.dumps(now[key])) for key in same}
 
 
 def export(settings: Settings, name: str, source: Path, target: str) -> tuple[Path, dict[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,10 +37,12 @@ class Reference:
     """What full precision does with the held-out prompts.
 
     Attributes:
+        seed: Of the first prompt's noise.
         data: Inputs and both branches' outputs at every step.
         images: float32 [P, 3, H, W] in [0, 1].
     """
 
+    seed: int
     data: CalibrationSet
     images: Tensor
 
@@ -64,21 +66,21 @@ def record(
     return data
 
 
-def reference(settings: Settings, folder: Path) -> Reference:
+def reference(settings: Settings, folder: Path, seed: int) -> Reference:
     """Trajectories and images of the full-precision model, recorded once and shared by all rows."""
     data = record(
         settings.prompts,
         steps=settings.denoising_steps,
         guidance_scale=settings.guidance_scale,
-        seed=settings.seed,
+        seed=seed,
         batch_size=settings.batch_size,
-        file=folder / "trajectories.safetensors",
+        file=folder / f"trajectories-{seed}.safetensors",
     )
-    file = folder / "images.safetensors"
+    file = folder / f"images-{seed}.safetensors"
     if not file.is_file():
         with load_pipeline(MODEL) as pipeline:
-            save(file, {"images": draw(pipeline, settings)})
-    return Reference(data=data, images=load_file(file)["images"])
+            save(file, {"images": draw(pipeline, settings, seed)})
+    return Reference(seed=seed, data=data, images=load_file(file)["images"])
 
 
 def save(file: Path, tensors: dict[str, Tensor]) -> None:
@@ -89,13 +91,13 @@ def save(file: Path, tensors: dict[str, Tensor]) -> None:
     partial.replace(file)
 
 
-def draw(pipeline: Pipeline, settings: Settings) -> Tensor:
+def draw(pipeline: Pipeline, settings: Settings, seed: int) -> Tensor:
     """The held-out prompts' images, float32 [P, 3, H, W]; prompt `i` from the noise of seed `seed + i`."""
     images = []
     prompts = settings.prompts
     for start in range(0, len(prompts), settings.batch_size):
         chunk = prompts[start : start + settings.batch_size]
-        seeds = range(settings.seed + start, settings.seed + start + len(chunk))
+        seeds = range(seed + start, seed + start + len(chunk))
         latents = pipeline.denoise(
             pipeline.initial_noise(seeds),
             pipeline.encode(chunk),
@@ -144,19 +146,22 @@ def decibel(values: Tensor) -> Tensor:
     return values.clamp(max=IDENTICAL_DB)
 
 
-def measure(path: Path, known: Reference, settings: Settings) -> tuple[dict[str, Any], Tensor]:
-    """One row: its figures, and its images [P, 3, H, W]."""
+def measure(
+    path: Path, known: Iterable[Reference], settings: Settings
+) -> Iterator[tuple[dict[str, Any], Tensor]]:
+    """One row: its figures and its images [P, 3, H, W], beside each of `known`."""
     with load_pipeline(path) as pipeline:
-        return measure_pipeline(pipeline, known, settings)
+        for reference in known:
+            yield measure_pipeline(pipeline, reference, settings)
 
 
 def measure_pipeline(
     pipeline: Pipeline, known: Reference, settings: Settings
 ) -> tuple[dict[str, Any], Tensor]:
-    """As :func:`measure`, of a pipeline that is open."""
+    """As :func:`measure`, of a pipeline that is open, beside one reference."""
     started = time.monotonic()
     raw, guided = teacher_forced(pipeline, known.data, settings)
-    images = draw(pipeline, settings)
+    images = draw(pipeline, settings, known.seed)
     figures = {
         "raw_snr_db": summary(raw),
         "guided_snr_db": summary(guided),

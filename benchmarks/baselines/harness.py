@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +16,7 @@ from quest_deploy.artifacts import read_json
 from quest_deploy.config import Recipe
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
+    from benchmarks.trajectories import Reference
     from quest_deploy.quantize.calibrate import CalibrationSet
 
 NAME = "baselines"
@@ -138,10 +137,10 @@ def _modelopt(
     recipe, settings = bench.settings.recipe(name), bench.settings
     algorithm = row.removeprefix(MODELOPT)
 
-    def measure() -> tuple[dict[str, Any], Tensor]:
+    def measure(known: Sequence[Reference]) -> Iterable[rows.Row]:
         from benchmarks.baselines.modelopt import measure_modelopt
 
-        return measure_modelopt(bench, recipe, algorithm, held())
+        return measure_modelopt(bench, known, recipe, algorithm, held())
 
     subject = {
         "row": row,

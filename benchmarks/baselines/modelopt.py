@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks.baselines.held import calibration_trajectories, prediction_loss
-from benchmarks.rows import Bench
+from benchmarks.rows import Bench, Row
 from benchmarks.settings import MODEL
-from benchmarks.trajectories import measure_pipeline, run_denoiser
+from benchmarks.trajectories import Reference, measure_pipeline, run_denoiser
 from quest_deploy.config import Recipe
 from quest_deploy.pipeline import Pipeline, load_pipeline
 from quest_deploy.quantize.calibrate import CalibrationSet
@@ -95,9 +95,9 @@ def denoiser_of(pipeline: Pipeline) -> nn.Module:
 
 
 def measure_modelopt(
-    bench: Bench, recipe: Recipe, algorithm: str, held: CalibrationSet
-) -> tuple[dict[str, Any], Tensor]:
-    """Figures and images of one row, and how long quantizing took."""
+    bench: Bench, known: Sequence[Reference], recipe: Recipe, algorithm: str, held: CalibrationSet
+) -> Iterator[Row]:
+    """Figures and images of one row beside each of `known`, and how long quantizing took."""
     settings = bench.settings
     data = calibration_trajectories(settings, recipe, 0, recipe.calibration_prompts)
     with load_pipeline(MODEL) as pipeline:
@@ -105,7 +105,8 @@ def measure_modelopt(
         bits = layer_bits(trace_denoiser(denoiser, pipeline.engines["unet"].spec).roles, recipe)
         started = time.monotonic()
         quantize(denoiser, data, bits, algorithm, settings.batch_size)
-        seconds = time.monotonic() - started
-        figures, images = measure_pipeline(pipeline, bench.known, settings)
-        loss = prediction_loss(pipeline, held, settings.batch_size)
-    return {**figures, "validation_loss": round(loss, 8), "made_in_seconds": round(seconds, 1)}, images
+        seconds = round(time.monotonic() - started, 1)
+        loss = round(prediction_loss(pipeline, held, settings.batch_size), 8)
+        for reference in known:
+            figures, images = measure_pipeline(pipeline, reference, settings)
+            yield {**figures, "validation_loss": loss, "made_in_seconds": seconds}, images

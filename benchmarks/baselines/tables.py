@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.baselines.rows import FINETUNED, ROWS
-from benchmarks.quality import FIGURES
+from benchmarks.quality import FIGURES, sample_size
 from benchmarks.tables import MISSING, Table, interval, number, seconds
 
 
@@ -25,7 +25,6 @@ def _label(row: str) -> str:
 
 
 def _figures(recipes: dict[str, Any], result: dict[str, Any]) -> Table:
-    settings = result["settings"]
     return Table(
         title="Baselines against full precision",
         columns=("recipe", "row", "noise SNR, dB", "noise SNR guided, dB", "image PSNR, dB", "SSIM"),
@@ -40,7 +39,7 @@ def _figures(recipes: dict[str, Any], result: dict[str, Any]) -> Table:
             for row in _rows(recipe)
         ),
         labels=2,
-        note=f"Means over {settings['prompts']} held-out prompts as above. Rows with * are finetuned. Every row has "
+        note=f"Means over {sample_size(result)} as above. Rows with * are finetuned. Every row has "
         "the same calibration prompts and the same layers at 8 bits. "
         f"Model-Optimizer {result['modelopt']} simulates its own quantizers; its shipped INT8 configurations leave the "
         "transformers' `proj_out` in float, and it smooths at 8 bits only. Q-Diffusion and EfficientDM are methods on "

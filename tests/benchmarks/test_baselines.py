@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -116,22 +117,36 @@ def test_time_of_an_interrupted_run_is_not_told() -> None:
     assert harness._whole({"resumed": True, "seconds": 3.0}) is None
 
 
-def test_a_row_is_measured_once_and_again_for_another_subject(
+def figures(mean: float) -> dict:
+    return {"psnr_db": {"mean": mean, "per_prompt": [mean - 1, mean + 1]}, "seconds": 2.0, "bits": 4}
+
+
+def test_a_row_is_measured_once_for_each_seed_and_again_for_another_subject(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     calls: list[int] = []
 
-    def measure() -> tuple[dict, torch.Tensor]:
-        calls.append(1)
-        return {"n": len(calls)}, torch.ones(1, 3, 2, 2)
+    def measure(known: Sequence[SimpleNamespace]) -> Iterator[tuple[dict, torch.Tensor]]:
+        for one in known:
+            calls.append(one.seed)
+            yield figures(10.0 + one.seed), torch.full((1, 3, 2, 2), float(one.seed))
 
-    bench = Bench(settings=Settings(quick=True), key="conditions", known=None)
-    first = measured(bench, "row", "row", {"checkpoint": 1}, measure)
-    again = measured(bench, "row", "row", {"checkpoint": 1}, measure)
-    other = measured(bench, "row", "row", {"checkpoint": 2}, measure)
-    assert (first[0], again[0], other[0]) == ({"n": 1}, {"n": 1}, {"n": 2})
-    assert torch.equal(first[1], again[1])
+    def ask(subject: int, *seeds: int) -> tuple[dict, torch.Tensor]:
+        known = tuple(SimpleNamespace(seed=seed) for seed in seeds)
+        bench = Bench(settings=Settings(quick=True), key="conditions", known=known)
+        return measured(bench, "row", "row", subject, measure)
+
+    first = ask(1, 5)
+    assert ask(1, 5)[0] == first[0]
+    assert calls == [5]
+    both, images = ask(1, 5, 7)
+    assert calls == [5, 7]
+    assert both["psnr_db"] == {"mean": 16.0, "per_prompt": [15.0, 17.0], "per_seed": [15.0, 17.0]}
+    assert (both["seconds"], both["bits"]) == (4.0, 4)
+    assert torch.equal(images, torch.full((1, 3, 2, 2), 5.0))
+    ask(2, 5)
+    assert calls == [5, 7, 5]
 
 
 def test_prediction_loss_is_relative_to_what_should_be_predicted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -122,6 +122,17 @@ def test_a_checkpoint_of_other_settings_is_not_taken_for_the_recipes(
                 stages.finetuned(settings, "w4a8")
 
 
+def test_a_setting_that_a_checkpoint_does_not_know_has_its_default() -> None:
+    recipe = Settings().recipe("w4a8")
+    config = FinetuneConfig(recipe=recipe, prompts=("a",) * recipe.calibration_prompts)
+    recorded = to_dict(config)
+    del recorded["recipe"]["walk_length"], recorded["device"]
+    assert stages.made_with(config, recorded)
+    longer = dataclasses.replace(config, recipe=dataclasses.replace(recipe, walk_length=7))
+    assert not stages.made_with(longer, recorded)
+    assert not stages.made_with(dataclasses.replace(config, device="cuda"), recorded)
+
+
 def test_sources_digest_sees_content_and_names(tmp_path: Path) -> None:
     (tmp_path / "package").mkdir()
     file = tmp_path / "package" / "a.py"
