@@ -7,6 +7,7 @@ from typing import Any
 
 from benchmarks.baselines.rows import FINETUNED
 from benchmarks.baselines.rows import ROWS as BASELINES
+from benchmarks.kid import overlap
 from benchmarks.runtimes import within_gates
 from benchmarks.tables import Table, interval, number, yes
 
@@ -25,6 +26,7 @@ def goals(results: dict[str, Any]) -> Table | None:
     sections: dict[str, Callable[[dict[str, Any]], Iterator[Row]]] = {
         "quality": _quality,
         "baselines": _baselines,
+        "kid": _kid,
         "runtimes": _runtimes,
         "engines": _engines,
         "cost": _cost,
@@ -72,6 +74,14 @@ def _ahead(name: str, whom: str, recipe: dict[str, Any], rows: list[str], goal_d
     met = lead["mean"] >= goal_db and (lead["low"] or 0) > 0
     requirement = f"{name.upper()}: QuEST ahead of {whom} in noise SNR{wanted}"
     return requirement, f"{interval(lead)} dB over {BASELINES[nearest]}", yes(met)
+
+
+def _kid(result: dict[str, Any]) -> Iterator[Row]:
+    for name in result["settings"]["recipes"]:
+        if name == "w4a8":
+            kids = (interval(result["rows"][row]["kid"]) for row in (name, "fp32"))
+            requirement = f"{name.upper()}: kernel distance overlaps full precision's"
+            yield requirement, " and ".join(kids), yes(overlap(result, name))
 
 
 def _runtimes(result: dict[str, Any]) -> Iterator[Row]:

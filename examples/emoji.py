@@ -29,10 +29,11 @@ TONES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Emoji:
-    """One picture's file name and captions, and whether they name a skin tone."""
+    """One picture's file name, captions and subcategory, and whether the captions name a skin tone."""
 
     image: str
     captions: tuple[str, str]
+    subcategory: str
     toned: bool
 
 
@@ -58,13 +59,14 @@ def entries(described: list[dict[str, Any]]) -> Iterator[Emoji]:
     """Every picture that `emoji.json` describes, variations of skin tone included."""
     for entry in described:
         names = (entry["name"].lower(), entry["short_name"].replace("_", " ").replace("-", " ").lower())
+        kind = entry["subcategory"]
         if entry["has_img_google"]:
-            yield Emoji(image=entry["image"], captions=names, toned=False)
+            yield Emoji(image=entry["image"], captions=names, subcategory=kind, toned=False)
         for key, variation in entry.get("skin_variations", {}).items():
             if variation["has_img_google"]:
                 tones = ", ".join(dict.fromkeys(TONES[part] for part in key.split("-")))
                 captions = (f"{names[0]}, {tones}", f"{names[1]}, {tones}")
-                yield Emoji(image=variation["image"], captions=captions, toned=True)
+                yield Emoji(image=variation["image"], captions=captions, subcategory=kind, toned=True)
 
 
 def load(folder: Path) -> tuple[Tensor, list[Emoji]]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks import baselines as baselines_benchmark
+from benchmarks.ablation import VARIANTS
 from benchmarks.baselines.rows import ROWS as BASELINES
-from benchmarks.quality import FIGURES, ROWS, differences
+from benchmarks.quality import FIGURES, ROWS, difference, differences
 
 HEADER: dict[str, Any] = {
     "date": "2026-01-02T03:04:05Z",
@@ -128,3 +129,41 @@ def parity_report() -> dict[str, Any]:
             gate("text encoder SNR", "identical", True),
         ],
     }
+
+
+def ablation() -> dict[str, Any]:
+    rows = {
+        row: {figure: figures(20.0 + n) for figure in FIGURES}
+        for n, row in enumerate(("calibrated", *VARIANTS, "quest"))
+    }
+    differences = {row: difference(rows[row], rows["short"]) for row in VARIANTS if row != "short"}
+    gain = {"low": 1.0, "mean": 2.0, "high": 3.0}
+    return {
+        **HEADER,
+        "recipe": "w4a4",
+        "updates": [30, 60],
+        "rows": rows,
+        "differences": differences,
+        "seconds": dict.fromkeys(VARIANTS, 12.0) | {"short": None},
+        "samplers": [
+            {
+                "scheduler": "ddim",
+                "steps": 25,
+                "psnr_db": {"calibrated": 19.0, "quest": 21.0},
+                "gain_db": gain,
+            }
+        ],
+    }
+
+
+def kid() -> dict[str, Any]:
+    labels = [
+        "fp32",
+        *(f"{name}{row}" for name in ("w8a8", "w4a8") for row in ("", "-minmax", "-calibrated")),
+    ]
+    rows = {}
+    for n, label in enumerate(labels):
+        rows[label] = {"kid": {"low": 4.0 + n, "mean": 5.0 + n, "high": 6.0 + n}}
+        if n:
+            rows[label]["above_fp32"] = {"low": n - 0.5, "mean": float(n), "high": n + 0.5}
+    return {**HEADER, "openvino": "1.2.3", "images": 2048, "groups": 32, "rows": rows}

@@ -54,6 +54,8 @@ def everything(made_up: ModuleType) -> dict[str, dict]:
     return {
         "quality": made_up.quality(),
         "baselines": made_up.baselines(),
+        "ablation": made_up.ablation(),
+        "kid": made_up.kid(),
         "cost": made_up.cost(),
         "engines": made_up.engines(),
         "runtimes": {**made_up.HEADER, "recipes": recipes},
@@ -141,6 +143,14 @@ def test_at_w4a4_the_lead_over_what_is_not_finetuned_is_asked(everything: dict[s
     assert met(everything, "W4A4: QuEST ahead of the best that is not finetuned") == "yes"
     result["recipes"]["w4a4"]["differences"]["adaround"]["raw_snr_db"]["mean"] = 2.9
     assert met(everything, "W4A4: QuEST ahead of the best that is not finetuned") == "**no**"
+
+
+def test_kernel_distances_that_do_not_overlap_are_told(everything: dict[str, dict]) -> None:
+    rows = everything["kid"]["rows"]
+    rows["w4a8"]["kid"] = {"low": 6.0, "mean": 7.0, "high": 8.0}
+    assert met(everything, "W4A8: kernel distance") == "yes"
+    rows["w4a8"]["kid"]["low"] = 6.1
+    assert met(everything, "W4A8: kernel distance") == "**no**"
 
 
 def test_goals_that_are_missed(everything: dict[str, dict]) -> None:

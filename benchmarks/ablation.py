@@ -1,0 +1,217 @@
+"""What each part of the method contributes at W4A4, and how a checkpoint does on samplers it was not calibrated on.
+
+Variants are finetuned with fewer updates than the packaged recipe, which is one row: differences between them count.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks import quality, rows, stages
+from benchmarks.environment import header
+from benchmarks.settings import MODEL, Settings
+from benchmarks.tables import MISSING, Table, interval, number, seconds
+from quest_deploy.config import Recipe
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+NAME = "ablation"
+RECIPE = "w4a4"
+STEPS = (30, 60)
+VARIANTS = {
+    "short": "QuEST, fewer updates",
+    "no-phase-1": "phase 1 off",
+    "no-phase-2": "phase 2 off",
+    "no-time-aware": "one activation scale for all timesteps",
+    "no-channel-wise": "no channel rows",
+    "no-walks": "no walks",
+    "nearest": "weights rounded to nearest at first",
+    "uniform": "4-bit activations in the residual projections too",
+    "paper-sd": "phase 2 trains `paper-sd` (feed-forward layers)",
+    "attention-and-feed-forward": "phase 2 trains attention and feed-forward layers",
+    "groups-5": "5 timestep groups",
+    "groups-50": "50 timestep groups",
+}
+SAMPLERS: tuple[tuple[str, int], ...] = (
+    ("ddim", 25),
+    ("ddim", 10),
+    ("ddim", 50),
+    ("euler", 25),
+    ("dpm++", 20),
+)
+SAMPLED = ("calibrated", "quest")
+FIGURES = ("raw_snr_db", "guided_snr_db", "psnr_db")
+
+
+def variant(recipe: Recipe, name: str) -> Recipe:
+    """The recipe of a row of the ablation."""
+    temporal = dataclasses.replace(recipe.temporal, steps=STEPS[0])
+    sensitive = dataclasses.replace(recipe.sensitive, steps=STEPS[1])
+    changes: dict[str, Any] = {
+        "short": {},
+        "no-phase-1": {"temporal": dataclasses.replace(temporal, steps=0)},
+        "no-phase-2": {"sensitive": dataclasses.replace(sensitive, steps=0)},
+        "no-time-aware": {"time_aware": False},
+        "no-channel-wise": {"channel_wise": False},
+        "no-walks": {"walk_share": 0.0},
+        "nearest": {"initializer": "nearest"},
+        "uniform": {"overrides": ()},
+        "paper-sd": {"sensitive": dataclasses.replace(sensitive, layers="paper-sd")},
+        "attention-and-feed-forward": {
+            "sensitive": dataclasses.replace(sensitive, layers="attention-and-feed-forward")
+        },
+        "groups-5": {"calibration_steps": 5},
+        "groups-50": {"calibration_steps": 50},
+    }[name]
+    short = {"name": f"{recipe.name}-{name}", "temporal": temporal, "sensitive": sensitive}
+    return dataclasses.replace(recipe, **(short | changes))
+
+
+def run(settings: Settings) -> dict[str, Any]:
+    """Finetune and measure every variant; then the whole recipe on other samplers."""
+    one_seed = dataclasses.replace(settings, noise_seeds=settings.noise_seeds[:1])
+    recipe = settings.recipe(RECIPE)
+    folder = settings.work / rows.FOLDER
+    paths: dict[str, Path] = {"quest": stages.finetuned(settings, RECIPE)[0]}
+    paths["calibrated"] = folder / "checkpoints" / f"{RECIPE}-calibrated"
+    stages.finetune(settings, quality.variant(recipe, "calibrated"), paths["calibrated"])
+    took: dict[str, float | None] = {}
+    for name in VARIANTS:
+        paths[name] = folder / "checkpoints" / f"{RECIPE}-{name}"
+        outcome = stages.finetune(settings, variant(recipe, name), paths[name])
+        took[name] = None if outcome["resumed"] else outcome["seconds"]
+    bench = rows.bench(one_seed)
+    found: dict[str, dict[str, Any]] = {}
+    for name, path in paths.items():
+        found[name], _ = rows.measured_checkpoint(bench, f"{RECIPE}-{name}", f"{RECIPE}, {name}", path)
+    differences = {
+        name: quality.difference(found[name], found["short"]) for name in VARIANTS if name != "short"
+    }
+    return {
+        **header(one_seed),
+        "recipe": RECIPE,
+        "updates": list(STEPS),
+        "rows": found,
+        "differences": differences,
+        "seconds": took,
+        "samplers": _samplers(one_seed, {name: paths[name] for name in SAMPLED}),
+    }
+
+
+def _samplers(settings: Settings, paths: dict[str, Path]) -> list[dict[str, Any]]:
+    """Image PSNR of checkpoints against full precision under each sampler."""
+    from benchmarks.stages import identity
+    from quest_deploy.artifacts import read_json, write_json
+    from quest_deploy.files import hash_mapping
+
+    result = []
+    for scheduler, steps in SAMPLERS:
+        subject = {
+            "model": identity(MODEL),
+            "checkpoints": {name: identity(path) for name, path in paths.items()},
+            "sampler": [scheduler, steps],
+            "settings": settings.describe(),
+        }
+        file = settings.work / NAME / f"{scheduler}-{steps}-{hash_mapping(subject)[:12]}.json"
+        if not file.is_file():
+            print(f"\ndrawing with {scheduler}, {steps} steps", flush=True)
+            write_json(file, _sampler(settings, paths, scheduler, steps))
+        result.append({"scheduler": scheduler, "steps": steps, **read_json(file)})
+    return result
+
+
+def _sampler(settings: Settings, paths: dict[str, Path], scheduler: str, steps: int) -> dict[str, Any]:
+    from quest_deploy.metrics import paired_interval, psnr_db
+
+    wanted = draw(MODEL, settings, scheduler, steps)
+    psnr = {
+        name: psnr_db(wanted, draw(path, settings, scheduler, steps)).tolist() for name, path in paths.items()
+    }
+    pairs = zip(psnr["quest"], psnr["calibrated"], strict=True)
+    ends = paired_interval([first - second for first, second in pairs])
+    means = {name: round(sum(values) / len(values), 4) for name, values in psnr.items()}
+    return {"psnr_db": means, "gain_db": dict(zip(("low", "mean", "high"), ends, strict=True))}
+
+
+def draw(path: Path, settings: Settings, scheduler: str, steps: int) -> Tensor:
+    """The held-out prompts' images [P, 3, H, W] by one sampler."""
+    import torch
+
+    from quest_deploy.pipeline import load_pipeline
+    from quest_deploy.sampling import generators_of
+
+    images = []
+    with load_pipeline(path) as pipeline:
+        for chunk in _chunks(settings.prompts, settings.batch_size):
+            seeds = [settings.noise_seeds[0] + index for index, _ in chunk]
+            latents = pipeline.denoise(
+                pipeline.initial_noise(seeds),
+                pipeline.encode([prompt for _, prompt in chunk]),
+                pipeline.encode_negative(len(chunk)),
+                steps=steps,
+                guidance_scale=settings.guidance_scale,
+                scheduler=scheduler,
+                generators=generators_of(seeds),
+            )
+            images.append(pipeline.decode(latents).cpu())
+    return torch.cat(images)
+
+
+def _chunks(prompts: Sequence[str], size: int) -> list[list[tuple[int, str]]]:
+    numbered = list(enumerate(prompts))
+    return [numbered[start : start + size] for start in range(0, len(numbered), size)]
+
+
+def tables(result: dict[str, Any]) -> list[Table]:
+    """The parts, then the samplers."""
+    found = result["rows"]
+    labels = {"calibrated": "calibrated, not finetuned", **VARIANTS, "quest": "QuEST, the packaged recipe"}
+    first, second = result["updates"]
+    name = result["recipe"].upper()
+    return [
+        Table(
+            title=f"Parts of the method at {name}",
+            columns=(
+                "row",
+                *("noise SNR, dB", "noise SNR guided, dB", "image PSNR, dB"),
+                "noise SNR against the first variant, dB",
+                "finetuning",
+            ),
+            rows=tuple(
+                (
+                    label,
+                    *(number(found[row][figure]["mean"]) for figure in FIGURES),
+                    interval(result["differences"][row]["raw_snr_db"])
+                    if row in result["differences"]
+                    else MISSING,
+                    seconds(result["seconds"].get(row)),
+                )
+                for row, label in labels.items()
+                if row in found
+            ),
+            labels=1,
+            note=f"{quality.sample_size(result)}. Variants have {first} + {second} updates, the packaged recipe more. "
+            "Each differs from the first variant in what its name says. Intervals are paired by prompt.",
+        ),
+        Table(
+            title=f"{name} on samplers it was not calibrated on",
+            columns=("sampler", "steps", "calibrated, image PSNR, dB", "QuEST, image PSNR, dB", "gain, dB"),
+            rows=tuple(
+                (
+                    row["scheduler"],
+                    str(row["steps"]),
+                    number(row["psnr_db"]["calibrated"]),
+                    number(row["psnr_db"]["quest"]),
+                    interval(row["gain_db"]),
+                )
+                for row in result["samplers"]
+            ),
+            labels=1,
+            note="Calibrated on 25 DDIM steps (the first row). Against full precision with the same sampler and noise.",
+        ),
+    ]

@@ -1,0 +1,213 @@
+"""Kernel distance (KID) of what each deployed recipe draws to real emoji, in the features of a small encoder.
+
+Every picture is drawn by the exported ONNX in OpenVINO, the fastest CPU runtime of these files: 2,048 prompts that name
+an emoji each, the same noise in every row. The encoder is not Inception (see benchmarks/encoder.py), so the figures
+compare with each other alone.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks import quality, rows, stages
+from benchmarks.environment import header
+from benchmarks.settings import MODEL, ROOT, Settings
+from benchmarks.stages import identity
+from benchmarks.tables import Table, interval
+from quest_deploy.artifacts import write_json
+from quest_deploy.files import hash_file, hash_mapping
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+NAME = "kid"
+TARGET = "onnxruntime"
+PROMPTS = ROOT / "benchmarks" / "data" / "kid-prompts.txt"
+REAL = ROOT / "benchmarks" / "data" / "kid-features.safetensors"
+FIRST_SEED = 10_000
+CHUNK = 256
+GROUPS = 32
+SCALE = 1000
+LABELS = {
+    "fp32": "full precision",
+    "minmax": "round to nearest, min-max",
+    "calibrated": "calibrated, not finetuned",
+    "quest": "QuEST",
+}
+BASELINES = ("minmax", "calibrated")
+
+
+def run(settings: Settings) -> dict[str, Any]:
+    """Draw with every row, and measure how far the pictures are from real ones."""
+    artifacts = {"fp32": stages.export(settings, "fp32", MODEL, TARGET)[0]}
+    folder = settings.work / rows.FOLDER
+    for name in settings.recipes:
+        checkpoints = {"quest": stages.finetuned(settings, name)[0]}
+        checkpoints["calibrated"] = folder / "checkpoints" / f"{name}-calibrated"
+        stages.finetune(
+            settings, quality.variant(settings.recipe(name), "calibrated"), checkpoints["calibrated"]
+        )
+        for row, checkpoint in checkpoints.items():
+            label = name if row == "quest" else f"{name}-{row}"
+            artifacts[label] = stages.export(settings, label, checkpoint, TARGET)[0]
+    for name in settings.recipes:
+        checkpoint = quality.minmax(settings, name, folder)
+        artifacts[f"{name}-minmax"] = settings.work / "onnx" / TARGET / f"{name}-minmax"
+        _export_here(checkpoint, artifacts[f"{name}-minmax"])
+    prompts = PROMPTS.read_text(encoding="utf-8").splitlines()
+    if settings.quick:
+        prompts = prompts[: 2 * GROUPS]
+    features = {}
+    for label, onnx in artifacts.items():
+        features[label] = draw_features(settings, label, onnx, prompts)
+    return {
+        **header(settings),
+        **_versions(),
+        "images": len(prompts),
+        "groups": GROUPS,
+        "rows": compare(features),
+    }
+
+
+def _versions() -> dict[str, str]:
+    from importlib import metadata
+
+    return {"openvino": metadata.version("openvino")}
+
+
+def _export_here(checkpoint: Path, output: Path) -> None:
+    """Export from this process, which holds torch already."""
+    from quest_deploy.artifacts import MANIFEST_NAME, read_artifact
+    from quest_deploy.config import ExportConfig
+    from quest_deploy.export.to_onnx import export
+    from quest_deploy.manifest import read_manifest
+
+    digest = read_artifact(checkpoint, stage="checkpoint").digest
+    if not (output / MANIFEST_NAME).is_file() or read_manifest(output).inputs != {"source": digest}:
+        export(checkpoint, output, ExportConfig(target=TARGET), overwrite=True)
+
+
+def draw_features(settings: Settings, label: str, onnx: Path, prompts: list[str]) -> Tensor:
+    """Features [n, d] of what an ONNX directory draws; prompt `i` from the noise of seed `FIRST_SEED + i`."""
+    import torch
+    from safetensors.torch import load_file
+
+    from benchmarks.encoder import FILE, features_of, load_encoder
+    from benchmarks.trajectories import save
+    from quest_deploy.pipeline import load_pipeline
+
+    subject = {
+        "artifact": identity(onnx),
+        "prompts": hash_file(PROMPTS),
+        "steps": settings.denoising_steps,
+        "guidance_scale": settings.guidance_scale,
+        "count": len(prompts),
+    }
+    folder = settings.work / NAME / f"{label}-{hash_mapping(subject)[:12]}"
+    starts = range(0, len(prompts), CHUNK)
+    files = [folder / f"images-{start:05d}.safetensors" for start in starts]
+    if not all(file.is_file() for file in files):
+        print(f"\ndrawing {label}", flush=True)
+        with load_pipeline(onnx, backend="openvino") as pipeline:
+            for start, file in zip(starts, files, strict=True):
+                if file.is_file():
+                    continue
+                parts = []
+                for first in range(start, min(start + CHUNK, len(prompts)), settings.batch_size):
+                    chunk = prompts[first : min(first + settings.batch_size, start + CHUNK)]
+                    latents = pipeline.denoise(
+                        pipeline.initial_noise(range(FIRST_SEED + first, FIRST_SEED + first + len(chunk))),
+                        pipeline.encode(chunk),
+                        pipeline.encode_negative(len(chunk)),
+                        steps=settings.denoising_steps,
+                        guidance_scale=settings.guidance_scale,
+                    )
+                    parts.append((pipeline.decode(latents) * 255).round().to(torch.uint8))
+                save(file, {"images": torch.cat(parts)})
+                print(f"  {min(start + CHUNK, len(prompts))} of {len(prompts)}", flush=True)
+        write_json(folder / "subject.json", subject)
+    images = torch.cat([load_file(file)["images"] for file in files])
+    return features_of(load_encoder(FILE), images)
+
+
+def compare(features: dict[str, Tensor]) -> dict[str, Any]:
+    """KID of every row with its interval, and what it is above full precision's."""
+    from safetensors.torch import load_file
+
+    count = len(features["fp32"])
+    real = load_file(REAL)["features"].float()[:count]
+    found = {label: jackknife(real, drawn) for label, drawn in features.items()}
+    rows: dict[str, Any] = {}
+    for label, values in found.items():
+        rows[label] = {"kid": _interval(*values)}
+        if label != "fp32":
+            pairs = (mine - other for mine, other in zip(values, found["fp32"], strict=True))
+            rows[label]["above_fp32"] = _interval(*pairs)
+    return rows
+
+
+def jackknife(real: Tensor, drawn: Tensor) -> tuple[float, Tensor]:
+    """Unbiased squared kernel distance, and those without each group of prompts in turn, [GROUPS].
+
+    The kernel is KID's, (x.y / d + 1)^3 (Binkowski et al. 2018). Prompt `i` is in group `i mod GROUPS`, on both sides.
+    """
+    import torch
+    from torchmetrics.image.kid import poly_mmd
+
+    group = torch.arange(len(drawn)) % GROUPS
+    without = [
+        poly_mmd(real[group != left_out].double(), drawn[group != left_out].double())
+        for left_out in range(GROUPS)
+    ]
+    return float(poly_mmd(real.double(), drawn.double())), torch.stack(without)
+
+
+def _interval(whole: float, without: Tensor) -> dict[str, float]:
+    """95 % interval by the delete-a-group jackknife, times `SCALE`."""
+    groups = without.numel()
+    error = float(((groups - 1) / groups * (without - without.mean()).square().sum()).sqrt())
+    # Student's t with GROUPS - 1 = 31 degrees of freedom.
+    reach = 2.0395 * error
+    return {
+        "low": round(SCALE * (whole - reach), 4),
+        "mean": round(SCALE * whole, 4),
+        "high": round(SCALE * (whole + reach), 4),
+    }
+
+
+def overlap(result: dict[str, Any], label: str) -> bool:
+    """Whether a row's interval and full precision's have something in common."""
+    mine, other = result["rows"][label]["kid"], result["rows"]["fp32"]["kid"]
+    return bool(mine["low"] <= other["high"] and other["low"] <= mine["high"])
+
+
+def tables(result: dict[str, Any]) -> list[Table]:
+    """One row for each set of pictures."""
+    labels = ["fp32"]
+    for name in result["settings"]["recipes"]:
+        labels += [f"{name}-{row}" for row in BASELINES] + [name]
+    return [
+        Table(
+            title=f"Kernel distance to real emoji, × {SCALE}",
+            columns=("recipe", "row", "KID", "above full precision, same prompts and noise"),
+            rows=tuple(
+                (
+                    *_labels(label),
+                    interval(result["rows"][label]["kid"]),
+                    interval(result["rows"][label]["above_fp32"]) if label != "fp32" else "–",
+                )
+                for label in labels
+            ),
+            labels=2,
+            note=f"{result['images']:,} pictures a row, one for each prompt, drawn by the exported ONNX in OpenVINO "
+            f"{result['openvino']}, against the {result['images']:,} real pictures. Features of a small "
+            "encoder trained on emoji, not Inception's: figures compare with each other alone. Intervals of 95 % by a "
+            f"jackknife over {result['groups']} groups of prompts.",
+        )
+    ]
+
+
+def _labels(label: str) -> tuple[str, str]:
+    recipe, _, row = label.partition("-")
+    return ("fp32", LABELS["fp32"]) if label == "fp32" else (recipe.upper(), LABELS[row or "quest"])

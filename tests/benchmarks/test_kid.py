@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from benchmarks import ablation, kid
+from benchmarks.encoder import FEATURES, Encoder, features_of, load_encoder
+from quest_deploy.quantize.recipe import load_recipe
+
+
+def closed_form(x: torch.Tensor, y: torch.Tensor) -> float:
+    """Unbiased squared kernel distance by three loops' worth of sums."""
+
+    def kernel(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return (a @ b.T / a.shape[1] + 1) ** 3
+
+    n = len(x)
+    same = sum(float(k.sum() - k.diag().sum()) / (n * (n - 1)) for k in (kernel(x, x), kernel(y, y)))
+    return same - 2 * float(kernel(x, y).mean())
+
+
+def test_distance_is_the_unbiased_one_of_the_cubic_kernel() -> None:
+    x, y = torch.randn(64, 5).double(), torch.randn(64, 5).double() + 0.3
+    whole, without = kid.jackknife(x, y)
+    assert whole == pytest.approx(closed_form(x, y), rel=1e-9)
+    left = torch.arange(64) % kid.GROUPS != 3
+    assert float(without[3]) == pytest.approx(closed_form(x[left], y[left]), rel=1e-9)
+
+
+def test_interval_of_a_mean_is_the_usual_one() -> None:
+    """Of a statistic that is a mean over groups, the jackknife gives the standard error of the mean."""
+    values = torch.randn(kid.GROUPS).double()
+    without = (values.sum() - values) / (kid.GROUPS - 1)
+    found = kid._interval(float(values.mean()), without)
+    reach = 2.0395 * float(values.std()) / kid.GROUPS**0.5
+    assert found["high"] - found["low"] == pytest.approx(2 * reach * kid.SCALE, abs=2e-3)
+
+
+def test_the_same_distribution_is_at_no_distance_and_another_is() -> None:
+    real, same, other = torch.randn(256, 8), torch.randn(256, 8), torch.randn(256, 8) * 1.5
+    near, far = (kid._interval(*kid.jackknife(real, drawn)) for drawn in (same, other))
+    assert near["low"] < 0 < near["high"]
+    assert far["low"] > 0
+
+
+def test_committed_encoder_prompts_and_features_belong_together() -> None:
+    prompts = kid.PROMPTS.read_text(encoding="utf-8").splitlines()
+    features = load_file(kid.REAL)["features"].float()
+    assert features.shape == (len(prompts), FEATURES)
+    assert len(prompts) >= 2048
+    # Standardized over exactly these pictures.
+    assert torch.allclose(features.mean(0), torch.zeros(FEATURES), atol=0.02)
+    assert torch.allclose(features.std(0), torch.ones(FEATURES), atol=0.02)
+    found = features_of(load_encoder(), torch.full((2, 3, 64, 64), 255, dtype=torch.uint8))
+    assert found.shape == (2, FEATURES)
+    assert bool(found.isfinite().all())
+
+
+def test_standardized_features_have_unit_variance() -> None:
+    encoder, pictures = Encoder(), torch.randint(256, (64, 3, 64, 64), dtype=torch.uint8)
+    encoder.standardize(pictures)
+    features = features_of(encoder, pictures)
+    assert torch.allclose(features.std(0), torch.ones(FEATURES), atol=1e-3)
+    assert torch.allclose(features.mean(0), torch.zeros(FEATURES), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ablation.VARIANTS)
+def test_a_variant_changes_what_its_name_says_and_has_the_same_bits(name: str) -> None:
+    recipe = load_recipe(ablation.RECIPE)
+    base, made = ablation.variant(recipe, "short"), ablation.variant(recipe, name)
+    assert (made.weight_bits, made.activation_bits) == (recipe.weight_bits, recipe.activation_bits)
+    changed = {field for field in vars(made) if getattr(made, field) != getattr(base, field)}
+    assert len(changed - {"name"}) == (name != "short")
