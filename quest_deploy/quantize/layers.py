@@ -6,8 +6,8 @@ per-input-channel row b (DESIGN §2)::
     y = op(Q(x * (r_g / b)), W_q) * (1 / r_g) + bias,        W_q = Q_w(W * b)
 
 exactly the operations that it is exported as. While training, the tables follow from the learned `log_scale`, and
-W_q from the float weight; the straight-through gradient of Q together with the two multiplications is the gradient of a
-learned step size (LSQ): for values inside the range d(s_g q)/d(s_g) = q - x / s_g, outside it the clip bound.
+W_q from the float weight, with the gradients of :mod:`quest_deploy.quantize.learned`; the codes are the same, and the
+factor 1 / r_g is already in what the operation is given.
 `freeze` turns a layer into the integers and tables that are stored and exported; no `forward` ever calibrates.
 
 While it learns, a weight may be W + B A with B A of low rank (EfficientDM, arXiv 2310.03270), which is added to W
@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from quest_deploy.quantize import learned
 from quest_deploy.quantize.grid import (
     channel_shape,
     dequantize,
@@ -55,6 +56,11 @@ class TimestepContext:
         """Find the groups of `timestep` (0-d or [n])."""
         boundaries = self.boundaries.to(timestep.device)
         self.group = (timestep.reshape(-1, 1).to(torch.float32) >= boundaries).sum(dim=1)
+
+
+def _autocast(x: Tensor) -> bool:
+    # PyTorch has no autocast where nothing is computed.
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
 class ActivationQuantizer(nn.Module):
@@ -130,6 +136,8 @@ class ActivationQuantizer(nn.Module):
         """
         # Under autocast other layers hand on bfloat16; the grid is float32 everywhere.
         x = x if x.dtype == torch.float32 else x.to(torch.float32)
+        if self._learning(x):
+            return self._learned(x, group), None
         scale, ratio, inverse_ratio = self.tables()
         multiplier: Tensor | None = None
         if self.inverse_row is not None:
@@ -143,6 +151,24 @@ class ActivationQuantizer(nn.Module):
         if multiplier is not None:
             x = x * multiplier
         return quantize_dequantize(x, scale, self.qmin, self.qmax), unscale
+
+    def _learning(self, x: Tensor) -> bool:
+        """Whether gradients are asked for; under autocast the operation runs on codes, which this does not give."""
+        if (
+            self.frozen
+            or x.is_meta
+            or not torch.is_grad_enabled()
+            or torch.is_autocast_enabled(x.device.type)
+        ):
+            return False
+        return x.requires_grad or self.log_scale.requires_grad
+
+    def _learned(self, x: Tensor, group: Tensor) -> Tensor:
+        """s_g * q with the same codes q, and no factor left over: fewer passes over memory, forth and back."""
+        inverse_row = None
+        if self.inverse_row is not None:
+            inverse_row = channel_shape(self.inverse_row, x.ndim, self.channel_axis)
+        return learned.fake_quantize(x, self.log_scale.exp(), group, inverse_row, self.qmin, self.qmax)
 
 
 class QuantizedLayer(nn.Module):
@@ -175,6 +201,8 @@ class QuantizedLayer(nn.Module):
         self.register_parameter("low_rank_b", None)
         self.rounding: Callable[[], Tensor] | None = None
         """Gives the weight that the operation uses, while its rounding is being learned."""
+        self.shared: Tensor | None = None
+        """The quantized weight that all passes of an update have in common (:func:`learned.quantized_once`)."""
         self._cached: tuple[tuple[int, ...], Tensor] | None = None
 
     def row(self) -> Tensor | None:
@@ -224,10 +252,12 @@ class QuantizedLayer(nn.Module):
             return dequantize_weight(self.codes, self.stored_weight_scale, 0, self.weight_bits)
         if self.rounding is not None:
             return self.rounding()
+        if self.shared is not None:
+            return self.shared
         weight = self.scaled_weight()
         if not (weight.requires_grad or self.weight_log_scale.requires_grad):
             return self._constant_weight(weight)
-        return _learned_weight(weight, self.weight_scale(), *weight_bounds(self.weight_bits))
+        return learned.weight(weight, self.weight_scale(), *weight_bounds(self.weight_bits))
 
     def _constant_weight(self, weight: Tensor) -> Tensor:
         # Rounding an untrained weight again at every step would cost as much as the layer itself.
@@ -248,7 +278,7 @@ class QuantizedLayer(nn.Module):
         codes = self.weight_codes() if codes is None else codes
         scale = self.weight_scale().detach() if weight_scale is None else weight_scale
         del self.weight, self.weight_log_scale
-        self.low_rank_a = self.low_rank_b = self.rounding = self._cached = None
+        self.low_rank_a = self.low_rank_b = self.rounding = self.shared = self._cached = None
         self.register_buffer("codes", codes.clone())
         self.register_buffer("stored_weight_scale", scale.clone())
         if self.quantizer is not None:
@@ -284,11 +314,7 @@ class QuantizedLayer(nn.Module):
         unscale: Tensor | None = None
         if self.quantizer is not None:
             x, unscale = self.quantizer(x, self.context.group)
-        # PyTorch has no autocast where nothing is computed.
-        if not x.is_meta and torch.is_autocast_enabled(x.device.type):
-            y = self._operation_on_codes(x)
-        else:
-            y = self.operation(x, self.quantized_weight())
+        y = self._operation_on_codes(x) if _autocast(x) else self.operation(x, self.quantized_weight())
         if unscale is not None:
             y = y * unscale
         return y if self.bias is None else y + self.bias.reshape(self.bias_shape())
@@ -330,32 +356,6 @@ class QuantizedConv2d(QuantizedLayer):
 
     def bias_shape(self) -> tuple[int, ...]:
         return (1, -1, 1, 1)
-
-
-class _LearnedRound(torch.autograd.Function):
-    """Per-channel weight quantization with LSQ gradients for the weight and its scale."""
-
-    @staticmethod
-    def forward(ctx, weight: Tensor, scale: Tensor, qmin: int, qmax: int) -> Tensor:  # type: ignore[no-untyped-def]
-        per_channel = channel_shape(scale, weight.ndim, 0)
-        ratio = weight / per_channel
-        codes = ratio.round().clamp_(qmin, qmax)
-        ctx.save_for_backward(ratio, codes)
-        ctx.bounds = (qmin, qmax)
-        return codes * per_channel
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[no-untyped-def]
-        ratio, codes = ctx.saved_tensors
-        qmin, qmax = ctx.bounds
-        inside = (ratio >= qmin) & (ratio <= qmax)
-        slope = codes - torch.where(inside, ratio, torch.zeros_like(ratio))
-        return grad * inside, (grad * slope).flatten(1).sum(1), None, None
-
-
-def _learned_weight(weight: Tensor, scale: Tensor, qmin: int, qmax: int) -> Tensor:
-    result: Tensor = _LearnedRound.apply(weight, scale, qmin, qmax)
-    return result
 
 
 def quantized_layer(

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from quest_deploy.config import PhaseConfig, Precision
+from quest_deploy.quantize import learned as learned_weights
 from quest_deploy.quantize import losses
 from quest_deploy.quantize.attention import operand_quantizers
 from quest_deploy.quantize.calibrate import CalibrationSet
@@ -258,14 +259,15 @@ def _backpropagate(task: Task, phase: PhaseConfig, step: int, *, temporal: bool)
     for part in slices:
         terms.append(functools.partial(losses.network_loss, task.student, task.data, task.objective, part))
     total = 0.0
-    # Whatever fits into memory goes through backpropagation as one.
-    for together in [terms] if len(slices) <= 1 else [[term] for term in terms]:
-        with autocast(task.data.device, task.precision):
-            found = [term() for term in together]
-        if any(term.requires_grad for term in found):
-            loss = torch.stack(found).sum()
-            loss.backward()
-            total += float(loss.detach())
+    with learned_weights.quantized_once(quantized_layers(task.student).values()):
+        # Whatever fits into memory goes through backpropagation as one.
+        for together in [terms] if len(slices) <= 1 else [[term] for term in terms]:
+            with autocast(task.data.device, task.precision):
+                found = [term() for term in together]
+            if any(term.requires_grad for term in found):
+                loss = torch.stack(found).sum()
+                loss.backward()
+                total += float(loss.detach())
     return total
 
 

@@ -93,8 +93,14 @@ def test_the_tables_quantize_each_group_with_its_own_scale(
     codes = torch.randint(-20, 21, (1, 40), generator=generator)
     # Away from ties, which a rounding error of the multiplication may send either way.
     offset = torch.rand(1, 40, generator=generator) * 0.9 - 0.45
-    got, unscale = ActivationQuantizer(scales, -8, 7)((codes + offset) * scales[group], torch.tensor([group]))
-    torch.testing.assert_close(got * unscale, codes.clamp(-8, 7) * scales[group], rtol=1e-5, atol=0)
+    quantizer = ActivationQuantizer(scales, -8, 7)
+    x, wanted = (codes + offset) * scales[group], codes.clamp(-8, 7) * scales[group]
+    with torch.no_grad():
+        got, unscale = quantizer(x, torch.tensor([group]))
+    torch.testing.assert_close(got * unscale, wanted, rtol=1e-5, atol=0)
+    while_learning, nothing = quantizer(x, torch.tensor([group]))
+    assert nothing is None
+    torch.testing.assert_close(while_learning, wanted, rtol=1e-5, atol=0)
 
 
 def test_the_multipliers_never_exceed_one() -> None:
@@ -106,10 +112,16 @@ def test_the_multipliers_never_exceed_one() -> None:
 
 def test_equal_scales_make_the_same_function_as_one_scale() -> None:
     x, group = torch.randn(3, 6), torch.tensor([2, 0, 1])
-    several, unscale = ActivationQuantizer(torch.full((3,), 0.2), -8, 7)(x, group)
-    one, nothing = ActivationQuantizer(torch.tensor([0.2]), -8, 7)(x, group)
+    quantizers = (
+        ActivationQuantizer(torch.full((3,), 0.2), -8, 7),
+        ActivationQuantizer(torch.tensor([0.2]), -8, 7),
+    )
+    with torch.no_grad():
+        several, unscale = quantizers[0](x, group)
+        one, nothing = quantizers[1](x, group)
     assert nothing is None
     assert torch.equal(several * unscale, one)
+    assert torch.equal(quantizers[0](x, group)[0], quantizers[1](x, group)[0])
 
 
 def test_a_layer_is_the_operation_on_what_each_sample_quantizes_to() -> None:
@@ -164,8 +176,8 @@ def test_the_gradient_of_a_group_scale_is_that_of_a_learned_step() -> None:
     quantizer = ActivationQuantizer(GROUP_SCALE, -8, 7)
     x, group = 2 * torch.randn(3, 50), torch.tensor([2, 0, 2])
     upstream = torch.randn(3, 50)
-    got, unscale = quantizer(x, group)
-    (got * unscale * upstream).sum().backward()
+    got, _ = quantizer(x, group)
+    (got * upstream).sum().backward()
     s = GROUP_SCALE[group][:, None]
     codes = torch.clamp((x / s).round(), -8, 7)
     inside = (x / s >= -8) & (x / s <= 7)
@@ -177,8 +189,8 @@ def test_the_gradient_of_a_group_scale_is_that_of_a_learned_step() -> None:
 
 def test_a_group_that_no_sample_belongs_to_learns_nothing() -> None:
     quantizer = ActivationQuantizer(GROUP_SCALE, -8, 7)
-    got, unscale = quantizer(torch.randn(2, 50), torch.tensor([2, 0]))
-    (got * unscale).square().sum().backward()
+    got, _ = quantizer(torch.randn(2, 50), torch.tensor([2, 0]))
+    got.square().sum().backward()
     assert [value != 0 for value in quantizer.log_scale.grad.tolist()] == [True, False, True]
 
 
@@ -220,9 +232,13 @@ def test_freezing_keeps_every_bit_of_the_output(make, bits: int, row: Tensor | N
     with torch.no_grad():
         layer.weight_log_scale.sub_(0.2)
     x = 3 * torch.randn((3, 7, 6) if make is linear else (3, 6, 5, 5))
-    before = layer(x).detach()
+    while_learning = layer(x).detach()
+    with torch.no_grad():
+        before = layer(x)
     layer.freeze()
     assert torch.equal(layer(x), before)
+    # The same codes; the groups' factor is applied before the sum instead of after it.
+    torch.testing.assert_close(while_learning, before, rtol=1e-5, atol=1e-5)
 
 
 def test_a_frozen_layer_holds_codes_in_place_of_weights() -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from quest_deploy.errors import ConfigError
 from quest_deploy.quantize import losses
@@ -116,10 +117,10 @@ def test_the_memory_of_a_pass_is_found_without_computing_it(student, recorded, o
     found = pass_memory(denoiser, recorded, context, objective, walks=walks)
     none, two, start = torch.arange(0), torch.tensor([0, 1]), torch.tensor([0, 0])
     drawn = Draw(none, none, two, start, 1, 2) if walks else Draw(two, two, none, none, 2, 0)
-    with PeakMemory() as memory:
+    # Where nothing is computed, attention is its products, of which the CPU's own kernel keeps less.
+    with PeakMemory() as memory, sdpa_kernel(SDPBackend.MATH):
         losses.network_loss(denoiser, recorded, objective, drawn).backward()
-    # Attention is a kernel on the CPU that keeps less than the products that stand for it where nothing is computed.
-    assert 0.9 * memory.peak <= found.fixed + 2 * found.each <= 1.5 * memory.peak
+    assert 0.9 * memory.peak <= found.fixed + 2 * found.each <= 1.2 * memory.peak
 
 
 def test_measuring_leaves_the_student_alone(student, recorded, objective) -> None:  # type: ignore[no-untyped-def]

@@ -1,0 +1,255 @@
+"""What a sample-pass costs here and in a loop in the published order: one sample, one timestep, one update.
+
+A pass is the gradient of one latent at one timestep in one guidance branch. Both loops train the same student with the
+same layers; each runs in a process of its own, in turn, and the least time of each is compared. In the published order
+every pass also runs the full-precision network for its target, and phase 1 runs the whole network to see the layers that
+carry time; here targets were recorded, and phase 1 runs those layers alone, at many timesteps at once.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.environment import header
+from benchmarks.settings import MODEL, Settings
+from benchmarks.tables import Table, number
+
+if TYPE_CHECKING:
+    from quest_deploy.config import PhaseConfig
+    from quest_deploy.quantize.train import Task
+
+NAME = "order"
+RECIPE = "w4a8"
+ORDERS = {
+    "here": "quest-deploy",
+    "published": "published order",
+    "published-recorded": "the same, targets recorded",
+}
+REPETITIONS = 3
+PROMPTS = 8
+UPDATES, PASSES, WARM_UP = 4, 40, 3
+GOAL = 5.0
+
+
+def run(settings: Settings) -> dict[str, Any]:
+    """Measure each loop, several times in turn."""
+    found: dict[str, list[dict[str, Any]]] = {order: [] for order in ORDERS}
+    for repetition in range(1 if settings.quick else REPETITIONS):
+        for order, times in found.items():
+            print(f"\n{order}, {repetition + 1}", flush=True)
+            command = [sys.executable, "-m", "benchmarks.order", order, "quick" if settings.quick else "full"]
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            times.append(json.loads(done.stdout.splitlines()[-1]))
+    rows = {order: _least(times) for order, times in found.items()}
+    return {**header(settings), "recipe": RECIPE, "rows": rows, "ratios": ratios(rows)}
+
+
+def _least(times: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "phase_1_ms": min(one["phase_1_ms"] for one in times),
+        "phase_2_ms": min(one["phase_2_ms"] for one in times),
+        "peak_memory_bytes": max(one["peak_memory_bytes"] for one in times),
+        "torch_threads": times[0]["torch_threads"],
+        "repetitions": len(times),
+    }
+
+
+def ratios(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """How many times as long each published loop takes: by phase, and for as many passes in both phases."""
+    here = rows["here"]
+    result = {}
+    for order, row in rows.items():
+        if order != "here":
+            both = [one["phase_1_ms"] + one["phase_2_ms"] for one in (row, here)]
+            result[order] = {
+                "phase_1": round(row["phase_1_ms"] / here["phase_1_ms"], 2),
+                "phase_2": round(row["phase_2_ms"] / here["phase_2_ms"], 2),
+                "both": round(both[0] / both[1], 2),
+            }
+    return result
+
+
+def worker(order: str, *, quick: bool) -> dict[str, Any]:
+    """Measure one loop in this process."""
+    import resource
+
+    import torch
+
+    from quest_deploy.quantize import train
+
+    task, phases = _task(quick=quick)
+    cost: dict[str, Any] = {}
+    for name, phase in phases.items():
+        temporal = name == "phase_1"
+        groups = train.trainable(task.student, phase, task.trace.roles, temporal=temporal)
+        optimizer = torch.optim.Adam(groups, lr=1.0)
+        if order == "here":
+            cost[f"{name}_ms"] = _here(task, phase, optimizer, temporal=temporal, quick=quick)
+        else:
+            recorded = order == "published-recorded"
+            cost[f"{name}_ms"] = _published(
+                task, optimizer, temporal=temporal, recorded=recorded, quick=quick
+            )
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {**cost, "peak_memory_bytes": peak, "torch_threads": torch.get_num_threads()}
+
+
+def _task(*, quick: bool) -> tuple[Task, dict[str, PhaseConfig]]:
+    """A student at the start of finetuning, on a few recorded prompts."""
+    import dataclasses
+
+    from quest_deploy.config import FinetuneConfig
+    from quest_deploy.prompts import load_prompts
+    from quest_deploy.quantize import calibrate
+    from quest_deploy.quantize.finetune import make_student, prepare
+    from quest_deploy.quantize.insert import quantizable_layers
+    from quest_deploy.quantize.layers import TimestepContext
+    from quest_deploy.quantize.parts import initialize_one
+    from quest_deploy.quantize.phases import make_task
+    from quest_deploy.quantize.recipe import load_recipe
+    from quest_deploy.quantize.select import layer_bits
+
+    recipe = dataclasses.replace(load_recipe(RECIPE), calibration_prompts=PROMPTS, validation_prompts=1)
+    if quick:
+        recipe = dataclasses.replace(recipe, calibration_steps=6, calibration_prompts=2)
+    config = FinetuneConfig(recipe=recipe, prompts=load_prompts(default="calibration"))
+    model, trace, config = prepare(MODEL, config)
+    data = calibrate.record_trajectories(
+        model,
+        config.prompts[: recipe.calibration_prompts],
+        steps=recipe.calibration_steps,
+        guidance_scale=recipe.guidance_scale,
+        seed=0,
+        batch_size=PROMPTS,
+    )
+    inputs = calibrate.collect_inputs(model.denoiser, data, prompts_per_step=1, positions=16, seed=0)
+    layers, bits = quantizable_layers(model.denoiser), layer_bits(trace.roles, recipe)
+    qparams = {name: initialize_one(layers[name], inputs[name], bits[name], recipe) for name in inputs}
+    context = TimestepContext(data.boundaries())
+    student = make_student(model, qparams, {}, context)
+    student.requires_grad_(False)
+    task = make_task(model, student, trace, data, context, config)
+    return task, {"phase_1": recipe.temporal, "phase_2": recipe.sensitive}
+
+
+def _here(task: Task, phase: PhaseConfig, optimizer: Any, *, temporal: bool, quick: bool) -> float:
+    """Milliseconds a pass in this project's loop."""
+    from quest_deploy.quantize.train import TIMESTEPS_PER_LOCAL_BATCH, _backpropagate
+
+    def update(step: int) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        _backpropagate(task, phase, step, temporal=temporal)
+        optimizer.step()
+
+    branches = task.data.targets.shape[2]
+    network = (phase.batch_size + phase.walks * task.objective.walk_length) * branches
+    # Whole periods of the updates that see the network's output.
+    updates = phase.network_every * (1 if quick else UPDATES)
+    passes = network * updates // phase.network_every
+    if temporal:
+        passes += TIMESTEPS_PER_LOCAL_BATCH * updates
+    return 1000 * _seconds(update, 0 if quick else 1, updates) / passes
+
+
+def _published(task: Task, optimizer: Any, *, temporal: bool, recorded: bool, quick: bool) -> float:
+    """Milliseconds a pass where every pass is an update."""
+    import torch
+
+    from quest_deploy.model.components import predict
+
+    ends = task.trace.ends
+    generator = torch.Generator().manual_seed(0)
+
+    def update(index: int) -> None:
+        prompt = torch.randint(task.data.num_prompts, (1,), generator=generator)
+        # The published loop goes through the timesteps from the first to the last.
+        step = torch.tensor([index % task.data.timesteps.numel()])
+        sample, timestep, conditioning, target = task.data.batch(prompt, step)
+        branch = slice(index % 2, index % 2 + 1)
+        sample, timestep, target = sample[branch], timestep[branch], target[branch]
+        conditioning = {name: value[branch] for name, value in conditioning.items()}
+        wanted: list[Any] = []
+        if temporal or not recorded:
+            with torch.no_grad(), _outputs(task.teacher, ends if temporal else ()) as wanted:
+                target = predict(task.teacher, sample, timestep, conditioning)
+        optimizer.zero_grad(set_to_none=True)
+        with _outputs(task.student, ends if temporal else ()) as seen:
+            loss = (predict(task.student, sample, timestep, conditioning) - target).square().mean()
+        for got, right in zip(seen, wanted, strict=True):
+            loss = loss + (got - right).square().mean()
+        loss.backward()
+        optimizer.step()
+
+    passes = 4 if quick else PASSES
+    return 1000 * _seconds(update, 0 if quick else WARM_UP, passes) / passes
+
+
+class _outputs:
+    """Collects the outputs of some layers while the body runs."""
+
+    def __init__(self, module: Any, names: tuple[str, ...]) -> None:
+        self.seen: list[Any] = []
+        self.handles = [
+            module.get_submodule(name).register_forward_hook(
+                lambda layer, args, output: self.seen.append(output)
+            )
+            for name in names
+        ]
+
+    def __enter__(self) -> list[Any]:
+        return self.seen
+
+    def __exit__(self, *error: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+def _seconds(update: Callable[[int], None], warm_up: int, count: int) -> float:
+    for step in range(warm_up):
+        update(step)
+    started = time.perf_counter()
+    for step in range(count):
+        update(step)
+    return time.perf_counter() - started
+
+
+def tables(result: dict[str, Any]) -> list[Table]:
+    """Ratios only: times of one run on one machine."""
+    rows = []
+    for order, label in ORDERS.items():
+        ratio = result["ratios"].get(order, {"phase_1": 1.0, "phase_2": 1.0, "both": 1.0})
+        memory = result["rows"][order]["peak_memory_bytes"]
+        rows.append(
+            (
+                label,
+                *(number(ratio[key]) for key in ("phase_1", "phase_2", "both")),
+                f"{memory / 1e6:,.0f} MB",
+            )
+        )
+    return [
+        Table(
+            title="Seconds of a sample-pass, relative to quest-deploy's",
+            columns=(
+                "loop",
+                "phase 1",
+                "phase 2",
+                "both, as many passes in each",
+                "peak memory of the process",
+            ),
+            rows=tuple(rows),
+            labels=1,
+            note=f"{result['recipe'].upper()}. A pass is the gradient of one latent at one timestep in one branch; in "
+            "phase 1, of the loss of the layers that carry time at one timestep. The published order has one sample and "
+            "one timestep in an update and runs the whole network for it; here an update has pairs, walks and, in "
+            "phase 1, 256 timesteps of those layers alone. Both train this project's layers.",
+        )
+    ]
+
+
+if __name__ == "__main__":
+    print(json.dumps(worker(sys.argv[1], quick=sys.argv[2:] == ["quick"])))
