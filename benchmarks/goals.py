@@ -8,6 +8,8 @@ from typing import Any
 from benchmarks.baselines.rows import FINETUNED
 from benchmarks.baselines.rows import ROWS as BASELINES
 from benchmarks.kid import overlap
+from benchmarks.order import GOAL as ORDER_GOAL
+from benchmarks.order import ORDERS
 from benchmarks.runtimes import within_gates
 from benchmarks.tables import Table, interval, number, yes
 
@@ -27,6 +29,7 @@ def goals(results: dict[str, Any]) -> Table | None:
         "quality": _quality,
         "baselines": _baselines,
         "kid": _kid,
+        "order": _order,
         "runtimes": _runtimes,
         "engines": _engines,
         "cost": _cost,
@@ -82,6 +85,12 @@ def _kid(result: dict[str, Any]) -> Iterator[Row]:
             kids = (interval(result["rows"][row]["kid"]) for row in (name, "fp32"))
             requirement = f"{name.upper()}: kernel distance overlaps full precision's"
             yield requirement, " and ".join(kids), yes(overlap(result, name))
+
+
+def _order(result: dict[str, Any]) -> Iterator[Row]:
+    for published, row in result["ratios"].items():
+        requirement = f"{ORDERS[published]}: at least {ORDER_GOAL:g} times quest-deploy's seconds a pass"
+        yield requirement, f"{row['both']:.1f}", yes(row["both"] >= ORDER_GOAL)
 
 
 def _runtimes(result: dict[str, Any]) -> Iterator[Row]:

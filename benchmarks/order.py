@@ -1,9 +1,9 @@
 """What a sample-pass costs here and in a loop in the published order: one sample, one timestep, one update.
 
-A pass is the gradient of one latent at one timestep in one guidance branch. Both loops train the same student with the
-same layers; each runs in a process of its own, in turn, and the least time of each is compared. In the published order
-every pass also runs the full-precision network for its target, and phase 1 runs the whole network to see the layers that
-carry time; here targets were recorded, and phase 1 runs those layers alone, at many timesteps at once.
+A pass is the gradient of one latent at one timestep in one guidance branch. Every loop trains the same layers of the
+same network, in a process of its own, one after the other in turn; the least time of each is compared. In the published
+order every pass also runs the full-precision network for its target, and phase 1 runs the whole network to see the
+layers that carry time; here targets were recorded, and phase 1 runs those layers alone, at many timesteps at once.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from benchmarks.settings import MODEL, Settings
 from benchmarks.tables import Table, number
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from quest_deploy.config import PhaseConfig
     from quest_deploy.quantize.train import Task
 
@@ -27,8 +29,8 @@ NAME = "order"
 RECIPE = "w4a8"
 ORDERS = {
     "here": "quest-deploy",
-    "published": "published order",
-    "published-recorded": "the same, targets recorded",
+    "published": "published order, quantizers as published code writes them",
+    "published-order": "published order, this project's quantizers",
 }
 REPETITIONS = 3
 PROMPTS = 8
@@ -80,8 +82,10 @@ def worker(order: str, *, quick: bool) -> dict[str, Any]:
 
     import torch
 
-    from quest_deploy.quantize import train
+    from quest_deploy.quantize import learned, train
 
+    if order == "published":
+        learned.fake_quantize, learned.weight = plain_input, plain_weight
     task, phases = _task(quick=quick)
     cost: dict[str, Any] = {}
     for name, phase in phases.items():
@@ -91,10 +95,7 @@ def worker(order: str, *, quick: bool) -> dict[str, Any]:
         if order == "here":
             cost[f"{name}_ms"] = _here(task, phase, optimizer, temporal=temporal, quick=quick)
         else:
-            recorded = order == "published-recorded"
-            cost[f"{name}_ms"] = _published(
-                task, optimizer, temporal=temporal, recorded=recorded, quick=quick
-            )
+            cost[f"{name}_ms"] = _published(task, optimizer, temporal=temporal, quick=quick)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {**cost, "peak_memory_bytes": peak, "torch_threads": torch.get_num_threads()}
 
@@ -156,7 +157,7 @@ def _here(task: Task, phase: PhaseConfig, optimizer: Any, *, temporal: bool, qui
     return 1000 * _seconds(update, 0 if quick else 1, updates) / passes
 
 
-def _published(task: Task, optimizer: Any, *, temporal: bool, recorded: bool, quick: bool) -> float:
+def _published(task: Task, optimizer: Any, *, temporal: bool, quick: bool) -> float:
     """Milliseconds a pass where every pass is an update."""
     import torch
 
@@ -169,14 +170,12 @@ def _published(task: Task, optimizer: Any, *, temporal: bool, recorded: bool, qu
         prompt = torch.randint(task.data.num_prompts, (1,), generator=generator)
         # The published loop goes through the timesteps from the first to the last.
         step = torch.tensor([index % task.data.timesteps.numel()])
-        sample, timestep, conditioning, target = task.data.batch(prompt, step)
+        sample, timestep, conditioning = task.data.inputs(prompt, step)
         branch = slice(index % 2, index % 2 + 1)
-        sample, timestep, target = sample[branch], timestep[branch], target[branch]
+        sample, timestep = sample[branch], timestep[branch]
         conditioning = {name: value[branch] for name, value in conditioning.items()}
-        wanted: list[Any] = []
-        if temporal or not recorded:
-            with torch.no_grad(), _outputs(task.teacher, ends if temporal else ()) as wanted:
-                target = predict(task.teacher, sample, timestep, conditioning)
+        with torch.no_grad(), _outputs(task.teacher, ends if temporal else ()) as wanted:
+            target = predict(task.teacher, sample, timestep, conditioning)
         optimizer.zero_grad(set_to_none=True)
         with _outputs(task.student, ends if temporal else ()) as seen:
             loss = (predict(task.student, sample, timestep, conditioning) - target).square().mean()
@@ -187,6 +186,29 @@ def _published(task: Task, optimizer: Any, *, temporal: bool, recorded: bool, qu
 
     passes = 4 if quick else PASSES
     return 1000 * _seconds(update, 0 if quick else WARM_UP, passes) / passes
+
+
+def plain_input(
+    x: Tensor, group_scale: Tensor, group: Tensor, inverse_row: Tensor | None, qmin: int, qmax: int
+) -> Tensor:
+    """An activation quantizer as the published code writes one: every operation differentiated by itself."""
+    own = group_scale if group_scale.numel() == 1 else group_scale[group]
+    own = own.reshape(-1, *[1] * (x.ndim - 1))
+    x = x if inverse_row is None else x * inverse_row
+    return _plain(x, own, qmin, qmax)
+
+
+def plain_weight(value: Tensor, scale: Tensor, qmin: int, qmax: int) -> Tensor:
+    """The same for a weight, one scale for each output channel."""
+    return _plain(value, scale.reshape(-1, *[1] * (value.ndim - 1)), qmin, qmax)
+
+
+def _plain(x: Tensor, scale: Tensor, qmin: int, qmax: int) -> Tensor:
+    steps = x / scale
+    rounded = steps + (steps.round() - steps).detach()
+    # Codes from 0 with a zero-point, as asymmetric quantizers have them.
+    codes = (rounded - qmin).clamp(0, qmax - qmin)
+    return (codes + qmin) * scale
 
 
 class _outputs:
@@ -243,10 +265,12 @@ def tables(result: dict[str, Any]) -> list[Table]:
             ),
             rows=tuple(rows),
             labels=1,
-            note=f"{result['recipe'].upper()}. A pass is the gradient of one latent at one timestep in one branch; in "
-            "phase 1, of the loss of the layers that carry time at one timestep. The published order has one sample and "
-            "one timestep in an update and runs the whole network for it; here an update has pairs, walks and, in "
-            "phase 1, 256 timesteps of those layers alone. Both train this project's layers.",
+            note=f"{result['recipe'].upper()}, {result['rows']['here']['torch_threads']} thread(s), least of "
+            f"{result['rows']['here']['repetitions']}. A pass is the gradient of one latent at one timestep in one "
+            "branch; in phase 1, of the loss of the layers that carry time at one timestep. The published order has "
+            "one sample and one timestep in an update and runs the whole network for it; here an update has pairs, "
+            "walks and, in phase 1, 256 timesteps of those layers alone. Network, layers that learn and targets are "
+            "the same in all loops.",
         )
     ]
 

@@ -5,7 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from benchmarks import ablation, analysis, baselines, cost, differences, engines, kid, quality, runtimes
+from benchmarks import (
+    ablation,
+    analysis,
+    baselines,
+    cost,
+    differences,
+    engines,
+    kid,
+    order,
+    quality,
+    runtimes,
+)
 from benchmarks.goals import goals
 from benchmarks.settings import DOCUMENT, RESULTS, ROOT
 from benchmarks.tables import markdown
@@ -13,13 +24,14 @@ from quest_deploy.artifacts import read_json
 
 BENCHMARKS = {
     module.NAME: module
-    for module in (quality, baselines, ablation, kid, cost, engines, runtimes, analysis, differences)
+    for module in (quality, baselines, ablation, kid, order, cost, engines, runtimes, analysis, differences)
 }
 HEADINGS = {
     "quality": "Quality",
     "baselines": "Baselines",
     "ablation": "Ablation",
     "kid": "Kernel distance",
+    "order": "Cost of finetuning against the published order",
     "cost": "Time, memory and size",
     "engines": "Engines",
     "runtimes": "Deployment",
@@ -32,7 +44,7 @@ INTRODUCTION = """\
 <!-- Rendered from benchmarks/results/*.json by `python -m benchmarks.report`. Do not edit. -->
 
 What was measured on the bundled reference model. `make bench` measures it again; one benchmark alone:
-`python -m benchmarks quality` (or `baselines`, `ablation`, `kid`, `cost`, `engines`, `runtimes`, `analysis`,
+`python -m benchmarks quality` (or `baselines`, `ablation`, `kid`, `order`, `cost`, `engines`, `runtimes`, `analysis`,
 `differences`).
 """
 

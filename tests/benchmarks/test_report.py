@@ -56,6 +56,7 @@ def everything(made_up: ModuleType) -> dict[str, dict]:
         "baselines": made_up.baselines(),
         "ablation": made_up.ablation(),
         "kid": made_up.kid(),
+        "order": made_up.order(),
         "cost": made_up.cost(),
         "engines": made_up.engines(),
         "runtimes": {**made_up.HEADER, "recipes": recipes},
@@ -151,6 +152,12 @@ def test_kernel_distances_that_do_not_overlap_are_told(everything: dict[str, dic
     assert met(everything, "W4A8: kernel distance") == "yes"
     rows["w4a8"]["kid"]["low"] = 6.1
     assert met(everything, "W4A8: kernel distance") == "**no**"
+
+
+def test_seconds_of_a_pass_are_compared_over_both_phases(everything: dict[str, dict]) -> None:
+    assert everything["order"]["ratios"]["published"] == {"phase_1": 6.0, "phase_2": 6.0, "both": 6.0}
+    assert met(everything, "published order, quantizers as published") == "yes"
+    assert met(everything, "published order, this project's") == "**no**"
 
 
 def test_goals_that_are_missed(everything: dict[str, dict]) -> None:
