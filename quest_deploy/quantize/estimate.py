@@ -311,7 +311,8 @@ def _phase(
     memory = held + passes
     if recipe.memory_limit_gb is not None:
         memory = min(memory, int(recipe.memory_limit_gb * GIGABYTE))
-    updates = -(-phase.steps // phase.network_every)
+    every = phase.network_every if name == "temporal" else 1
+    updates = -(-phase.steps // every)
     walked = phase.walks * recipe.walk_length if walking else 0
     judged = recipe.validation_prompts * count * (2 if walking else 1) * (train.VALIDATIONS_PER_PHASE + 1)
     learned = size_bytes(

@@ -119,6 +119,7 @@ def initialize_one(layer: Quantizable, inputs: Tensor, bits: tuple[int, int], re
         method="search",
         time_aware=recipe.time_aware,
         channel_wise=recipe.channel_wise,
+        migration_exponent=recipe.migration_exponent,
     )
 
 

@@ -170,6 +170,7 @@ def quantized_parts(
                 method="search",
                 time_aware=recipe.time_aware,
                 channel_wise=recipe.channel_wise,
+                migration_exponent=recipe.migration_exponent,
             )
         found = qparams[both]
         assert found.group_scale is not None

@@ -245,7 +245,7 @@ def _backpropagate(task: Task, phase: PhaseConfig, step: int, *, temporal: bool)
     if temporal and task.trace.ends:
         terms.append(_temporal_term(task, generator))
     slices = []
-    if step % phase.network_every == 0:
+    if not temporal or step % phase.network_every == 0:
         drawn = losses.draw(
             task.data,
             task.training,
