@@ -10,6 +10,7 @@ from quest_deploy.checks import at_least, one_of, raise_if_any
 Precision = Literal["float32", "bfloat16"]
 Targets = Literal["memory", "disk", "recompute"]
 StaticMode = Literal["int8-weight-only", "w8a8"]
+TemporalPath = Literal["quantized", "table"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +50,8 @@ class PhaseConfig:
         batch_size: Pairs of a prompt and a timestep in an update, each run on both branches.
         walks: Walks in an update, beside them (see `Recipe.walk_share`).
         learning_rate_weights: Adam's rate for weights and their scales, in steps of each layer's own weight grid.
-        learning_rate_scales: For activation scales, relative (they learn in the log domain).
+        learning_rate_scales: For activation scales, relative (they learn in the log domain); in the temporal phase also
+            for time-embedding tables, times the root mean square of each table.
         learning_rate_floats: For biases and norms, which stay in float; 0 leaves them alone.
         network_every: Every how many updates the network's output joins the loss of the layers' own outputs
             (temporal phase; the sensitive phase uses the network's output at every update).
@@ -100,6 +102,8 @@ class Recipe:
         adaround_iterations: Updates for each block, of 32 samples; used by `initializer: adaround` alone.
         time_aware: Whether every timestep group has an activation scale of its own.
         channel_wise: Whether activations may have a channel row folded into the weights.
+        temporal_path: What becomes of the layers that carry time: "quantized" as all others, or a learned "table" of
+            what they answer at each recorded timestep, in float32 and linear in between, which replaces them.
         migration_exponent: How much of the difficulty a channel row moves from the activations to the weights, from 0
             to 1; "auto" tries three and none for each layer.
         split: Whether convolutions over a skip concatenation have a grid for each half.
@@ -134,6 +138,7 @@ class Recipe:
     adaround_iterations: int = 1000
     time_aware: bool = True
     channel_wise: bool = True
+    temporal_path: TemporalPath = "quantized"
     migration_exponent: float | Literal["auto"] = "auto"
     split: bool = False
     attention_bits: int | None = None
@@ -174,6 +179,7 @@ class Recipe:
         counts = {"softmax_max_keys": self.softmax_max_keys, "adaround_iterations": self.adaround_iterations}
         at_least(problems, 1, **counts)
         at_least(problems, 0, guidance_scale=self.guidance_scale, walk_share=self.walk_share)
+        one_of(problems, "temporal_path", self.temporal_path, get_args(TemporalPath))
         one_of(problems, "precision", self.precision, get_args(Precision))
         one_of(problems, "targets", self.targets, get_args(Targets))
         if self.precision != "float32" and self.attention_bits is not None:

@@ -44,6 +44,7 @@ from quest_deploy.quantize.resume import WorkDirectory, machine
 from quest_deploy.quantize.select import layer_bits, select
 from quest_deploy.quantize.split import find_concatenations, split_layers
 from quest_deploy.quantize.static import quantize_companions
+from quest_deploy.quantize.tables import check_tables, insert_tables, make_context
 from quest_deploy.quantize.trace import Trace
 from quest_deploy.quantize.trace import trace as trace_model
 
@@ -128,6 +129,7 @@ def prepare(model: str | Path, config: FinetuneConfig) -> tuple[LoadedModel, Tra
     # Before the minutes that come first: layers that stand for nothing are an error in the recipe.
     trace = trace_model(loaded)
     layer_bits(trace.roles, config.recipe)
+    check_tables(trace, config.recipe)
     for phase in (config.recipe.temporal, config.recipe.sensitive):
         select(trace.roles, phase.layers)
     return loaded, trace, config
@@ -200,8 +202,9 @@ def _quantize(
         report = reporter(progress, "collect attention operands")
         operands = find_operands(model.denoiser, data, recipe, work, seed=config.seed, report=report)
         rounded, history = round_weights(model, data, qparams, config, work, progress)
-    context = TimestepContext(data.boundaries())
+    context = make_context(data.boundaries(), data.timesteps, recipe)
     student = make_student(model, qparams, rounded, context)
+    trace = insert_tables(student, model.denoiser, trace, context, data.device)
     insert_attention(student, operands, context)
     student.to(data.device)
     history |= train_phases(model, student, trace, data, context, config, work, progress, workers)

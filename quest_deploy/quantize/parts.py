@@ -89,6 +89,7 @@ def find_scales(
             seed=config.seed,
             report=reporter(progress, "collect activations"),
             work=work,
+            names=bits,
         )
         work.save("inputs", inputs)
         work.drop(work.names(calibrate.PIECES))

@@ -83,6 +83,8 @@ def matching(roles: Mapping[str, Role], wanted: str) -> set[str]:
 def layer_bits(roles: Mapping[str, Role], recipe: Recipe) -> dict[str, tuple[int, int]]:
     """(weight bits, activation bits) of every layer: the recipe's, 8 at both ends of the network, then its overrides.
 
+    Layers that carry time have none where tables take their place.
+
     Raises:
         ConfigError: the pattern of an override stands for no layer of this model.
     """
@@ -91,11 +93,12 @@ def layer_bits(roles: Mapping[str, Role], recipe: Recipe) -> dict[str, tuple[int
         if role == "boundary"
         else (recipe.weight_bits, recipe.activation_bits)
         for name, role in roles.items()
+        if role != "temporal" or recipe.temporal_path == "quantized"
     }
     for override in recipe.overrides:
         # A preset may stand for nothing: a packaged recipe serves models that do not have such layers.
         find = matching if override.layers in PRESETS else select
-        for name in find(roles, override.layers):
+        for name in find(roles, override.layers) & bits.keys():
             weight, activation = bits[name]
             bits[name] = (override.weight_bits or weight, override.activation_bits or activation)
     return bits
