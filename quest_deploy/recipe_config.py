@@ -45,8 +45,10 @@ class PhaseConfig:
 
     Attributes:
         layers: Presets of :mod:`quest_deploy.quantize.select` or shell patterns (one, or several): the layers whose
-            weights learn.
+            weights learn. "auto" are those that quantization damages most, which is measured before training: of the
+            layers that carry time in the temporal phase, of all others in the sensitive phase.
         steps: Updates.
+        auto_share: Of the weights of all quantized layers, how many those that "auto" chooses may have.
         batch_size: Pairs of a prompt and a timestep in an update, each run on both branches.
         walks: Walks in an update, beside them (see `Recipe.walk_share`).
         learning_rate_weights: Adam's rate for weights and their scales, in steps of each layer's own weight grid.
@@ -63,6 +65,7 @@ class PhaseConfig:
 
     layers: str | tuple[str, ...]
     steps: int
+    auto_share: float = 0.2
     batch_size: int = 8
     walks: int = 2
     learning_rate_weights: float = 0.01
@@ -79,6 +82,8 @@ class PhaseConfig:
         at_least(problems, 0, learning_rate_floats=self.learning_rate_floats)
         at_least(problems, 0, walks=self.walks, patience=self.patience)
         at_least(problems, 1, batch_size=self.batch_size, network_every=self.network_every)
+        if not 0 < self.auto_share <= 1:
+            problems.append(f"auto_share is {self.auto_share}, expected above 0 and at most 1")
         if self.low_rank is not None:
             at_least(problems, 1, low_rank=self.low_rank)
         raise_if_any(problems, "finetuning phase")

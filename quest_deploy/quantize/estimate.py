@@ -20,7 +20,7 @@ from quest_deploy.config import FinetuneConfig, PhaseConfig
 from quest_deploy.model.components import predict
 from quest_deploy.model.load import LoadedModel
 from quest_deploy.model.spec import classes_of, family_of, latent_size
-from quest_deploy.quantize import calibrate, gptq, losses, parts, train
+from quest_deploy.quantize import auto_layers, calibrate, gptq, losses, parts, train
 from quest_deploy.quantize.calibrate import CalibrationSet
 from quest_deploy.quantize.finetune import make_student, prepare, with_prompts
 from quest_deploy.quantize.insert import LayerQParams, quantizable_layers
@@ -144,7 +144,18 @@ def estimate(model: str | Path, config: FinetuneConfig) -> tuple[list[PartEstima
                 disk_bytes=size_bytes([layer.weight for layer in layers.values()]),
             )
         )
-    for name, phase in phases(recipe):
+    if auto_layers.asked(recipe):
+        measured = min(auto_layers.STEPS, data.timesteps.numel()) * min(auto_layers.PROMPTS, data.num_prompts)
+        result.append(
+            PartEstimate(
+                part="choose layers",
+                seconds=(len(bits) + 1) * measured * speed.forward_s,
+                memory_bytes=many + in_memory,
+                disk_bytes=0,
+            )
+        )
+        config = auto_layers.any_layers(loaded.denoiser, trace.roles, bits, config)
+    for name, phase in phases(config.recipe):
         result.append(_phase(loaded, student, trace, data, context, config, name, phase, speed))
     others = (
         sum(f.stat().st_size for f in loaded.path.rglob("*.safetensors")) if loaded.path.is_dir() else weights

@@ -33,6 +33,7 @@ from quest_deploy.model.lora import merge_loras
 from quest_deploy.model.spec import classes_of, family_of
 from quest_deploy.prompts import load_prompts
 from quest_deploy.quantize.attention import insert_attention
+from quest_deploy.quantize.auto_layers import check_auto, choose_layers
 from quest_deploy.quantize.checkpoint import freeze, save_checkpoint
 from quest_deploy.quantize.insert import LayerQParams, insert, quantizable_layers
 from quest_deploy.quantize.layers import TimestepContext
@@ -41,7 +42,7 @@ from quest_deploy.quantize.parallel import Workers, device_of, find_workers, pla
 from quest_deploy.quantize.parts import Progress, find_scales, record, reporter, round_weights
 from quest_deploy.quantize.phases import train_phases
 from quest_deploy.quantize.resume import WorkDirectory, machine
-from quest_deploy.quantize.select import layer_bits, select
+from quest_deploy.quantize.select import AUTO, layer_bits, patterns, select
 from quest_deploy.quantize.split import find_concatenations, split_layers
 from quest_deploy.quantize.static import quantize_companions
 from quest_deploy.quantize.tables import check_tables, insert_tables, make_context
@@ -128,10 +129,11 @@ def prepare(model: str | Path, config: FinetuneConfig) -> tuple[LoadedModel, Tra
         split_layers(loaded.denoiser, find_concatenations(loaded.denoiser, loaded.denoiser_spec))
     # Before the minutes that come first: layers that stand for nothing are an error in the recipe.
     trace = trace_model(loaded)
-    layer_bits(trace.roles, config.recipe)
+    bits = layer_bits(trace.roles, config.recipe)
     check_tables(trace, config.recipe)
+    check_auto(loaded.denoiser, trace.roles, bits, config.recipe)
     for phase in (config.recipe.temporal, config.recipe.sensitive):
-        select(trace.roles, phase.layers)
+        select(trace.roles, [pattern for pattern in patterns(phase.layers) if pattern != AUTO])
     return loaded, trace, config
 
 
@@ -202,6 +204,10 @@ def _quantize(
         report = reporter(progress, "collect attention operands")
         operands = find_operands(model.denoiser, data, recipe, work, seed=config.seed, report=report)
         rounded, history = round_weights(model, data, qparams, config, work, progress)
+        config, chosen = choose_layers(
+            model.denoiser, trace.roles, data, qparams, rounded, config, work, progress
+        )
+    history |= chosen
     context = make_context(data.boundaries(), data.timesteps, recipe)
     student = make_student(model, qparams, rounded, context)
     trace = insert_tables(student, model.denoiser, trace, context, data.device)

@@ -48,6 +48,15 @@ PRESETS: dict[str, Preset] = {
 }
 
 
+AUTO = "auto"
+"""In a phase: the layers that quantization damages most, which are found while finetuning."""
+
+
+def patterns(layers: str | Sequence[str]) -> list[str]:
+    """What a phase names, one by one."""
+    return [layers] if isinstance(layers, str) else list(layers)
+
+
 def select(roles: Mapping[str, Role], layers: str | Sequence[str]) -> set[str]:
     """The layers among those of `roles` that `layers` stands for.
 
@@ -59,7 +68,7 @@ def select(roles: Mapping[str, Role], layers: str | Sequence[str]) -> set[str]:
         ConfigError: one of them stands for no layer of this model.
     """
     chosen: set[str] = set()
-    for wanted in [layers] if isinstance(layers, str) else layers:
+    for wanted in patterns(layers):
         found = matching(roles, wanted)
         if not found and wanted != "none":
             raise ConfigError(
