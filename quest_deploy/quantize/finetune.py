@@ -9,7 +9,7 @@ import copy
 import dataclasses
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -74,9 +74,25 @@ def finetune(
     """
     work = WorkDirectory(Path(output))
     workers = find_workers(config.device)
+    # The other processes of a run only read.
+    with work.lock() if workers.main else nullcontext():
+        return _run(model, Path(output), config, work, workers, progress, resume=resume, overwrite=overwrite)
+
+
+def _run(
+    model: str | Path,
+    output: Path,
+    config: FinetuneConfig,
+    work: WorkDirectory,
+    workers: Workers,
+    progress: Progress | None,
+    *,
+    resume: bool,
+    overwrite: bool,
+) -> Artifact:
     if Path(model).is_dir():
         config = with_prompts(config, family_of(Path(model)), classes_of(Path(model)))
-    if resume and not overwrite and (finished := _finished(Path(model), Path(output), config)) is not None:
+    if resume and not overwrite and (finished := _finished(Path(model), output, config)) is not None:
         work.remove()
         return finished
     check_output(output, stage="checkpoint", overwrite=overwrite)
