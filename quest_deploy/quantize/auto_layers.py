@@ -224,7 +224,7 @@ def choose_layers(
 
 def with_layers(config: FinetuneConfig, chosen: Mapping[str, Collection[str]]) -> FinetuneConfig:
     """`config` whose phases name the `chosen` layers in place of `auto`."""
-    changed = {}
+    changed: dict[str, Any] = {}
     for which, names in chosen.items():
         phase: PhaseConfig = getattr(config.recipe, which)
         others = [pattern for pattern in patterns(phase.layers) if pattern != AUTO]
