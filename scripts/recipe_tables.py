@@ -1,4 +1,4 @@
-"""Writes the tables of docs/recipes.md from the docstrings and defaults of quest_deploy/config.py.
+"""Writes the tables of docs/recipes.md from the docstrings and defaults of quest_deploy/recipe_config.py.
 
     python -m scripts.recipe_tables
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "recipes.md"
-CONFIG = ROOT / "quest_deploy" / "config.py"
+CONFIG = ROOT / "quest_deploy" / "recipe_config.py"
 BEGIN, END = "<!-- fields: begin -->", "<!-- fields: end -->"
 TITLES = {
     "Recipe": "Recipe",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -110,6 +111,19 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, 
     finetune(
         tiny_model, path, FinetuneConfig(recipe=load_recipe(str(tiny_recipe)), prompts=("rocket", "pizza"))
     )
+    return path
+
+
+@pytest.fixture(scope="session")
+def table_checkpoint(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_recipe: Path) -> Path:
+    """The tiny model, quantized, its time path in tables."""
+    from quest_deploy.config import FinetuneConfig
+    from quest_deploy.quantize.finetune import finetune
+    from quest_deploy.quantize.recipe import load_recipe
+
+    path = tmp_path_factory.mktemp("tiny") / "table"
+    recipe = dataclasses.replace(load_recipe(str(tiny_recipe)), temporal_path="table")
+    finetune(tiny_model, path, FinetuneConfig(recipe=recipe, prompts=("rocket", "pizza")))
     return path
 
 

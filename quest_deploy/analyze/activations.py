@@ -176,10 +176,11 @@ def subsample(values: Tensor, count: int, generator: torch.Generator) -> Tensor:
 def histograms(layers: dict[str, Activations], names: Sequence[str]) -> dict[str, Any]:
     """Histograms of the kept values of some layers: `edges`, and by step the share of values in each bin.
 
-    The edges of a layer are common to its steps and leave out the rarest thousandth of the values.
+    The edges of a layer are common to its steps and leave out the rarest thousandth of the values. Layers that were not
+    seen are left out.
     """
     result: dict[str, Any] = {}
-    for name in names:
+    for name in filter(layers.__contains__, names):
         kept = layers[name].kept
         low, high = torch.cat(list(kept.values())).quantile(torch.tensor([0.0005, 0.9995])).tolist()
         edges = torch.linspace(low, max(high, low + TINY), HISTOGRAM_BINS + 1)

@@ -6,6 +6,7 @@ Colours are written as the page's CSS variables, so that plots follow its light 
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -149,7 +150,7 @@ def confusion_maps(temporal: Mapping[str, Any], timesteps: Sequence[float]) -> F
     shown = [
         (label, temporal[when]["confusion"])
         for when, label in (("start", "before finetuning"), ("checkpoint", "after finetuning"))
-        if temporal[when] is not None
+        if temporal[when] is not None and temporal[when]["confusion"] is not None
     ]
     with rc_context(STYLE):
         figure = Figure(figsize=(5.2 * len(shown), 4.2))
@@ -194,11 +195,11 @@ def imbalance_scatter(before: Mapping[str, Any], after: Mapping[str, Any] | None
             order = sorted(before, key=lambda name: -before[name][key])
             axes.plot([before[name][key] for name in order], color=PALETTE[2], label="before", linewidth=2)
             if after is not None:
-                axes.plot(
-                    [after[name][key] for name in order], ".", color=PALETTE[1], label="after", markersize=4
-                )
+                # Time-embedding tables leave some layers without a counterpart.
+                values = [after[name][key] if name in after else math.nan for name in order]
+                axes.plot(values, ".", color=PALETTE[1], label="after", markersize=4)
                 if key == "channel_imbalance":
-                    rows = [after[name].get("quantized_channel_imbalance") for name in order]
+                    rows = [after.get(name, {}).get("quantized_channel_imbalance") for name in order]
                     if any(value is not None for value in rows):
                         axes.plot(
                             [index for index, value in enumerate(rows) if value is not None],
@@ -226,7 +227,7 @@ def histogram_grid(histograms: Mapping[str, Any], timesteps: Sequence[float]) ->
         grid = figure.subplots(-(-len(names) // columns), columns, squeeze=False).ravel()
         for axes, name in zip(grid, names, strict=False):
             for style, part in (("-", before), ("--", after)):
-                if part is None:
+                if part is None or name not in part:
                     continue
                 edges = part[name]["edges"]
                 middles = [(low + high) / 2 for low, high in zip(edges, edges[1:], strict=False)]

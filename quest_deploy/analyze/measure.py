@@ -135,8 +135,9 @@ def start(
     """
     student = copy.deepcopy(denoiser)
     qparams = {}
-    layers = quantizable_layers(denoiser)
     bits = layer_bits(roles, config.recipe)
+    # Where tables take the place of layers that carry time, those start as exact as the layers themselves.
+    layers = {name: layer for name, layer in quantizable_layers(denoiser).items() if name in bits}
     for done, (name, layer) in enumerate(layers.items(), start=1):
         qparams[name] = initialize_one(layer, inputs[name], bits[name], config.recipe)
         progress(ProgressEvent(stage="search scales", completed=done, total=len(layers)))
@@ -163,7 +164,7 @@ def temporal_part(
             part[when] = {
                 "layers": temporal.compare_outputs(true, got),
                 "confusion": None
-                if embedding is None
+                if embedding is None or embedding not in got
                 else temporal.confusion(true[embedding], got[embedding]),
             }
     return part
@@ -189,6 +190,7 @@ def network_part(
     }
     table = read_table(sensitivity)
     bits = layer_bits({layer.name: layer.role for layer in table}, config.recipe)
+    table = [layer for layer in table if layer.name in bits]
     measured = set(map(Bits.parse, config.bits))
     known = all(
         Bits(w, a) in measured or {Bits(w, None), Bits(None, a)} <= measured for w, a in bits.values()

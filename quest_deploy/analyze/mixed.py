@@ -99,6 +99,8 @@ def write_mixed_recipe(
     )  # which imports torch: a mistyped option is found without it
 
     table = read_table(sensitivity)
+    if recipe.temporal_path == "table":
+        table = [layer for layer in table if layer.role != "temporal"]
     fields = {name: value for name, value in to_dict(recipe).items() if name != "name"}
     if request.budget is None:
         allocation = summarize(table, layer_bits({layer.name: layer.role for layer in table}, recipe))

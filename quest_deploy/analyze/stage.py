@@ -82,7 +82,23 @@ def analyze(
     Raises:
         QuestDeployError: with what to do next.
     """
-    report = progress or (lambda event: None)
+    work = WorkDirectory(Path(output), "analyze")
+    with work.lock():
+        report = progress or (lambda event: None)
+        return _run(model, Path(output), config, work, checkpoint, report, resume=resume, overwrite=overwrite)
+
+
+def _run(
+    model: str | Path,
+    output: Path,
+    config: AnalyzeConfig,
+    work: WorkDirectory,
+    checkpoint: Path | None,
+    report: Progress,
+    *,
+    resume: bool,
+    overwrite: bool,
+) -> Artifact:
     inputs = _inputs(model, checkpoint)
     if Path(model).is_dir():
         config = with_prompts(config, family_of(Path(model)), classes_of(Path(model)))
@@ -99,7 +115,6 @@ def analyze(
         split_layers(loaded.denoiser, split_channels(quantized))
     elif config.recipe.split:
         split_layers(loaded.denoiser, find_concatenations(loaded.denoiser, loaded.denoiser_spec))
-    work = WorkDirectory(Path(output), "analyze")
     work.open(
         {"config": to_dict(config), "inputs": inputs, "machine": machine()},
         resume=resume,

@@ -16,6 +16,7 @@ from quest_deploy.analyze.activations import round_figure
 from quest_deploy.quantize.calibrate import CalibrationSet
 from quest_deploy.quantize.insert import Role, quantizable_layers, quantized_layers
 from quest_deploy.quantize.sensitivity import BATCH_PAIRS, run_pairs
+from quest_deploy.quantize.tables import time_tables
 
 
 def embedding_layer(run_order: Sequence[str], roles: Mapping[str, Role]) -> str | None:
@@ -59,6 +60,7 @@ def temporal_outputs(
         return keep
 
     layers: dict[str, nn.Module] = {**quantizable_layers(denoiser), **quantized_layers(denoiser)}
+    layers |= time_tables(denoiser)
     handles = [
         layer.register_forward_hook(hook(name)) for name, layer in layers.items() if roles[name] == "temporal"
     ]
@@ -75,13 +77,15 @@ def temporal_outputs(
 def compare_outputs(true: Mapping[str, Tensor], quantized: Mapping[str, Tensor]) -> dict[str, Any]:
     """By layer, `relative_error` and `cosine` of the quantized output at each timestep.
 
+    Layers that time-embedding tables made useless are left out.
+
     Args:
         true: From `temporal_outputs`, float32 [branches, T, d] each.
-        quantized: The same layers.
+        quantized: The same layers, or some of them.
     """
     result = {}
-    for name, expected in true.items():
-        got = quantized[name]
+    for name, got in quantized.items():
+        expected = true[name]
         error = (got - expected).square().sum(dim=(0, 2)) / expected.square().sum(dim=(0, 2)).clamp_min(1e-30)
         cosine = torch.nn.functional.cosine_similarity(expected, got, dim=2).mean(dim=0)
         result[name] = {

@@ -136,6 +136,7 @@ def summarize_layers(path: Path) -> dict[str, Any]:
         layers = {name: {key: layer[key] for key in _LAYER_KEYS} for name, layer in content["layers"].items()}
         recipe = content["recipe"]["name"]
         groups = len(content["boundaries"]) + 1
+        tables = {name: list(shape) for name, shape in content.get("tables", {}).items()}
     except (KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(
             f"'{path}' does not describe quantized layers ({error!r}); run `quest-deploy finetune` again"
@@ -152,6 +153,7 @@ def summarize_layers(path: Path) -> dict[str, Any]:
         "layers_by_bits": dict(counts.most_common()),
         "weights_by_bits": {name: elements[name] for name, _ in counts.most_common()},
         "channel_wise_layers": sum(bool(layer["channel_wise"]) for layer in layers.values()),
+        "time_tables": tables,
         "layers": layers,
     }
 
@@ -191,6 +193,15 @@ def _quantization_rows(quantization: dict[str, Any]) -> list[tuple[str, ...]]:
         for name, count in quantization["layers_by_bits"].items()
     ]
     rows.append(("recipe", quantization["recipe"], f"{quantization['timestep_groups']} timestep groups"))
+    if quantization["time_tables"]:
+        sizes = quantization["time_tables"].values()
+        rows.append(
+            (
+                "time tables",
+                f"{len(sizes)} layers",
+                f"{sum(map(math.prod, sizes)):,} values at {next(iter(sizes))[0]} knots",
+            )
+        )
     if quantization["channel_wise_layers"]:
         rows.append(
             ("channel-wise", f"{quantization['channel_wise_layers']} layers", "one row of scales each")

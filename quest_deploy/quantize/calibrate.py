@@ -5,7 +5,7 @@ No training images: the model's own trajectories are the data (QuEST, arXiv 2402
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -282,6 +282,7 @@ def collect_inputs(
     seed: int,
     report: Report = lambda completed, total: None,
     work: WorkDirectory | None = None,
+    names: Collection[str] | None = None,
 ) -> dict[str, Tensor]:
     """What every quantizable layer is given, timestep by timestep.
 
@@ -293,6 +294,7 @@ def collect_inputs(
         seed: For the choice of positions.
         report: Called after each timestep.
         work: Where to keep what was seen, to go on from after an interruption.
+        names: The layers that are looked at; None means all.
 
     Returns:
         By layer name, float32 [G, positions + 2, c_in]; the last two hold each channel's least and largest value
@@ -302,7 +304,8 @@ def collect_inputs(
         CalibrationError: a layer was not run, or not equally often, in each call of the denoiser.
     """
     generator = torch.Generator().manual_seed(seed)
-    kept: dict[str, list[Tensor]] = {name: [] for name in quantizable_layers(denoiser)}
+    layers = quantizable_layers(denoiser)
+    kept: dict[str, list[Tensor]] = {name: [] for name in layers if names is None or name in names}
 
     def keep(name: str, axis: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -314,8 +317,7 @@ def collect_inputs(
         return hook
 
     handles = [
-        layer.register_forward_pre_hook(keep(name, channel_axis(layer)))
-        for name, layer in quantizable_layers(denoiser).items()
+        layers[name].register_forward_pre_hook(keep(name, channel_axis(layers[name]))) for name in kept
     ]
     steps, throttle = data.timesteps.numel(), Throttle()
     first, saved = _go_on(work, kept, generator)

@@ -3,7 +3,8 @@
 ``quest.json`` says what each layer is, and each operand of a quantized attention; ``quest.safetensors`` in the
 denoiser's folder holds, by layer name, ``codes`` (two to a byte for 4 bits), ``weight_scale`` [c_out],
 ``bias`` [c_out], ``group_scale`` [G] and ``row`` [c_in], by operand ``group_scale``, and under ``rest.`` every tensor
-of the denoiser that is not quantized. A text encoder or autoencoder that is quantized is stored in the same way.
+of the denoiser that is not quantized. Time-embedding tables are among those; ``quest.json`` has their ``knots``. A text
+encoder or autoencoder that is quantized is stored in the same way.
 """
 
 from __future__ import annotations
@@ -29,15 +30,17 @@ from quest_deploy.model.families import TEXT_ENCODER
 from quest_deploy.model.load import LoadedModel, load_directory
 from quest_deploy.model.spec import family_of
 from quest_deploy.quantize.attention import OperandQParams, insert_attention, operand_quantizers
+from quest_deploy.quantize.context import Knots
 from quest_deploy.quantize.insert import LayerQParams, insert, quantized_layers, replace_layers
 from quest_deploy.quantize.layers import ActivationQuantizer, QuantizedLayer, TimestepContext
 from quest_deploy.quantize.pack import pack_int4, unpack_int4
 from quest_deploy.quantize.split import split_channels, split_layers
 from quest_deploy.quantize.static import BITS, static_context
+from quest_deploy.quantize.tables import place_tables, time_tables, unused_layers
 
-SCHEMA_VERSION = 2
-# Version 1 had neither quantized attention, nor split layers, nor quantized companions.
-READABLE_VERSIONS = (1, SCHEMA_VERSION)
+SCHEMA_VERSION = 3
+# Version 1 had neither quantized attention, nor split layers, nor quantized companions; version 2 no time tables.
+READABLE_VERSIONS = (1, 2, SCHEMA_VERSION)
 SUMMARY = "quest.json"
 WEIGHTS = "quest.safetensors"
 MALFORMED = (AttributeError, RuntimeError, TypeError, ValueError)
@@ -135,6 +138,7 @@ def save_checkpoint(
             "boundaries": context.boundaries.tolist(),
             "layers": {name: describe_layer(layer, activation_bits[name]) for name, layer in layers.items()},
             "splits": split_channels(denoiser),
+            **_describe_tables(denoiser, context),
             "attention": {name: describe_operand(operand) for name, operand in operands.items()},
             "companions": {name: _describe_companion(module) for name, module in companions.items()},
             "history": history,
@@ -169,6 +173,14 @@ def write_component(folder: Path, module: nn.Module) -> None:
 def _describe_companion(module: nn.Module) -> dict[str, Any]:
     layers = quantized_layers(module).items()
     return {"layers": {name: describe_layer(layer, BITS) for name, layer in layers}}
+
+
+def _describe_tables(denoiser: nn.Module, context: TimestepContext) -> dict[str, Any]:
+    return {
+        "knots": None if context.knots is None else context.knots.timesteps.tolist(),
+        "tables": {name: list(table.table.shape) for name, table in time_tables(denoiser).items()},
+        "unused": unused_layers(denoiser),
+    }
 
 
 def _not_carried(source: str, names: list[str]) -> set[str]:
@@ -242,10 +254,16 @@ def _denoiser(home: Path, summary: dict[str, Any], tensors: dict[str, Tensor]) -
 
     config = read_json(home / "config.json")
     denoiser: nn.Module = getattr(diffusers, config["_class_name"]).from_config(config)
-    context = TimestepContext(torch.tensor(summary["boundaries"], dtype=torch.float32))
+    knots = summary.get("knots")
+    context = TimestepContext(
+        torch.tensor(summary["boundaries"], dtype=torch.float32),
+        None if knots is None else Knots(torch.tensor(knots, dtype=torch.float32)),
+    )
     split_layers(denoiser, summary.get("splits", {}))
     entries = summary["layers"]
     insert(denoiser, {name: _qparams(entry, tensors, name) for name, entry in entries.items()}, context)
+    tables = {name: torch.zeros(shape) for name, shape in summary.get("tables", {}).items()}
+    place_tables(denoiser, tables, summary.get("unused", ()), context)
     operands = summary.get("attention", {})
     insert_attention(
         denoiser, {name: _operand(entry, tensors, name) for name, entry in operands.items()}, context

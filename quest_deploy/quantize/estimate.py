@@ -20,7 +20,7 @@ from quest_deploy.config import FinetuneConfig, PhaseConfig
 from quest_deploy.model.components import predict
 from quest_deploy.model.load import LoadedModel
 from quest_deploy.model.spec import classes_of, family_of, latent_size
-from quest_deploy.quantize import calibrate, gptq, losses, parts, train
+from quest_deploy.quantize import auto_layers, calibrate, gptq, losses, parts, train
 from quest_deploy.quantize.calibrate import CalibrationSet
 from quest_deploy.quantize.finetune import make_student, prepare, with_prompts
 from quest_deploy.quantize.insert import LayerQParams, quantizable_layers
@@ -35,6 +35,7 @@ from quest_deploy.quantize.memory import (
 )
 from quest_deploy.quantize.phases import phase_memory, phases
 from quest_deploy.quantize.select import layer_bits
+from quest_deploy.quantize.tables import insert_tables, make_context, time_tables
 from quest_deploy.quantize.trace import Trace
 from quest_deploy.quantize.walk import Steps
 
@@ -86,11 +87,11 @@ def estimate(model: str | Path, config: FinetuneConfig) -> tuple[list[PartEstima
     loaded, trace, config = prepare(model, config)
     recipe = config.recipe
     data = placeholder(loaded, config)
-    context = TimestepContext(data.boundaries())
+    context = make_context(data.boundaries(), data.timesteps, recipe)
     bits = layer_bits(trace.roles, recipe)
-    student = make_student(loaded, _any_scales(loaded.denoiser, bits, data), {}, context).requires_grad_(
-        False
-    )
+    student = make_student(loaded, _any_scales(loaded.denoiser, bits, data), {}, context)
+    trace = insert_tables(student, loaded.denoiser, trace, context, data.device)
+    student.requires_grad_(False)
     if recipe.gradient_checkpointing:
         enable_checkpointing(student, context)
     speed = measure_speed(loaded, student, data, context)
@@ -106,7 +107,7 @@ def estimate(model: str | Path, config: FinetuneConfig) -> tuple[list[PartEstima
         kept -= size_bytes(_targets(data))
     in_memory = kept if recipe.targets != "disk" else 0
     many = weights + _forward_memory(loaded.denoiser, data, context, parts.BATCH_PROMPTS)
-    layers = quantizable_layers(loaded.denoiser)
+    layers = {name: layer for name, layer in quantizable_layers(loaded.denoiser).items() if name in bits}
     width = parts.POSITIONS_PER_STEP + calibrate.EXTREME_ROWS
     inputs = sum(4 * data.timesteps.numel() * width * layer.weight.shape[1] for layer in layers.values())
     result = [
@@ -143,13 +144,25 @@ def estimate(model: str | Path, config: FinetuneConfig) -> tuple[list[PartEstima
                 disk_bytes=size_bytes([layer.weight for layer in layers.values()]),
             )
         )
-    for name, phase in phases(recipe):
+    if auto_layers.asked(recipe):
+        measured = min(auto_layers.STEPS, data.timesteps.numel()) * min(auto_layers.PROMPTS, data.num_prompts)
+        result.append(
+            PartEstimate(
+                part="choose layers",
+                seconds=(len(bits) + 1) * measured * speed.forward_s,
+                memory_bytes=many + in_memory,
+                disk_bytes=0,
+            )
+        )
+        config = auto_layers.any_layers(loaded.denoiser, trace.roles, bits, config)
+    for name, phase in phases(config.recipe):
         result.append(_phase(loaded, student, trace, data, context, config, name, phase, speed))
     others = (
         sum(f.stat().st_size for f in loaded.path.rglob("*.safetensors")) if loaded.path.is_dir() else weights
     )
     codes = sum(layer.weight.numel() * bits[name][0] // 8 for name, layer in layers.items())
-    floats = size_bytes([layer.weight for layer in layers.values()])
+    codes += size_bytes([table.table for table in time_tables(student).values()])
+    floats = size_bytes([layer.weight for layer in quantizable_layers(loaded.denoiser).values()])
     result.append(
         PartEstimate(
             part="write checkpoint",
@@ -195,6 +208,7 @@ def _any_scales(
             group_scale=torch.full([groups], 0.1),
         )
         for name, layer in quantizable_layers(denoiser).items()
+        if name in bits
     }
 
 
@@ -249,7 +263,7 @@ def _search_seconds(
     model: LoadedModel, data: CalibrationSet, config: FinetuneConfig, bits: Mapping[str, tuple[int, int]]
 ) -> float:
     """Of all layers, from that of the median size."""
-    layers = quantizable_layers(model.denoiser)
+    layers = {name: layer for name, layer in quantizable_layers(model.denoiser).items() if name in bits}
     by_size = sorted(layers, key=lambda name: layers[name].weight.numel())
     name = by_size[len(by_size) // 2]
     layer = layers[name]
@@ -311,7 +325,8 @@ def _phase(
     memory = held + passes
     if recipe.memory_limit_gb is not None:
         memory = min(memory, int(recipe.memory_limit_gb * GIGABYTE))
-    updates = -(-phase.steps // phase.network_every)
+    every = phase.network_every if name == "temporal" else 1
+    updates = -(-phase.steps // every)
     walked = phase.walks * recipe.walk_length if walking else 0
     judged = recipe.validation_prompts * count * (2 if walking else 1) * (train.VALIDATIONS_PER_PHASE + 1)
     learned = size_bytes(

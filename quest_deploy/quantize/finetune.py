@@ -9,7 +9,7 @@ import copy
 import dataclasses
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from quest_deploy.model.lora import merge_loras
 from quest_deploy.model.spec import classes_of, family_of
 from quest_deploy.prompts import load_prompts
 from quest_deploy.quantize.attention import insert_attention
+from quest_deploy.quantize.auto_layers import check_auto, choose_layers
 from quest_deploy.quantize.checkpoint import freeze, save_checkpoint
 from quest_deploy.quantize.insert import LayerQParams, insert, quantizable_layers
 from quest_deploy.quantize.layers import TimestepContext
@@ -41,9 +42,10 @@ from quest_deploy.quantize.parallel import Workers, device_of, find_workers, pla
 from quest_deploy.quantize.parts import Progress, find_scales, record, reporter, round_weights
 from quest_deploy.quantize.phases import train_phases
 from quest_deploy.quantize.resume import WorkDirectory, machine
-from quest_deploy.quantize.select import layer_bits, select
+from quest_deploy.quantize.select import AUTO, layer_bits, patterns, select
 from quest_deploy.quantize.split import find_concatenations, split_layers
 from quest_deploy.quantize.static import quantize_companions
+from quest_deploy.quantize.tables import check_tables, insert_tables, make_context
 from quest_deploy.quantize.trace import Trace
 from quest_deploy.quantize.trace import trace as trace_model
 
@@ -72,9 +74,25 @@ def finetune(
     """
     work = WorkDirectory(Path(output))
     workers = find_workers(config.device)
+    # The other processes of a run only read.
+    with work.lock() if workers.main else nullcontext():
+        return _run(model, Path(output), config, work, workers, progress, resume=resume, overwrite=overwrite)
+
+
+def _run(
+    model: str | Path,
+    output: Path,
+    config: FinetuneConfig,
+    work: WorkDirectory,
+    workers: Workers,
+    progress: Progress | None,
+    *,
+    resume: bool,
+    overwrite: bool,
+) -> Artifact:
     if Path(model).is_dir():
         config = with_prompts(config, family_of(Path(model)), classes_of(Path(model)))
-    if resume and not overwrite and (finished := _finished(Path(model), Path(output), config)) is not None:
+    if resume and not overwrite and (finished := _finished(Path(model), output, config)) is not None:
         work.remove()
         return finished
     check_output(output, stage="checkpoint", overwrite=overwrite)
@@ -127,9 +145,11 @@ def prepare(model: str | Path, config: FinetuneConfig) -> tuple[LoadedModel, Tra
         split_layers(loaded.denoiser, find_concatenations(loaded.denoiser, loaded.denoiser_spec))
     # Before the minutes that come first: layers that stand for nothing are an error in the recipe.
     trace = trace_model(loaded)
-    layer_bits(trace.roles, config.recipe)
+    bits = layer_bits(trace.roles, config.recipe)
+    check_tables(trace, config.recipe)
+    check_auto(loaded.denoiser, trace.roles, bits, config.recipe)
     for phase in (config.recipe.temporal, config.recipe.sensitive):
-        select(trace.roles, phase.layers)
+        select(trace.roles, [pattern for pattern in patterns(phase.layers) if pattern != AUTO])
     return loaded, trace, config
 
 
@@ -200,8 +220,13 @@ def _quantize(
         report = reporter(progress, "collect attention operands")
         operands = find_operands(model.denoiser, data, recipe, work, seed=config.seed, report=report)
         rounded, history = round_weights(model, data, qparams, config, work, progress)
-    context = TimestepContext(data.boundaries())
+        config, chosen = choose_layers(
+            model.denoiser, trace.roles, data, qparams, rounded, config, work, progress
+        )
+    history |= chosen
+    context = make_context(data.boundaries(), data.timesteps, recipe)
     student = make_student(model, qparams, rounded, context)
+    trace = insert_tables(student, model.denoiser, trace, context, data.device)
     insert_attention(student, operands, context)
     student.to(data.device)
     history |= train_phases(model, student, trace, data, context, config, work, progress, workers)

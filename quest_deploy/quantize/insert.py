@@ -98,7 +98,7 @@ def insert(denoiser: nn.Module, qparams: Mapping[str, LayerQParams], context: Ti
         CalibrationError: a name that the denoiser does not have.
     """
     replace_layers(denoiser, qparams, context)
-    denoiser.register_forward_pre_hook(_timestep_hook(context), with_kwargs=True)
+    denoiser.register_forward_pre_hook(timestep_hook(context), with_kwargs=True)
 
 
 def _arguments(layer: Quantizable, qparams: LayerQParams) -> tuple[Tensor, int, ActivationQuantizer | None]:
@@ -114,7 +114,9 @@ def _arguments(layer: Quantizable, qparams: LayerQParams) -> tuple[Tensor, int, 
     return qparams.weight_scale, qparams.weight_bits, quantizer
 
 
-def _timestep_hook(context: TimestepContext) -> Any:
+def timestep_hook(context: TimestepContext) -> Any:
+    """A denoiser's forward pre-hook (with keyword arguments) that keeps `context` up to date."""
+
     def set_group(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
         context.set_timestep(torch.as_tensor(timestep))

@@ -17,13 +17,14 @@ before it is quantized, so that nothing of it is deployed.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quest_deploy.quantize import learned
+from quest_deploy.quantize.context import TimestepContext as TimestepContext
 from quest_deploy.quantize.grid import (
     channel_shape,
     dequantize,
@@ -34,28 +35,6 @@ from quest_deploy.quantize.grid import (
 )
 
 Quantizable = nn.Linear | nn.Conv2d
-
-
-@dataclass
-class TimestepContext:
-    """Which timestep group each sample of the running batch belongs to; shared by all layers of one denoiser.
-
-    Attributes:
-        boundaries: float32 [G - 1], ascending: group = number of boundaries that are <= t.
-        group: int64 [n], n = 1 or the batch; set by the denoiser's pre-hook.
-    """
-
-    boundaries: Tensor
-    group: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.int64))
-
-    @property
-    def num_groups(self) -> int:
-        return self.boundaries.numel() + 1
-
-    def set_timestep(self, timestep: Tensor) -> None:
-        """Find the groups of `timestep` (0-d or [n])."""
-        boundaries = self.boundaries.to(timestep.device)
-        self.group = (timestep.reshape(-1, 1).to(torch.float32) >= boundaries).sum(dim=1)
 
 
 def _autocast(x: Tensor) -> bool:

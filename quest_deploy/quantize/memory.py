@@ -61,21 +61,21 @@ def enable_checkpointing(denoiser: nn.Module, context: TimestepContext) -> None:
     """Let `denoiser` keep the inputs of its blocks alone for backpropagation, and compute the rest again.
 
     A walk runs the denoiser at several timesteps before it goes back, so that each block must be run again in the
-    timestep group that it ran in, which is `context`'s at that time.
+    timesteps that it ran at, which are `context`'s at that time.
 
     Raises:
         ConfigError: the model's class in diffusers does not offer it.
     """
 
     def in_its_group(block: Callable[..., Any], *args: Any) -> Any:
-        group = context.group
+        then = context.now
 
         def run(*given: Any) -> Any:
-            before, context.group = context.group, group
+            before, context.now = context.now, then
             try:
                 return block(*given)
             finally:
-                context.group = before
+                context.now = before
 
         return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False)
 
@@ -147,7 +147,7 @@ def pass_memory(
         objective: Gives the length of walks.
         walks: Which of both.
     """
-    before = context.group
+    before = context.now
     bare, shapes = without_values(denoiser, context), without_trajectories(data)
     timesteps = data.timesteps.numel()
     length = objective.walk_length
@@ -172,7 +172,7 @@ def pass_memory(
             network_loss(bare, shapes, plain, drawn).backward()
         peaks.append(memory.peak)
         bare.zero_grad(set_to_none=True)
-    context.group = before
+    context.now = before
     each = max(1, peaks[1] - peaks[0])
     return PassMemory(fixed=max(0, peaks[0] - each), each=each)
 

@@ -89,6 +89,7 @@ def find_scales(
             seed=config.seed,
             report=reporter(progress, "collect activations"),
             work=work,
+            names=bits,
         )
         work.save("inputs", inputs)
         work.drop(work.names(calibrate.PIECES))
@@ -119,6 +120,7 @@ def initialize_one(layer: Quantizable, inputs: Tensor, bits: tuple[int, int], re
         method="search",
         time_aware=recipe.time_aware,
         channel_wise=recipe.channel_wise,
+        migration_exponent=recipe.migration_exponent,
     )
 
 

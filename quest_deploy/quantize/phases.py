@@ -53,7 +53,9 @@ def train_phases(
         history[name] = {"validation_loss": state.losses, "best": state.best_loss}
     student.requires_grad_(False)
     if not train.quantizers_are_finite(student):
-        raise CalibrationError("a learned scale is NaN, infinite or zero; lower the recipe's learning rates")
+        raise CalibrationError(
+            "a learned scale or table is NaN, infinite or zero; lower the recipe's learning rates"
+        )
     return history
 
 

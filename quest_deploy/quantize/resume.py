@@ -11,6 +11,7 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch import Tensor
 from quest_deploy.errors import ArtifactError, ConfigError
 from quest_deploy.files import read_json, storage_errors, write_json
 from quest_deploy.quantize.insert import LayerQParams
+from quest_deploy.quantize.lock import locked
 
 RUN = "run.json"
 GENERATOR = "/generator"  # no layer has such a name
@@ -33,8 +35,16 @@ class WorkDirectory:
     """The hidden sibling of an output in which a run of the verb `verb` keeps its state."""
 
     def __init__(self, output: Path, verb: str = "finetune") -> None:
-        self.output = output
+        self.output, self.verb = output, verb
         self.path = output.resolve().parent / f".{output.name}.{verb}"
+
+    def lock(self) -> AbstractContextManager[None]:
+        """Keep other runs out while the body runs; a process that dies in it lets them in.
+
+        Raises:
+            ConfigError: another process is inside.
+        """
+        return locked(self.path.with_name(f"{self.path.name}.lock"), self.output, self.verb)
 
     def open(self, run: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
         """Start afresh, or go on with the run that is there.

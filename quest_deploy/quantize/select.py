@@ -48,6 +48,15 @@ PRESETS: dict[str, Preset] = {
 }
 
 
+AUTO = "auto"
+"""In a phase: the layers that quantization damages most, which are found while finetuning."""
+
+
+def patterns(layers: str | Sequence[str]) -> list[str]:
+    """What a phase names, one by one."""
+    return [layers] if isinstance(layers, str) else list(layers)
+
+
 def select(roles: Mapping[str, Role], layers: str | Sequence[str]) -> set[str]:
     """The layers among those of `roles` that `layers` stands for.
 
@@ -59,7 +68,7 @@ def select(roles: Mapping[str, Role], layers: str | Sequence[str]) -> set[str]:
         ConfigError: one of them stands for no layer of this model.
     """
     chosen: set[str] = set()
-    for wanted in [layers] if isinstance(layers, str) else layers:
+    for wanted in patterns(layers):
         found = matching(roles, wanted)
         if not found and wanted != "none":
             raise ConfigError(
@@ -83,6 +92,8 @@ def matching(roles: Mapping[str, Role], wanted: str) -> set[str]:
 def layer_bits(roles: Mapping[str, Role], recipe: Recipe) -> dict[str, tuple[int, int]]:
     """(weight bits, activation bits) of every layer: the recipe's, 8 at both ends of the network, then its overrides.
 
+    Layers that carry time have none where tables take their place.
+
     Raises:
         ConfigError: the pattern of an override stands for no layer of this model.
     """
@@ -91,11 +102,12 @@ def layer_bits(roles: Mapping[str, Role], recipe: Recipe) -> dict[str, tuple[int
         if role == "boundary"
         else (recipe.weight_bits, recipe.activation_bits)
         for name, role in roles.items()
+        if role != "temporal" or recipe.temporal_path == "quantized"
     }
     for override in recipe.overrides:
         # A preset may stand for nothing: a packaged recipe serves models that do not have such layers.
         find = matching if override.layers in PRESETS else select
-        for name in find(roles, override.layers):
+        for name in find(roles, override.layers) & bits.keys():
             weight, activation = bits[name]
             bits[name] = (override.weight_bits or weight, override.activation_bits or activation)
     return bits

@@ -59,7 +59,7 @@ def choose_pairs(data: CalibrationSet, *, steps: int, prompts: int) -> Pairs:
 
 def run_pairs(denoiser: nn.Module, data: CalibrationSet, prompt: Tensor, step: Tensor) -> Tensor:
     """The denoiser's outputs for the given pairs, one row for each guidance branch: [branches, n, c, h, w]."""
-    sample, timestep, conditioning, _ = data.batch(prompt, step)
+    sample, timestep, conditioning = data.inputs(prompt, step)
     output = components.predict(denoiser, sample, timestep, conditioning)
     return output.unflatten(0, (-1, prompt.numel()))
 
@@ -170,6 +170,7 @@ def quantized_parts(
                 method="search",
                 time_aware=recipe.time_aware,
                 channel_wise=recipe.channel_wise,
+                migration_exponent=recipe.migration_exponent,
             )
         found = qparams[both]
         assert found.group_scale is not None

@@ -9,6 +9,7 @@ the layers that carry time can be played again for any timesteps, without the re
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -102,6 +103,7 @@ class Recorder(TorchFunctionMode):
         self.fed: dict[str, list[Origin]] = {name: [] for name in layers}
         self.names = {id(tensor): name for name, tensor in denoiser.named_parameters()}
         self.names |= {id(tensor): name for name, tensor in denoiser.named_buffers()}
+        self.joined: set[str] = set()
 
     def remember(self, tensor: Tensor, origin: Origin) -> None:
         self.kept.append(tensor)
@@ -129,6 +131,10 @@ class Recorder(TorchFunctionMode):
         given = [self.origin_of(tensor) for tensor in tensors_in((args, tuple(kwargs.values())))]
         inputs = frozenset[str]().union(*(origin.inputs for origin in given))
         after = frozenset[str]().union(*(origin.after for origin in given))
+        if self.latents in inputs or call is Tensor.__setitem__:
+            for origin in given:
+                if TIMESTEP in origin.inputs and self.latents not in origin.inputs:
+                    self.joined |= origin.after
         if call is Tensor.__setitem__:
             self.origins[id(args[0])] = Origin(Slot(-1), inputs | {self.latents}, after)
             return
@@ -185,6 +191,8 @@ class Trace:
         conditions: Other inputs of the denoiser that these layers depend on, for example class labels.
         tape: How their outputs follow from timestep and conditions.
         slots: Where on the tape those outputs are.
+        outlets: Layers that carry time and whose output meets the latents, with no other layer between; where on the
+            tape their outputs are, by name in module order.
     """
 
     roles: dict[str, Role]
@@ -192,6 +200,11 @@ class Trace:
     conditions: frozenset[str]
     tape: Tape
     slots: tuple[Slot, ...]
+    outlets: dict[str, Slot]
+
+    def at_outlets(self) -> Trace:
+        """The same, with the outlets for ends."""
+        return dataclasses.replace(self, ends=tuple(self.outlets), slots=tuple(self.outlets.values()))
 
     def temporal_outputs(
         self,
@@ -291,9 +304,16 @@ def trace_denoiser(denoiser: nn.Module, spec: ComponentSpec) -> Trace:
     temporal = [name for name, role in roles.items() if role == "temporal"]
     fed = {name: recorder.fed[name][0] for name in temporal}
     ends = tuple(name for name in temporal if not _is_inner(name, fed))
-    slots = tuple(recorder.tape.add((Step(name, (fed[name].slot,), ()), 0)) for name in ends)
+    outputs = {name: recorder.tape.add((Step(name, (fed[name].slot,), ()), 0)) for name in temporal}
     conditions = frozenset[str]().union(*(fed[name].inputs for name in ends)) - {timestep}
-    return Trace(roles=roles, ends=ends, conditions=conditions, tape=recorder.tape, slots=slots)
+    return Trace(
+        roles=roles,
+        ends=ends,
+        conditions=conditions,
+        tape=recorder.tape,
+        slots=tuple(outputs[name] for name in ends),
+        outlets={name: slot for name, slot in outputs.items() if name in recorder.joined},
+    )
 
 
 def _role(name: str, fed: Iterable[Origin], sample: str, last: frozenset[str]) -> Role:

@@ -26,6 +26,7 @@ from quest_deploy.quantize.layers import ActivationQuantizer, TimestepContext
 from quest_deploy.quantize.losses import Objective
 from quest_deploy.quantize.parallel import ALONE, Workers
 from quest_deploy.quantize.select import select
+from quest_deploy.quantize.tables import time_tables
 from quest_deploy.quantize.trace import Trace
 
 VALIDATIONS_PER_PHASE = 8
@@ -63,7 +64,7 @@ def trainable(
         temporal: Whether this is phase 1, which learns the temporal layers' activation scales instead of all others'.
     """
     layers = quantized_layers(denoiser)
-    chosen = select({name: roles[name] for name in layers}, phase.layers)
+    chosen = select(roles, phase.layers)
     groups: list[dict[str, object]] = []
     generator = torch.Generator().manual_seed(0)
 
@@ -91,7 +92,11 @@ def trainable(
             add(f"{name}.quantizer.log_scale", layer.quantizer.log_scale, phase.learning_rate_scales)
         if (roles[name] == "temporal") == temporal:
             add(f"{name}.bias", layer.bias, phase.learning_rate_floats)
-    if not temporal:
+    if temporal:
+        for name, module in time_tables(denoiser).items():
+            size = float(module.table.detach().square().mean().sqrt())
+            add(f"{name}.table", module.table, phase.learning_rate_scales * size)
+    else:
         for name, quantizer in operand_quantizers(denoiser).items():
             add(f"{name}.log_scale", quantizer.log_scale, phase.learning_rate_scales)
         for name, module in denoiser.named_modules():
@@ -246,7 +251,7 @@ def _backpropagate(task: Task, phase: PhaseConfig, step: int, *, temporal: bool)
     if temporal and task.trace.ends:
         terms.append(_temporal_term(task, generator))
     slices = []
-    if step % phase.network_every == 0:
+    if not temporal or step % phase.network_every == 0:
         drawn = losses.draw(
             task.data,
             task.training,
@@ -287,9 +292,12 @@ def _temporal_term(task: Task, generator: torch.Generator) -> Callable[[], Tenso
 
 
 def quantizers_are_finite(denoiser: nn.Module) -> bool:
-    """Whether every learned scale of `denoiser` is a finite, positive number."""
+    """Whether every learned scale of `denoiser` is a finite, positive number, and every table finite."""
     scales = [layer.weight_scale() for layer in quantized_layers(denoiser).values()]
     scales += [
         module.group_scale() for module in denoiser.modules() if isinstance(module, ActivationQuantizer)
     ]
-    return all(bool((torch.isfinite(scale) & (scale > 0)).all()) for scale in scales)
+    tables = [module.table for module in time_tables(denoiser).values()]
+    return all(bool((torch.isfinite(scale) & (scale > 0)).all()) for scale in scales) and all(
+        bool(torch.isfinite(table).all()) for table in tables
+    )

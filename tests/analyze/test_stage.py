@@ -126,3 +126,16 @@ def test_every_problem_of_a_configuration_is_named(analyze_config: AnalyzeConfig
         dataclasses.replace(analyze_config, num_prompts=9, steps=1, bits=("w4", "w5"))
     for part in ("num_prompts is 9", "steps is 1", "'w5'"):
         assert part in str(caught.value)
+
+
+def test_a_checkpoint_with_time_tables_is_analyzed(
+    tmp_path: Path, tiny_model: Path, table_checkpoint: Path, analyze_config: AnalyzeConfig
+) -> None:
+    recipe = dataclasses.replace(analyze_config.recipe, temporal_path="table")
+    config = dataclasses.replace(analyze_config, recipe=recipe)
+    path = analyze(tiny_model, tmp_path / "out", config, checkpoint=table_checkpoint).path
+    document = read_json(path / "analysis.json")
+    layers, temporal = set(read_json(table_checkpoint / "quest.json")["layers"]), document["temporal"]
+    assert set(document["activations"]["after"]) == layers < set(document["activations"]["before"])
+    # What is left of the path are the tables; the embedding before them is not computed any more.
+    assert temporal["checkpoint"]["confusion"] is None and temporal["checkpoint"]["layers"]

@@ -80,6 +80,14 @@ def test_text_names_every_component(small_onnx: Path) -> None:
         assert text in done.stdout
 
 
+def test_time_tables_are_counted(table_checkpoint: Path, tiny_checkpoint: Path) -> None:
+    shapes = inspect(table_checkpoint)["quantization"]["time_tables"]
+    assert shapes and all(name.endswith("time_emb_proj") and shape[0] == 2 for name, shape in shapes.items())
+    done = CliRunner().invoke(main, ["inspect", str(table_checkpoint)])
+    assert f"time tables   {len(shapes)} layers" in done.stdout and "values at 2 knots" in done.stdout
+    assert not inspect(tiny_checkpoint)["quantization"]["time_tables"]
+
+
 def test_quantized_layers_are_counted_by_bits(tiny_checkpoint: Path) -> None:
     """W4A8, but for the first and last convolution, which stay at 8 bits."""
     found = inspect(tiny_checkpoint)["quantization"]

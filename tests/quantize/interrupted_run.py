@@ -1,13 +1,15 @@
 """Finetunes a model twice: once in peace, once killed at the given moments and resumed each time. Not a test itself.
 
-Arguments: model, an empty folder, and moments ``part:count:how``, in the order in which a run passes them. The process
-is killed when it saves its state for the `count`-th time under a name that starts with `part`: `after` that is done, or
-`during` it, when half of the file is written. ``inputs$`` is that name alone; ``output`` is the checkpoint itself.
+Arguments: what is run (of `RECIPES`), model, an empty folder, and moments ``part:count:how``, in the order in which a
+run passes them. The process is killed when it saves its state for the `count`-th time under a name that starts with
+`part`: `after` that is done, or `during` it, when half of the file is written. ``inputs$`` is that name alone;
+``output`` is the checkpoint itself.
 Writes one JSON object to standard output.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import os
@@ -35,7 +37,16 @@ RECIPE = Recipe(
     temporal=PhaseConfig(layers="temporal", steps=3, batch_size=2, network_every=2),
     sensitive=PhaseConfig(layers="all", steps=3, batch_size=2, learning_rate_floats=1e-4),
 )
-CONFIG = FinetuneConfig(recipe=RECIPE, prompts=("a", "b", "c"), seed=3)
+RECIPES = {
+    "gptq": RECIPE,
+    "adaround": dataclasses.replace(RECIPE, initializer="adaround", adaround_iterations=3),
+    "table": dataclasses.replace(
+        RECIPE,
+        initializer="nearest",
+        temporal_path="table",
+        sensitive=dataclasses.replace(RECIPE.sensitive, layers="auto"),
+    ),
+}
 
 
 def die() -> None:
@@ -79,20 +90,23 @@ def kill_at(part: str, count: int, how: str) -> None:
         resume.WorkDirectory.save, resume.save_file = counted_save, half_save_file
 
 
-def run(model: Path, output: Path, *, go_on: bool, prepare: Callable[[], None]) -> int:
+def run(
+    config: FinetuneConfig, model: Path, output: Path, *, go_on: bool, prepare: Callable[[], None]
+) -> int:
     """Finetune in a child process; its wait status."""
     child = os.fork()
     if child == 0:
         try:
             prepare()
-            finetune.finetune(model, output, CONFIG, resume=go_on)
+            finetune.finetune(model, output, config, resume=go_on)
             os._exit(0)
         finally:
             os._exit(1)
     return os.waitpid(child, 0)[1]
 
 
-def main(model: Path, folder: Path, moments: list[str]) -> None:
+def main(what: str, model: Path, folder: Path, moments: list[str]) -> None:
+    config = FinetuneConfig(recipe=RECIPES[what], prompts=("a", "b", "c"), seed=3)
     torch.set_num_threads(1)
     resume.SAVE_EVERY_SECONDS, parts.BATCH_PROMPTS = 0.0, 1
     train.Task.validation_loss = always_better
@@ -100,14 +114,20 @@ def main(model: Path, folder: Path, moments: list[str]) -> None:
     load_model(model)
     importlib.import_module("torch._dynamo")
     whole, interrupted = folder / "whole", folder / "interrupted"
-    statuses = [run(model, whole, go_on=False, prepare=lambda: None)]
+    statuses = [run(config, model, whole, go_on=False, prepare=lambda: None)]
     for index, moment in enumerate(moments):
         part, count, how = moment.split(":")
         statuses.append(
-            run(model, interrupted, go_on=index > 0, prepare=lambda: kill_at(part, int(count), how))  # noqa: B023
+            run(
+                config,
+                model,
+                interrupted,
+                go_on=index > 0,
+                prepare=lambda: kill_at(part, int(count), how),  # noqa: B023
+            )
         )
     before = sorted(path.name for path in folder.iterdir())
-    statuses.append(run(model, interrupted, go_on=True, prepare=lambda: None))
+    statuses.append(run(config, model, interrupted, go_on=True, prepare=lambda: None))
     digests = [hash_file(path / "unet" / "quest.safetensors") for path in (whole, interrupted)]
     after = sorted(path.name for path in folder.iterdir())
     result = {"statuses": statuses, "digests": digests, "before": before, "after": after}
@@ -115,4 +135,4 @@ def main(model: Path, folder: Path, moments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])
+    main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:])

@@ -202,9 +202,19 @@ def test_a_weight_file_truncated_later_is_refused_as_such(save: Save) -> None:
 def test_another_schema_version_is_refused(damaged: Callable) -> None:
     path = damaged(rewrite(schema_version=99))
     with pytest.raises(
-        StaleArtifactError, match="schema version 99, expected 1 or 2; finetune the model again"
+        StaleArtifactError, match="schema version 99, expected 1 or 2 or 3; finetune the model again"
     ):
         load_checkpoint(path)
+
+
+def test_the_version_before_tables_is_read(damaged: Callable, recorded: CalibrationSet) -> None:
+    def edit(path: Path) -> None:
+        summary = json.loads((path / SUMMARY).read_text())
+        for name in ("knots", "tables", "unused"):
+            del summary[name]
+        (path / SUMMARY).write_text(json.dumps(summary | {"schema_version": 2}))
+
+    assert answer(load_checkpoint(damaged(edit)).denoiser, recorded).isfinite().all()
 
 
 def test_a_summary_without_layers_is_refused(damaged: Callable) -> None:

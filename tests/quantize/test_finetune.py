@@ -25,27 +25,44 @@ from quest_deploy.quantize.checkpoint import load_checkpoint
 from quest_deploy.quantize.finetune import finetune
 from quest_deploy.quantize.insert import quantizable_layers, quantized_layers
 
-MOMENTS = (
-    "trajectories-:1:after",
-    "trajectories-:2:during",
-    "inputs-:1:during",
-    "inputs-:1:after",
-    "inputs$:1:during",
-    "inputs$:1:after",
-    "scales:5:during",
-    "scales:1:after",
-    "rounded-0000-hessians:1:during",
-    "rounded-0000-hessians:1:after",
-    "rounded-0000-layers:2:after",
-    "rounded-0000-layers:1:during",
-    "rounded-0000$:1:during",
-    "rounded-0000$:1:after",
-    "phase-temporal:1:after",
-    "phase-temporal:2:during",
-    "phase-sensitive:1:after",
-    "phase-sensitive:2:during",
-    "output:1:during",
-)
+MOMENTS = {
+    "gptq": (
+        "trajectories-:1:after",
+        "trajectories-:2:during",
+        "inputs-:1:during",
+        "inputs-:1:after",
+        "inputs$:1:during",
+        "inputs$:1:after",
+        "scales:5:during",
+        "scales:1:after",
+        "rounded-0000-hessians:1:during",
+        "rounded-0000-hessians:1:after",
+        "rounded-0000-layers:2:after",
+        "rounded-0000-layers:1:during",
+        "rounded-0000$:1:during",
+        "rounded-0000$:1:after",
+        "phase-temporal:1:after",
+        "phase-temporal:2:during",
+        "phase-sensitive:1:after",
+        "phase-sensitive:2:during",
+        "output:1:during",
+    ),
+    "adaround": (
+        "adaround-0000:1:during",
+        "adaround-:2:after",
+        "adaround-:1:during",
+        "adaround-:1:after",
+        "phase-temporal:1:after",
+    ),
+    "table": (
+        "damages:3:after",
+        "damages:1:during",
+        "phase-temporal:1:after",
+        "phase-temporal:1:during",
+        "phase-sensitive:1:after",
+        "output:1:during",
+    ),
+}
 
 
 def config(**changes: Any) -> FinetuneConfig:
@@ -98,23 +115,25 @@ def interrupt(tmp_path: Path, tiny_model: Path) -> Callable[[str], Path]:
     return make
 
 
-@pytest.fixture(scope="module")
-def killed(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> dict[str, Any]:
+@pytest.fixture(scope="module", params=list(MOMENTS))
+def killed(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny_model: Path
+) -> dict[str, Any]:
     """What a run killed at all moments and resumed each time left, beside one in peace."""
-    script = Path(__file__).with_name("interrupted_run.py")
+    script, moments = Path(__file__).with_name("interrupted_run.py"), MOMENTS[request.param]
     done = subprocess.run(
-        [sys.executable, script, tiny_model, tmp_path_factory.mktemp("killed"), *MOMENTS],
+        [sys.executable, script, request.param, tiny_model, tmp_path_factory.mktemp("killed"), *moments],
         capture_output=True,
         text=True,
         timeout=110,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return {"moments": len(moments), **json.loads(done.stdout)}
 
 
 def test_kill_9_struck_at_every_moment(killed: dict[str, Any]) -> None:
-    assert killed["statuses"] == [0, *[signal.SIGKILL] * len(MOMENTS), 0]
+    assert killed["statuses"] == [0, *[signal.SIGKILL] * killed["moments"], 0]
 
 
 def test_a_killed_and_resumed_run_ends_in_the_bytes_of_one_in_peace(killed: dict[str, Any]) -> None:

@@ -176,6 +176,7 @@ def test_a_recipe_is_checked_when_made() -> None:
         ({"softmax_bits": 8}, "softmax_bits is set, expected attention_bits beside it"),
         ({"softmax_max_keys": 0}, "softmax_max_keys is 0, expected at least 1"),
         ({"split": "no"}, "split is 'no', expected true or false"),
+        ({"temporal_path": "lookup"}, "temporal_path is 'lookup', expected one of quantized, table"),
         (
             {"text_encoder": "w4a4"},
             "text_encoder is 'w4a4', expected one of int8-weight-only, w8a8 or nothing",
@@ -191,7 +192,11 @@ def test_a_wrong_quantizer_is_refused(given: dict, message: str) -> None:
 
 @pytest.mark.parametrize(
     "given",
-    [{"migration_exponent": 0.5, "vae_decoder": "w8a8"}, {"attention_bits": 8, "softmax_bits": 8}],
+    [
+        {"migration_exponent": 0.5, "vae_decoder": "w8a8"},
+        {"attention_bits": 8, "softmax_bits": 8},
+        {"temporal_path": "table"},
+    ],
     ids=str,
 )
 def test_quantizers_are_read(given: dict) -> None:

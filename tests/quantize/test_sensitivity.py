@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from quest_deploy.config import PhaseConfig, Recipe
 from quest_deploy.model.load import LoadedModel
+from quest_deploy.quantize import affine
 from quest_deploy.quantize.allocate import Bits
 from quest_deploy.quantize.calibrate import CalibrationSet
 from quest_deploy.quantize.initialize import initialize_layer
@@ -92,6 +93,16 @@ def test_what_stays_in_float_is_left_alone(denoiser: nn.Module, inputs: dict[str
         )
     }
     assert parts == {"w4": (True, False), "a4": (False, True), "w4a4": (True, True)}
+
+
+def test_a_layer_alone_has_the_row_of_the_recipes_exponent(
+    denoiser: nn.Module, inputs: dict[str, Tensor]
+) -> None:
+    layer, x = quantizable_layers(denoiser)[LAYERS[0]], inputs[LAYERS[0]]
+    recipe = dataclasses.replace(RECIPE, migration_exponent=0.3)
+    ((_, _, quantizer),) = quantized_parts(layer, x, recipe, [Bits(4, 4)])
+    assert quantizer is not None and quantizer.row is not None
+    assert torch.equal(quantizer.row, affine.migration_row(x, layer.weight.detach(), 0.3))
 
 
 def measure(

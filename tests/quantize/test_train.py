@@ -301,6 +301,18 @@ def plain(task: train.Task, plan: PhaseConfig) -> None:
         optimizer.step()
 
 
+@pytest.mark.parametrize(("temporal", "answered"), [(True, 1), (False, 3)])
+def test_the_sensitive_phase_uses_the_networks_output_at_every_update(
+    task: train.Task, monkeypatch: pytest.MonkeyPatch, temporal: bool, answered: int
+) -> None:
+    asked: list[int] = []
+    original = losses.network_loss
+    monkeypatch.setattr(train.Task, "validation_loss", lambda task: 1.0)
+    monkeypatch.setattr(losses, "network_loss", lambda *given: asked.append(1) or original(*given))
+    run(task, phase(steps=3, walks=0, network_every=3), temporal=temporal)
+    assert len(asked) == answered
+
+
 @pytest.mark.parametrize(
     ("patience", "found", "ends"),
     [

@@ -1,0 +1,71 @@
+"""One run at a time: a lock that the system takes back when its process ends, however it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from quest_deploy.errors import ConfigError
+from quest_deploy.files import storage_errors
+
+logger = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def locked(path: Path, output: Path, verb: str) -> Iterator[None]:
+    """Hold the lock on the file `path` while the body runs, and remove that file.
+
+    A killed process leaves the file and no lock on it, so that nothing has to be cleaned up by hand.
+
+    Args:
+        path: The file to lock; it holds the number of the process that does.
+        output: What the lock protects, for the message.
+        verb: What is run.
+
+    Raises:
+        ConfigError: another process holds it.
+    """
+    handle = _lock(path, output, verb)
+    try:
+        os.ftruncate(handle, 0)
+        os.write(handle, str(os.getpid()).encode())
+        yield
+    finally:
+        # While it is still locked: whoever opened the file before sees that it is gone, and opens it again.
+        path.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _lock(path: Path, output: Path, verb: str) -> int:
+    """An open file that is locked, and that still is the one of that name."""
+    while True:
+        with storage_errors(output):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            owner = os.read(handle, 32).decode(errors="replace")
+            os.close(handle)
+            raise ConfigError(
+                f"another {verb} (process {owner or 'just started'}) is writing '{output}'; wait until it has ended, "
+                "or give another output directory"
+            ) from error
+        except OSError as error:
+            # Some network file systems have no locks.
+            logger.warning("'%s' cannot be locked (%s): start no second %s there", path, error.strerror, verb)
+            return handle
+        if _is_still(path, handle):
+            return handle
+        os.close(handle)
+
+
+def _is_still(path: Path, handle: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(handle))
+    except FileNotFoundError:
+        return False

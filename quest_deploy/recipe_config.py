@@ -1,0 +1,199 @@
+"""What a recipe holds; import it from :mod:`quest_deploy.config`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from quest_deploy.checks import at_least, one_of, raise_if_any
+
+Precision = Literal["float32", "bfloat16"]
+Targets = Literal["memory", "disk", "recompute"]
+StaticMode = Literal["int8-weight-only", "w8a8"]
+TemporalPath = Literal["quantized", "table"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BitsOverride:
+    """Other bits for some layers.
+
+    Attributes:
+        layers: Preset of :mod:`quest_deploy.quantize.select`, shell pattern, or name of the layers.
+        weight_bits: 4 or 8; None leaves them as they are.
+        activation_bits: 4 or 8; None leaves them as they are.
+    """
+
+    layers: str
+    weight_bits: int | None = None
+    activation_bits: int | None = None
+
+    def __post_init__(self) -> None:
+        given = {"weight_bits": self.weight_bits, "activation_bits": self.activation_bits}
+        problems = [
+            f"{name} is {value!r}, expected 4 or 8"
+            for name, value in given.items()
+            if value not in (None, 4, 8)
+        ]
+        if set(given.values()) == {None}:
+            problems.append("neither weight_bits nor activation_bits is given")
+        raise_if_any(problems, f"override of layers {self.layers!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhaseConfig:
+    """One finetuning phase.
+
+    Attributes:
+        layers: Presets of :mod:`quest_deploy.quantize.select` or shell patterns (one, or several): the layers whose
+            weights learn. "auto" are those that quantization damages most, which is measured before training: of the
+            layers that carry time in the temporal phase, of all others in the sensitive phase.
+        steps: Updates.
+        auto_share: Of the weights of all quantized layers, how many those that "auto" chooses may have.
+        batch_size: Pairs of a prompt and a timestep in an update, each run on both branches.
+        walks: Walks in an update, beside them (see `Recipe.walk_share`).
+        learning_rate_weights: Adam's rate for weights and their scales, in steps of each layer's own weight grid.
+        learning_rate_scales: For activation scales, relative (they learn in the log domain); in the temporal phase also
+            for time-embedding tables, times the root mean square of each table.
+        learning_rate_floats: For biases and norms, which stay in float; 0 leaves them alone.
+        network_every: Every how many updates the network's output joins the loss of the layers' own outputs
+            (temporal phase; the sensitive phase uses the network's output at every update).
+        patience: The phase ends after this many validations in a row, of the eight in a phase, that found nothing
+            better; 0 means never before its time.
+        low_rank: The weights learn as W + B A with B A of this rank, merged when the phase ends (EfficientDM);
+            None lets every entry of W learn.
+    """
+
+    layers: str | tuple[str, ...]
+    steps: int
+    auto_share: float = 0.2
+    batch_size: int = 8
+    walks: int = 2
+    learning_rate_weights: float = 0.01
+    learning_rate_scales: float = 0.002
+    learning_rate_floats: float = 0.0
+    network_every: int = 1
+    patience: int = 0
+    low_rank: int | None = None
+
+    def __post_init__(self) -> None:
+        problems: list[str] = []
+        at_least(problems, 0, steps=self.steps, learning_rate_weights=self.learning_rate_weights)
+        at_least(problems, 0, learning_rate_scales=self.learning_rate_scales)
+        at_least(problems, 0, learning_rate_floats=self.learning_rate_floats)
+        at_least(problems, 0, walks=self.walks, patience=self.patience)
+        at_least(problems, 1, batch_size=self.batch_size, network_every=self.network_every)
+        if not 0 < self.auto_share <= 1:
+            problems.append(f"auto_share is {self.auto_share}, expected above 0 and at most 1")
+        if self.low_rank is not None:
+            at_least(problems, 1, low_rank=self.low_rank)
+        raise_if_any(problems, "finetuning phase")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What `finetune` does to a model.
+
+    Attributes:
+        name: For manifests and reports.
+        weight_bits: 4 or 8.
+        activation_bits: 4 or 8.
+        overrides: Other bits for some layers; where two apply, the later one holds.
+        calibration_prompts: How many of the prompts are used, those that select the result included.
+        validation_prompts: How many of those are kept from training and choose the result.
+        calibration_steps: Denoising steps of the recorded trajectories, hence timestep groups.
+        guidance_scale: Of the recorded trajectories.
+        initializer: How weights are rounded at first: to nearest, with second-order error compensation, or by gradient
+            descent on the outputs of whole blocks.
+        adaround_iterations: Updates for each block, of 32 samples; used by `initializer: adaround` alone.
+        time_aware: Whether every timestep group has an activation scale of its own.
+        channel_wise: Whether activations may have a channel row folded into the weights.
+        temporal_path: What becomes of the layers that carry time: "quantized" as all others, or a learned "table" of
+            what they answer at each recorded timestep, in float32 and linear in between, which replaces them.
+        migration_exponent: How much of the difficulty a channel row moves from the activations to the weights, from 0
+            to 1; "auto" tries three and none for each layer.
+        split: Whether convolutions over a skip concatenation have a grid for each half.
+        attention_bits: 4 or 8, of queries, keys and values; None leaves the products of attention in float.
+        softmax_bits: 8, of the attention's probabilities beside them; None leaves those in float.
+        softmax_max_keys: Attentions over more keys than this keep their probabilities in float.
+        text_encoder: How the text encoder is quantized, "int8-weight-only" or "w8a8"; None leaves it in float.
+        vae_decoder: The same for the autoencoder's decoder.
+        walk_share: Weight of what the student's errors grow into over a few steps of its own, beside its errors on
+            recorded latents; 0 leaves walks out.
+        walk_length: Steps of such a walk.
+        precision: Of the float operations while training. Grids and scales are float32 in any case, and codes are
+            exact in bfloat16.
+        gradient_checkpointing: Whether a pass keeps the inputs of blocks alone, and computes the rest again for the
+            gradients: less memory, more time, the same result.
+        memory_limit_gb: What training may take, in 10^9 bytes; where an update needs more, it is computed in slices.
+            None means no limit. Recording and rounding are not limited by it.
+        targets: Whether the full-precision outputs are kept in memory, read from disk, or computed again.
+        temporal: Phase 1.
+        sensitive: Phase 2.
+    """
+
+    name: str
+    weight_bits: int
+    activation_bits: int
+    overrides: tuple[BitsOverride, ...] = ()
+    calibration_prompts: int = 96
+    validation_prompts: int = 6
+    calibration_steps: int = 25
+    guidance_scale: float = 3.0
+    initializer: Literal["nearest", "gptq", "adaround"] = "gptq"
+    adaround_iterations: int = 1000
+    time_aware: bool = True
+    channel_wise: bool = True
+    temporal_path: TemporalPath = "quantized"
+    migration_exponent: float | Literal["auto"] = "auto"
+    split: bool = False
+    attention_bits: int | None = None
+    softmax_bits: int | None = None
+    softmax_max_keys: int = 256
+    text_encoder: StaticMode | None = None
+    vae_decoder: StaticMode | None = None
+    walk_share: float = 1.0
+    walk_length: int = 4
+    precision: Precision = "float32"
+    gradient_checkpointing: bool = False
+    memory_limit_gb: float | None = None
+    targets: Targets = "memory"
+    temporal: PhaseConfig
+    sensitive: PhaseConfig
+
+    def __post_init__(self) -> None:
+        problems: list[str] = []
+        for name in ("weight_bits", "activation_bits"):
+            if getattr(self, name) not in (4, 8):
+                problems.append(f"{name} is {getattr(self, name)!r}, expected 4 or 8")
+        exponent = self.migration_exponent
+        if exponent != "auto" and not (isinstance(exponent, int | float) and 0 <= exponent <= 1):
+            problems.append(f"migration_exponent is {exponent!r}, expected auto, or a number from 0 to 1")
+        if self.attention_bits not in (None, 4, 8):
+            problems.append(f"attention_bits is {self.attention_bits!r}, expected 4, 8 or nothing")
+        if self.softmax_bits not in (None, 8):
+            problems.append(f"softmax_bits is {self.softmax_bits!r}, expected 8 or nothing")
+        elif self.softmax_bits is not None and self.attention_bits is None:
+            problems.append("softmax_bits is set, expected attention_bits beside it")
+        for name in ("text_encoder", "vae_decoder"):
+            if getattr(self, name) is not None:
+                one_of(problems, name, getattr(self, name), get_args(StaticMode))
+        one_of(problems, "initializer", self.initializer, ("nearest", "gptq", "adaround"))
+        calibration = {name: getattr(self, name) for name in ("calibration_prompts", "calibration_steps")}
+        at_least(problems, 2, **calibration)
+        at_least(problems, 1, validation_prompts=self.validation_prompts, walk_length=self.walk_length)
+        counts = {"softmax_max_keys": self.softmax_max_keys, "adaround_iterations": self.adaround_iterations}
+        at_least(problems, 1, **counts)
+        at_least(problems, 0, guidance_scale=self.guidance_scale, walk_share=self.walk_share)
+        one_of(problems, "temporal_path", self.temporal_path, get_args(TemporalPath))
+        one_of(problems, "precision", self.precision, get_args(Precision))
+        one_of(problems, "targets", self.targets, get_args(Targets))
+        if self.precision != "float32" and self.attention_bits is not None:
+            problems.append(f"precision is {self.precision}, expected float32 beside attention_bits")
+        if self.memory_limit_gb is not None and not self.memory_limit_gb > 0:
+            problems.append(f"memory_limit_gb is {self.memory_limit_gb}, expected more than 0")
+        if self.validation_prompts >= self.calibration_prompts:
+            problems.append(
+                f"validation_prompts is {self.validation_prompts}, "
+                f"expected fewer than calibration_prompts, {self.calibration_prompts}"
+            )
+        raise_if_any(problems, f"recipe {self.name}")
