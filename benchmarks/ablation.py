@@ -1,6 +1,7 @@
 """What each part of the method contributes at W4A4, and how a checkpoint does on samplers it was not calibrated on.
 
-Variants are finetuned with fewer updates than the packaged recipe, which is one row: differences between them count.
+Variants are finetuned with fewer prompts and updates than the packaged recipe, which is one row: differences between
+them count.
 """
 
 from __future__ import annotations
@@ -22,18 +23,18 @@ if TYPE_CHECKING:
 
 NAME = "ablation"
 RECIPE = "w4a4"
-STEPS = (30, 60)
+PROMPTS, STEPS = 48, (30, 60)
 VARIANTS = {
-    "short": "QuEST, fewer updates",
+    "short": "QuEST, fewer prompts and updates",
     "no-phase-1": "phase 1 off",
     "no-phase-2": "phase 2 off",
     "no-time-aware": "one activation scale for all timesteps",
     "no-channel-wise": "no channel rows",
     "no-walks": "no walks",
-    "nearest": "weights rounded to nearest at first",
     "uniform": "4-bit activations in the residual projections too",
+    "table": "time-embedding tables instead of a quantized time path",
     "paper-sd": "phase 2 trains `paper-sd` (feed-forward layers)",
-    "attention-and-feed-forward": "phase 2 trains attention and feed-forward layers",
+    "auto": "phase 2 trains `auto` (a fifth of the weights)",
     "groups-5": "5 timestep groups",
     "groups-50": "50 timestep groups",
 }
@@ -59,16 +60,19 @@ def variant(recipe: Recipe, name: str) -> Recipe:
         "no-time-aware": {"time_aware": False},
         "no-channel-wise": {"channel_wise": False},
         "no-walks": {"walk_share": 0.0},
-        "nearest": {"initializer": "nearest"},
         "uniform": {"overrides": ()},
         "paper-sd": {"sensitive": dataclasses.replace(sensitive, layers="paper-sd")},
-        "attention-and-feed-forward": {
-            "sensitive": dataclasses.replace(sensitive, layers="attention-and-feed-forward")
-        },
+        "table": {"temporal_path": "table"},
+        "auto": {"sensitive": dataclasses.replace(sensitive, layers="auto")},
         "groups-5": {"calibration_steps": 5},
         "groups-50": {"calibration_steps": 50},
     }[name]
-    short = {"name": f"{recipe.name}-{name}", "temporal": temporal, "sensitive": sensitive}
+    short = {
+        "name": f"{recipe.name}-{name}",
+        "calibration_prompts": PROMPTS,
+        "temporal": temporal,
+        "sensitive": sensitive,
+    }
     return dataclasses.replace(recipe, **(short | changes))
 
 
@@ -95,6 +99,7 @@ def run(settings: Settings) -> dict[str, Any]:
     return {
         **header(one_seed),
         "recipe": RECIPE,
+        "prompts": PROMPTS,
         "updates": list(STEPS),
         "rows": found,
         "differences": differences,
@@ -195,7 +200,8 @@ def tables(result: dict[str, Any]) -> list[Table]:
                 if row in found
             ),
             labels=1,
-            note=f"{quality.sample_size(result)}. Variants have {first} + {second} updates, the packaged recipe more. "
+            note=f"{quality.sample_size(result)}. Variants have {result['prompts']} calibration prompts and "
+            f"{first} + {second} updates, the packaged recipe more. "
             "Each differs from the first variant in what its name says. Intervals are paired by prompt.",
         ),
         Table(

@@ -142,6 +142,7 @@ def ablation() -> dict[str, Any]:
     return {
         **HEADER,
         "recipe": "w4a4",
+        "prompts": 48,
         "updates": [30, 60],
         "rows": rows,
         "differences": differences,
