@@ -4,8 +4,8 @@ A pass is the gradient of one latent at one timestep in one guidance branch. Eve
 same network, in a process of its own, one after the other in turn; the least time of each is compared. In the published
 order the network is run and differentiated for one sample, and after some samples there is an update (in phase 1 after
 two, in phase 2 after four, for which the full-precision network is run first); phase 1 runs the whole network to see
-the layers that carry time. Here an update has many timesteps, targets were recorded, and phase 1 runs those layers alone.
-What the published code writes to disk and reads back between passes is left out.
+the layers that carry time. Here an update has many timesteps, targets were recorded, and phase 1 runs those layers
+alone. What the published code writes to disk and reads back between passes is left out.
 """
 
 from __future__ import annotations
