@@ -9,7 +9,6 @@ from benchmarks.baselines.rows import FINETUNED
 from benchmarks.baselines.rows import ROWS as BASELINES
 from benchmarks.kid import overlap
 from benchmarks.order import GOAL as ORDER_GOAL
-from benchmarks.order import ORDERS
 from benchmarks.runtimes import within_gates
 from benchmarks.tables import Table, interval, number, yes
 
@@ -88,9 +87,9 @@ def _kid(result: dict[str, Any]) -> Iterator[Row]:
 
 
 def _order(result: dict[str, Any]) -> Iterator[Row]:
-    for published, row in result["ratios"].items():
-        requirement = f"{ORDERS[published]}: at least {ORDER_GOAL:g} times quest-deploy's seconds a pass"
-        yield requirement, f"{row['both']:.1f}", yes(row["both"] >= ORDER_GOAL)
+    ratio = result["ratios"]["published"]["both"]
+    requirement = f"finetuning: the published order takes {ORDER_GOAL:g} times the seconds a pass, or more"
+    yield requirement, f"{ratio:.1f}", yes(ratio >= ORDER_GOAL)
 
 
 def _runtimes(result: dict[str, Any]) -> Iterator[Row]:

@@ -31,11 +31,10 @@ GROUPS = 32
 SCALE = 1000
 LABELS = {
     "fp32": "full precision",
-    "minmax": "round to nearest, min-max",
     "calibrated": "calibrated, not finetuned",
     "quest": "QuEST",
 }
-BASELINES = ("minmax", "calibrated")
+BASELINES = ("calibrated",)
 
 
 def run(settings: Settings) -> dict[str, Any]:
@@ -51,10 +50,6 @@ def run(settings: Settings) -> dict[str, Any]:
         for row, checkpoint in checkpoints.items():
             label = name if row == "quest" else f"{name}-{row}"
             artifacts[label] = stages.export(settings, label, checkpoint, TARGET)[0]
-    for name in settings.recipes:
-        checkpoint = quality.minmax(settings, name, folder)
-        artifacts[f"{name}-minmax"] = settings.work / "onnx" / TARGET / f"{name}-minmax"
-        _export_here(checkpoint, artifacts[f"{name}-minmax"])
     prompts = PROMPTS.read_text(encoding="utf-8").splitlines()
     if settings.quick:
         prompts = prompts[: 2 * GROUPS]
@@ -74,18 +69,6 @@ def _versions() -> dict[str, str]:
     from importlib import metadata
 
     return {"openvino": metadata.version("openvino")}
-
-
-def _export_here(checkpoint: Path, output: Path) -> None:
-    """Export from this process, which holds torch already."""
-    from quest_deploy.artifacts import MANIFEST_NAME, read_artifact
-    from quest_deploy.config import ExportConfig
-    from quest_deploy.export.to_onnx import export
-    from quest_deploy.manifest import read_manifest
-
-    digest = read_artifact(checkpoint, stage="checkpoint").digest
-    if not (output / MANIFEST_NAME).is_file() or read_manifest(output).inputs != {"source": digest}:
-        export(checkpoint, output, ExportConfig(target=TARGET), overwrite=True)
 
 
 def draw_features(settings: Settings, label: str, onnx: Path, prompts: list[str]) -> Tensor:

@@ -15,6 +15,9 @@ from quest_deploy.config import BitsOverride, PhaseConfig, Recipe, raise_if_any
 from quest_deploy.errors import ConfigError
 
 PACKAGED = ("w8a8", "w4a8", "w4a4")
+# The published runs' settings, one for each of the paper's tasks.
+PAPER = ("paper-sd", "paper-cldm", "paper-uncond")
+NAMES = (*PACKAGED, *PAPER)
 PHASES = ("temporal", "sensitive")
 # A union with a Literal in it is another type than one of plain types.
 UNIONS = (types.UnionType, typing.Union)
@@ -26,7 +29,7 @@ def load_recipe(source: str) -> Recipe:
     Raises:
         ConfigError: lists everything that is wrong with it.
     """
-    if source in PACKAGED:
+    if source in NAMES:
         text = (resources.files("quest_deploy") / "recipes" / f"{source}.yaml").read_text(encoding="utf-8")
     else:
         text = _read(source)
@@ -130,10 +133,8 @@ def _describe(hint: Any) -> str:
 def _read(source: str) -> str:
     path = Path(source)
     if path.suffix not in (".yaml", ".yml"):
-        raise ConfigError(f"recipe {source!r} is unknown; choose {', '.join(PACKAGED)}, or give a YAML file")
+        raise ConfigError(f"recipe {source!r} is unknown; choose {', '.join(NAMES)}, or give a YAML file")
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"recipe {source}: cannot be read ({error}); choose {', '.join(PACKAGED)}"
-        ) from error
+        raise ConfigError(f"recipe {source}: cannot be read ({error}); choose {', '.join(NAMES)}") from error

@@ -9,7 +9,7 @@ import pytest
 
 from quest_deploy.config import BitsOverride, Recipe, to_dict
 from quest_deploy.errors import ConfigError
-from quest_deploy.quantize.recipe import PACKAGED, load_recipe, recipe_from_dict
+from quest_deploy.quantize.recipe import NAMES, PACKAGED, PAPER, load_recipe, recipe_from_dict
 from quest_deploy.quantize.select import PRESETS
 
 PHASE = {"layers": "all", "steps": 2}
@@ -43,7 +43,26 @@ def test_a_file_is_named_after_itself(tmp_path: Path) -> None:
     assert load_recipe(str(path)).name == "gentle"
 
 
-@pytest.mark.parametrize("name", PACKAGED)
+@pytest.mark.parametrize("name", PAPER)
+def test_a_published_setting_trains_its_tasks_layers_and_time_first(name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe.sensitive.layers == name in PRESETS
+    assert (recipe.initializer, recipe.time_aware, recipe.walk_share) == ("adaround", True, 0.0)
+    # Passes of the published loops: updates times samples, of which a guided pair has two.
+    branches = 1 if name == "paper-uncond" else 2
+    phases = (recipe.temporal, recipe.sensitive)
+    passes = [phase.steps * phase.batch_size * branches for phase in phases]
+    assert (
+        passes
+        == {
+            "paper-sd": [7700, 32_000],
+            "paper-cldm": [48_000, 25_600],
+            "paper-uncond": [32_000, 25_600],
+        }[name]
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_comes_back_from_a_manifest(name: str) -> None:
     recipe = load_recipe(name)
     assert recipe_from_dict(to_dict(recipe)) == recipe
@@ -134,7 +153,7 @@ def test_a_phase_has_to_be_a_mapping() -> None:
 
 def test_an_unknown_name_is_refused_with_the_packaged_ones() -> None:
     with pytest.raises(
-        ConfigError, match="recipe 'w3a3' is unknown; choose w8a8, w4a8, w4a4, or give a YAML"
+        ConfigError, match="recipe 'w3a3' is unknown; choose w8a8, w4a8, w4a4, paper-sd, .*, or give a YAML"
     ):
         load_recipe("w3a3")
 
