@@ -12,6 +12,7 @@ from benchmarks import (
     cost,
     differences,
     engines,
+    families,
     kid,
     order,
     quality,
@@ -24,7 +25,19 @@ from quest_deploy.artifacts import read_json
 
 BENCHMARKS = {
     module.NAME: module
-    for module in (quality, baselines, ablation, kid, order, cost, engines, runtimes, analysis, differences)
+    for module in (
+        quality,
+        baselines,
+        ablation,
+        kid,
+        order,
+        cost,
+        engines,
+        runtimes,
+        families,
+        analysis,
+        differences,
+    )
 }
 HEADINGS = {
     "quality": "Quality",
@@ -35,6 +48,7 @@ HEADINGS = {
     "cost": "Time, memory and size",
     "engines": "Engines",
     "runtimes": "Deployment",
+    "families": "Models without text",
     "analysis": "Sensitivity to low bits",
     "differences": "Differences from the published quantizers",
 }
@@ -44,8 +58,8 @@ INTRODUCTION = """\
 <!-- Rendered from benchmarks/results/*.json by `python -m benchmarks.report`. Do not edit. -->
 
 What was measured on the bundled reference model. `make bench` measures it again; one benchmark alone:
-`python -m benchmarks quality` (or `baselines`, `ablation`, `kid`, `order`, `cost`, `engines`, `runtimes`, `analysis`,
-`differences`).
+`python -m benchmarks quality` (or `baselines`, `ablation`, `kid`, `order`, `cost`, `engines`, `runtimes`, `families`,
+`analysis`, `differences`).
 """
 
 
@@ -73,8 +87,8 @@ def render(results: dict[str, Any], images: list[str]) -> str:
             continue
         parts.append(provenance(results[name]))
         parts += [markdown(table) for table in BENCHMARKS[name].tables(results[name])]
-        if name == quality.NAME:
-            parts += [f"![Rows of images by {Path(image).stem}]({image})\n" for image in images]
+        own = (image for image in images if Path(image).stem.startswith(f"{name}-"))
+        parts += [f"![Rows of images by {Path(image).stem}]({image})\n" for image in own]
     return "\n".join(parts)
 
 

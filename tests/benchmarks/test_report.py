@@ -6,7 +6,7 @@ from types import ModuleType
 
 import pytest
 
-from benchmarks import report, runtimes
+from benchmarks import __main__, report, runtimes
 from benchmarks.goals import goals
 
 SENSITIVITY = {
@@ -60,6 +60,7 @@ def everything(made_up: ModuleType) -> dict[str, dict]:
         "cost": made_up.cost(),
         "engines": made_up.engines(),
         "runtimes": {**made_up.HEADER, "recipes": recipes},
+        "families": made_up.families(),
         "analysis": {**made_up.HEADER, **SENSITIVITY},
         "differences": {**made_up.HEADER, **DIFFERENCES},
     }
@@ -75,6 +76,10 @@ def met(results: dict[str, dict], start: str) -> str:
 def test_document_is_what_the_committed_results_render_to(repository: Path) -> None:
     """If this fails: `python -m benchmarks.report`."""
     assert (repository / "docs" / "results.md").read_text(encoding="utf-8") == report.current(repository)
+
+
+def test_every_benchmark_of_the_document_can_be_run() -> None:
+    assert tuple(report.BENCHMARKS) == __main__.BENCHMARKS and {*report.HEADINGS} == {*report.BENCHMARKS}
 
 
 def test_without_results_the_document_says_so() -> None:
