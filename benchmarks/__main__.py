@@ -27,7 +27,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("benchmark", nargs="?", default="all", choices=[*report.BENCHMARKS, "all"])
+    parser.add_argument("benchmark", nargs="?", default="all", choices=[*report.HEADINGS, "all"])
     parser.add_argument(
         "--quick",
         action="store_true",
@@ -64,7 +64,7 @@ def main() -> int:
         return run_all(sys.argv[1:])
     os.chdir(ROOT)
     settings = Settings(recipes=arguments.recipes, quick=arguments.quick, checkpoints=arguments.checkpoints)
-    module = report.BENCHMARKS[arguments.benchmark]
+    module = report.benchmark(arguments.benchmark)
     result = module.run(settings)
     settings.results.mkdir(parents=True, exist_ok=True)
     write_json(settings.results / f"{module.NAME}.json", result)
@@ -77,7 +77,7 @@ def main() -> int:
 def run_all(arguments: list[str]) -> int:
     """Each benchmark in a process of its own, since one that holds torch cannot measure the memory of others."""
     rest = [word for word in arguments if word != "all"]
-    codes = [subprocess.call([sys.executable, "-m", "benchmarks", name, *rest]) for name in report.BENCHMARKS]
+    codes = [subprocess.call([sys.executable, "-m", "benchmarks", name, *rest]) for name in report.HEADINGS]
     return max(codes)
 
 
