@@ -29,7 +29,10 @@ def save_grid(file: Path, rows: Sequence[tuple[str, Sequence[Image.Image]]], cap
         top = CAPTION + row * (CELL + GAP)
         draw.multiline_text((4, top + CELL // 3), label, INK, font, spacing=2)
         for column, image in enumerate(images):
-            cell = image.resize((CELL, CELL), Image.Resampling.LANCZOS)
+            # A picture of a few pixels is shown as its pixels.
+            whole = CELL % image.width == 0 and CELL % image.height == 0
+            way = Image.Resampling.NEAREST if whole else Image.Resampling.LANCZOS
+            cell = image.convert("RGB").resize((CELL, CELL), way)
             sheet.paste(cell, (LABEL + column * (CELL + GAP), top))
     file.parent.mkdir(parents=True, exist_ok=True)
     # 256 colours keep the file small; the figures are taken from the images themselves.

@@ -20,6 +20,7 @@ HEADINGS = {
     "cost": "Time, memory and size",
     "engines": "Engines",
     "runtimes": "Deployment",
+    "families": "Models without text",
     "analysis": "Sensitivity to low bits",
     "differences": "Differences from the published quantizers",
 }
@@ -29,8 +30,8 @@ INTRODUCTION = """\
 <!-- Rendered from benchmarks/results/*.json by `python -m benchmarks.report`. Do not edit. -->
 
 What was measured on the bundled reference model. `make bench` measures it again; one benchmark alone:
-`python -m benchmarks quality` (or `baselines`, `ablation`, `kid`, `order`, `cost`, `engines`, `runtimes`, `analysis`,
-`differences`).
+`python -m benchmarks quality` (or `baselines`, `ablation`, `kid`, `order`, `cost`, `engines`, `runtimes`, `families`,
+`analysis`, `differences`).
 """
 
 
@@ -63,8 +64,8 @@ def render(results: dict[str, Any], images: list[str]) -> str:
             continue
         parts.append(provenance(results[name]))
         parts += [markdown(table) for table in benchmark(name).tables(results[name])]
-        if name == "quality":
-            parts += [f"![Rows of images by {Path(image).stem}]({image})\n" for image in images]
+        own = (image for image in images if Path(image).stem.startswith(f"{name}-"))
+        parts += [f"![Rows of images by {Path(image).stem}]({image})\n" for image in own]
     return "\n".join(parts)
 
 

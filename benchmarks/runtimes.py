@@ -64,7 +64,7 @@ def tables(result: dict[str, Any]) -> list[Table]:
         (
             name.upper(),
             yes(within_gates(recipe)),
-            _codes(recipe["codes"]),
+            codes(recipe["codes"]),
             number(gate(recipe, "noise SNR, same codes"), 1),
             number(_lowest(recipe["teacher_forced_median_snr_db"]), 1),
             interval({**recipe["image_psnr_change_db"], "mean": recipe["image_psnr_change_db"]["median"]}),
@@ -98,10 +98,11 @@ def tables(result: dict[str, Any]) -> list[Table]:
     ]
 
 
-def _codes(codes: dict[str, Any]) -> str:
-    if codes["places"] is None:
+def codes(found: dict[str, Any]) -> str:
+    """How many codes differ, in words."""
+    if found["places"] is None:
         return MISSING
-    return f"{codes['fraction']:.1e} (by {codes['max_difference']}), {codes['differing']:,} of {codes['places']:,}"
+    return f"{found['fraction']:.1e} (by {found['max_difference']}), {found['differing']:,} of {found['places']:,}"
 
 
 def _lowest(values: list[float | str | None]) -> float | str | None:

@@ -115,13 +115,13 @@ def required(outcome: dict[str, Any]) -> dict[str, Any]:
     return outcome
 
 
-def finetune(settings: Settings, recipe: Recipe, output: Path) -> dict[str, Any]:
-    """A checkpoint of the packaged calibration prompts, made as a user makes it."""
+def finetune(settings: Settings, recipe: Recipe, output: Path, *, model: Path = MODEL) -> dict[str, Any]:
+    """A checkpoint of the packaged calibration prompts (or the classes, or seeds), made as a user makes it."""
     packaged = recipe.name in PACKAGED and not settings.quick
     source = recipe.name if packaged else str(write_recipe(recipe, settings.work / "recipes"))
-    arguments = ("finetune", str(MODEL), "--recipe", source, "--seed", str(settings.seed))
-    name = f"finetune {recipe.name}"
-    return required(make(settings, name, arguments, output, inputs=(MODEL,), sources=QUANTIZER))
+    arguments = ("finetune", str(model), "--recipe", source, "--seed", str(settings.seed))
+    name = f"finetune {recipe.name}" if model == MODEL else f"finetune {model.name} {recipe.name}"
+    return required(make(settings, name, arguments, output, inputs=(model,), sources=QUANTIZER))
 
 
 def finetuned(settings: Settings, name: str) -> tuple[Path, dict[str, Any]]:
@@ -178,12 +178,14 @@ def build(settings: Settings, name: str, onnx: Path) -> tuple[Path, dict[str, An
     return output, make(settings, f"build {name} engines", arguments, output, inputs=(onnx,))
 
 
-def parity(settings: Settings, name: str, checkpoint: Path, onnx: Path) -> tuple[Path, dict[str, Any]]:
+def parity(
+    settings: Settings, name: str, checkpoint: Path, onnx: Path, *, model: Path = MODEL
+) -> tuple[Path, dict[str, Any]]:
     """The comparison of the model, its checkpoint and that one's ONNX on the held-out prompts."""
     output = settings.work / "parity" / name
-    arguments = ("parity", str(MODEL), str(onnx), "--via", str(checkpoint), *_sampling(settings))
+    arguments = ("parity", str(model), str(onnx), "--via", str(checkpoint), *_sampling(settings))
     arguments += ("--num-prompts", str(len(settings.prompts)), "--batch-size", str(settings.batch_size))
-    made = make(settings, f"parity {name}", arguments, output, inputs=(MODEL, checkpoint, onnx))
+    made = make(settings, f"parity {name}", arguments, output, inputs=(model, checkpoint, onnx))
     return output, required(made)
 
 

@@ -63,12 +63,12 @@ def number(value: float | str | None, digits: int = 2) -> str:
     return value if isinstance(value, str) else f"{value:.{digits}f}"
 
 
-def interval(value: Mapping[str, float | None] | None) -> str:
+def interval(value: Mapping[str, float | None] | None, digits: int = 2) -> str:
     """Mean and ends of an interval, with signs."""
     if value is None or value["mean"] is None:
         return MISSING
-    ends = (MISSING if end is None else f"{end:+.2f}" for end in (value["low"], value["high"]))
-    return f"{value['mean']:+.2f} ({' to '.join(ends)})"
+    ends = (MISSING if end is None else f"{end:+.{digits}f}" for end in (value["low"], value["high"]))
+    return f"{value['mean']:+.{digits}f} ({' to '.join(ends)})"
 
 
 def seconds(value: float | None) -> str:

@@ -112,8 +112,9 @@ def draw(unet: UNet2DModel, scheduler: Any, seed: int = 0) -> Tensor:
 
 
 def save_sheet(images: Tensor, path: Path, scale: int = 6) -> None:
-    """A grid of `ROWS` rows, enlarged by whole pixels."""
-    rows = images.reshape(ROWS, -1, 8, 8).permute(0, 2, 1, 3).reshape(ROWS * 8, -1)
+    """A grid of `ROWS` rows with a grey line between images, enlarged by whole pixels."""
+    framed = torch.nn.functional.pad(images[:, 0], (0, 1, 0, 1), value=0.5)
+    rows = framed.reshape(ROWS, -1, *framed.shape[1:]).permute(0, 2, 1, 3).flatten(2).flatten(0, 1)
     sheet = Image.fromarray((rows * 255).round().to(torch.uint8).numpy())
     sheet.resize((sheet.width * scale, sheet.height * scale), Image.Resampling.NEAREST).save(path)
 

@@ -173,17 +173,25 @@ def test_imports_from_any_directory_come_from_the_checkout(repository: Path, tmp
     ]
 
 
-def test_bundled_model_is_unchanged_since_it_was_trained(repository: Path) -> None:
-    """Every figure in the repository was measured on these weights."""
-    import hashlib
-
-    pipeline = repository / "reference-model" / "pipeline"
-    digests = {
-        str(path.relative_to(pipeline)): hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-        for path in sorted(pipeline.rglob("*.safetensors"))
-    }
-    assert digests == {
+WEIGHTS = {
+    "pipeline": {
         "text_encoder/model.safetensors": "9d63a7fdc17980e7",
         "unet/diffusion_pytorch_model.safetensors": "271be146f87761ba",
         "vae/diffusion_pytorch_model.safetensors": "72ed342004f6c44d",
+    },
+    "digits-class": {"unet/diffusion_pytorch_model.safetensors": "184727cffb25e29e"},
+    "digits": {"unet/diffusion_pytorch_model.safetensors": "54e52ad847237122"},
+}
+
+
+@pytest.mark.parametrize("model", WEIGHTS)
+def test_bundled_model_is_unchanged_since_it_was_trained(model: str, repository: Path) -> None:
+    """Every figure in the repository was measured on these weights."""
+    import hashlib
+
+    directory = repository / "reference-model" / model
+    digests = {
+        path.relative_to(directory).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        for path in sorted(directory.rglob("*.safetensors"))
     }
+    assert digests == WEIGHTS[model]

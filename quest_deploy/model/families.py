@@ -154,7 +154,5 @@ def choose_prompts(
         chosen = given or classes.prompts()
         return tuple(chosen[index % len(chosen)] for index in range(count))
     if given:
-        raise ConfigError(
-            f"{len(given)} prompts were given, but this model draws without any; leave them out"
-        )
+        raise ConfigError("prompts were given, but this model draws without any; leave them out")
     return tuple(f"image {index + 1}" for index in range(count))

@@ -163,7 +163,9 @@ def _edge(edge: Edge, outcomes: Sequence[Outcome]) -> dict[str, Any]:
         "text_encoder_snr_db": None
         if against.text_encoder_snr_db is None
         else numbers(against.text_encoder_snr_db),
-        "vae_decoder_snr_db": numbers(against.vae_decoder_snr_db),
+        "vae_decoder_snr_db": None
+        if against.vae_decoder_snr_db is None
+        else numbers(against.vae_decoder_snr_db),
         "codes": None if against.codes is None else _codes(against.codes),
         "codes_reason": against.codes_reason or None,
         "image_psnr_change_db": None

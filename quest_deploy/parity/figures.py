@@ -26,14 +26,14 @@ class Against:
     Attributes:
         forced: Noise prediction on the upper rung's trajectory.
         text_encoder_snr_db: [n]; None for a model that reads no text.
-        vae_decoder_snr_db: The upper rung's final latents decoded, [n].
+        vae_decoder_snr_db: The upper rung's final latents decoded, [n]; None for a model that draws pixels.
         codes: Integer codes in front of each layer; None where they were not compared.
         codes_reason: Why they were not compared.
     """
 
     forced: Forced
     text_encoder_snr_db: Tensor | None
-    vae_decoder_snr_db: Tensor
+    vae_decoder_snr_db: Tensor | None
     codes: FlipReport | None
     codes_reason: str
 
@@ -138,16 +138,18 @@ def deployment_figures(outcome: Outcome, upper: Outcome, anchor: Outcome) -> Dep
         same_codes_snr_db=None
         if against.codes is None
         else _lowest(step_medians(against.codes.noise_snr_db)),
-        text_encoder_snr_db=None
-        if against.text_encoder_snr_db is None
-        else _lowest(step_medians(against.text_encoder_snr_db[None])),
-        vae_decoder_snr_db=_lowest(step_medians(against.vae_decoder_snr_db[None])),
+        text_encoder_snr_db=_median(against.text_encoder_snr_db),
+        vae_decoder_snr_db=_median(against.vae_decoder_snr_db),
         flip_fraction=None if total is None else total.fraction,
         flip_max=None if total is None else total.max_difference,
         flip_detail=_flip_detail(against),
         psnr_change=change,
         first_divergence="" if below is None else below[1],
     )
+
+
+def _median(values: Tensor | None) -> float | None:
+    return None if values is None else _lowest(step_medians(values[None]))
 
 
 def _lowest(values: Tensor) -> float:

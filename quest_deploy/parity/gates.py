@@ -111,7 +111,7 @@ class DeploymentFigures:
         noise_snr_db: The worst step's median over prompts, left alone.
         same_codes_snr_db: The same where every product is given the upper rung's codes; None where that cannot be done.
         text_encoder_snr_db: Median over prompts; None for a model that reads no text.
-        vae_decoder_snr_db: Median over prompts, the same latents decoded.
+        vae_decoder_snr_db: Median over prompts, the same latents decoded; None for a model that draws pixels.
         flip_fraction: Share of the integer codes that differ; None where codes were not compared.
         flip_max: Largest difference of a code.
         flip_detail: The layer with the most flips, or why codes were not compared.
@@ -122,7 +122,7 @@ class DeploymentFigures:
     noise_snr_db: float
     same_codes_snr_db: float | None
     text_encoder_snr_db: float | None
-    vae_decoder_snr_db: float
+    vae_decoder_snr_db: float | None
     flip_fraction: float | None
     flip_max: int | None
     flip_detail: str
@@ -197,7 +197,7 @@ def deployment_gates(rung: str, figures: DeploymentFigures, *, quantized: bool) 
             ("text encoder SNR", figures.text_encoder_snr_db, ""),
             ("VAE decoder SNR", figures.vae_decoder_snr_db, ""),
         )
-        if (quantity, measured) != ("text encoder SNR", None)
+        if measured is not None or quantity not in ("text encoder SNR", "VAE decoder SNR")
     ]
     if not quantized:
         return gates

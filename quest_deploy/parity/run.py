@@ -122,7 +122,9 @@ def _compare(
     against = Against(
         forced=forced if edge.upper == 0 else teacher_forced(pipeline, upper, request, tick),
         text_encoder_snr_db=text_encoder_snr_db(upper, own),
-        vae_decoder_snr_db=snr_db(upper.images, decode_again(pipeline, upper, request)),
+        vae_decoder_snr_db=None
+        if pipeline.family.autoencoder is None
+        else snr_db(upper.images, decode_again(pipeline, upper, request)),
         codes=None if isinstance(flips, str) else flips,
         codes_reason=flips if isinstance(flips, str) else "",
     )

@@ -61,7 +61,7 @@ def check_prompts(pipeline: Pipeline, config: GenerateConfig) -> None:
     if pipeline.classes is None and not pipeline.family.has_text:
         if config.prompts:
             raise ConfigError(
-                f"{len(config.prompts)} prompts were given, but this model draws without any; "
+                "prompts were given, but this model draws without any; "
                 "leave them out, and say how many images with --num-images"
             )
         return

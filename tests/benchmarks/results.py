@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks import baselines as baselines_benchmark
+from benchmarks import families as families_benchmark
+from benchmarks import runtimes
 from benchmarks.ablation import VARIANTS
 from benchmarks.baselines.rows import ROWS as BASELINES
 from benchmarks.order import ratios
@@ -103,6 +105,23 @@ def gate(
         "passed": passed,
         "detail": "",
     }
+
+
+def families() -> dict[str, Any]:
+    recipes = {}
+    for name, best in (("w8a8", 40.0), ("w4a8", 30.0)):
+        rows = {
+            row: {figure: figures(best - 2 * worse, offset=worse) for figure in FIGURES}
+            for worse, row in enumerate(reversed(families_benchmark.ROWS))
+        }
+        recipes[name] = {
+            "rows": rows,
+            "differences": families_benchmark.differences(rows),
+            "finetuning": outcome(60.0),
+            "deployment": runtimes.summarize(parity_report()),
+            "engines": {**outcome(9.0), "builds": True},
+        }
+    return {**HEADER, "models": dict.fromkeys(families_benchmark.MODELS, recipes)}
 
 
 def parity_report() -> dict[str, Any]:

@@ -62,6 +62,7 @@ def everything(made_up: ModuleType) -> dict[str, dict]:
         "cost": made_up.cost(),
         "engines": made_up.engines(),
         "runtimes": {**made_up.HEADER, "recipes": recipes},
+        "families": made_up.families(),
         "analysis": {**made_up.HEADER, **SENSITIVITY},
         "differences": {**made_up.HEADER, **DIFFERENCES},
     }
@@ -80,7 +81,7 @@ def test_document_is_what_the_committed_results_render_to(repository: Path) -> N
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in report.HEADINGS if name not in ("analysis", "differences")]
+    "name", [name for name in report.HEADINGS if name not in ("analysis", "differences", "families")]
 )
 def test_a_benchmark_that_measures_processes_does_not_hold_torch(name: str, repository: Path) -> None:
     """Not at the start: Linux counts the parent's memory to a child until that starts its program."""
