@@ -81,7 +81,7 @@ def test_document_is_what_the_committed_results_render_to(repository: Path) -> N
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in report.HEADINGS if name not in ("analysis", "differences", "families")]
+    "name", [name for name in report.HEADINGS if name not in ("analysis", "differences")]
 )
 def test_a_benchmark_that_measures_processes_does_not_hold_torch(name: str, repository: Path) -> None:
     """Not at the start: Linux counts the parent's memory to a child until that starts its program."""
