@@ -218,7 +218,7 @@ def torch_codes(denoiser: nn.Module, inputs: Mapping[str, Tensor], forced: Codes
     handles = [watch(path, quantizer) for path, quantizer in quantizers]
     try:
         device = first_device(denoiser)
-        (output,) = denoiser(*(tensor.to(device) for tensor in inputs.values()))
+        output, *_ = denoiser(*(tensor.to(device) for tensor in inputs.values()))
     finally:
         for handle in handles:
             handle.remove()
