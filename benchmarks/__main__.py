@@ -3,31 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+from benchmarks import report
 from benchmarks.settings import ROOT, Settings
 from benchmarks.tables import show
 from quest_deploy.artifacts import write_json
 from quest_deploy.quantize.recipe import PACKAGED
 
-# By name: some of them import torch, and one that measures the memory of others must not hold it.
-BENCHMARKS = (
-    "quality",
-    "baselines",
-    "ablation",
-    "kid",
-    "order",
-    "cost",
-    "engines",
-    "runtimes",
-    "families",
-    "analysis",
-    "differences",
-)
 DESCRIPTION = """\
 Measure quest-deploy on the bundled reference model, and write benchmarks/results/ and docs/results.md.
 
@@ -41,7 +27,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("benchmark", nargs="?", default="all", choices=[*BENCHMARKS, "all"])
+    parser.add_argument("benchmark", nargs="?", default="all", choices=[*report.HEADINGS, "all"])
     parser.add_argument(
         "--quick",
         action="store_true",
@@ -78,14 +64,12 @@ def main() -> int:
         return run_all(sys.argv[1:])
     os.chdir(ROOT)
     settings = Settings(recipes=arguments.recipes, quick=arguments.quick, checkpoints=arguments.checkpoints)
-    module = importlib.import_module(f"benchmarks.{arguments.benchmark}")
+    module = report.benchmark(arguments.benchmark)
     result = module.run(settings)
     settings.results.mkdir(parents=True, exist_ok=True)
     write_json(settings.results / f"{module.NAME}.json", result)
     show(module.tables(result))
     if not settings.quick:
-        from benchmarks import report
-
         report.write()
     return 0
 
@@ -93,7 +77,7 @@ def main() -> int:
 def run_all(arguments: list[str]) -> int:
     """Each benchmark in a process of its own, since one that holds torch cannot measure the memory of others."""
     rest = [word for word in arguments if word != "all"]
-    codes = [subprocess.call([sys.executable, "-m", "benchmarks", name, *rest]) for name in BENCHMARKS]
+    codes = [subprocess.call([sys.executable, "-m", "benchmarks", name, *rest]) for name in report.HEADINGS]
     return max(codes)
 
 

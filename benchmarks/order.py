@@ -121,7 +121,7 @@ def _task(*, quick: bool) -> tuple[Task, dict[str, PhaseConfig]]:
     from quest_deploy.quantize.insert import quantizable_layers
     from quest_deploy.quantize.layers import TimestepContext
     from quest_deploy.quantize.parts import initialize_one
-    from quest_deploy.quantize.phases import make_task
+    from quest_deploy.quantize.phases import Inputs, make_task
     from quest_deploy.quantize.recipe import load_recipe
     from quest_deploy.quantize.select import layer_bits
 
@@ -144,7 +144,9 @@ def _task(*, quick: bool) -> tuple[Task, dict[str, PhaseConfig]]:
     context = TimestepContext(data.boundaries())
     student = make_student(model, qparams, {}, context)
     student.requires_grad_(False)
-    task = make_task(model, student, trace, data, context, config)
+    task = make_task(
+        Inputs(model=model, student=student, trace=trace, data=data, context=context, config=config)
+    )
     return task, {"phase_1": recipe.temporal, "phase_2": recipe.sensitive}
 
 

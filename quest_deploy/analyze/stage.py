@@ -83,70 +83,58 @@ def analyze(
         QuestDeployError: with what to do next.
     """
     work = WorkDirectory(Path(output), "analyze")
+    report = progress or (lambda event: None)
     with work.lock():
-        report = progress or (lambda event: None)
-        return _run(model, Path(output), config, work, checkpoint, report, resume=resume, overwrite=overwrite)
-
-
-def _run(
-    model: str | Path,
-    output: Path,
-    config: AnalyzeConfig,
-    work: WorkDirectory,
-    checkpoint: Path | None,
-    report: Progress,
-    *,
-    resume: bool,
-    overwrite: bool,
-) -> Artifact:
-    inputs = _inputs(model, checkpoint)
-    if Path(model).is_dir():
-        config = with_prompts(config, family_of(Path(model)), classes_of(Path(model)))
-    if resume and not overwrite and (finished := _finished(output, config, inputs)) is not None:
-        return finished
-    check_output(output, stage="analysis", overwrite=overwrite)
-    loaded = load_model(model)
-    if not Path(model).is_dir():
-        config = with_prompts(config, loaded.family, loaded.classes)
-    inputs.setdefault("source", _digest(loaded.path))
-    quantized = None if checkpoint is None else load_checkpoint(checkpoint).denoiser
-    # Split as the checkpoint is, so that both have the same layers.
-    if quantized is not None:
-        split_layers(loaded.denoiser, split_channels(quantized))
-    elif config.recipe.split:
-        split_layers(loaded.denoiser, find_concatenations(loaded.denoiser, loaded.denoiser_spec))
-    work.open(
-        {"config": to_dict(config), "inputs": inputs, "machine": machine()},
-        resume=resume,
-        overwrite=overwrite,
-    )
-    data = calibrate.record_trajectories(
-        loaded,
-        config.prompts,
-        steps=config.steps,
-        guidance_scale=config.recipe.guidance_scale,
-        seed=config.seed,
-        batch_size=BATCH_PROMPTS,
-        report=reporter(report, "record trajectories"),
-    )
-    roles = trace(loaded).roles
-    document = {
-        "schema_version": SCHEMA_VERSION,
-        "config": to_dict(config),
-        "model": {"path": str(model), "digest": inputs["source"]},
-        "checkpoint": None
-        if checkpoint is None
-        else {"path": str(checkpoint), "digest": inputs["checkpoint"]},
-        **measure(loaded.denoiser, quantized, data, roles, config, work, report),
-    }
-    with write_artifact(
-        output, stage="analysis", config=to_dict(config), inputs=inputs, overwrite=overwrite
-    ) as writer:
-        write_json(writer.path / DOCUMENT, document)
-        write_page(writer.path / PAGE, document)
-        writer.details.update(layers=len(document["run_order"]), network=_without_steps(document["network"]))
-    work.remove()
-    return read_artifact(output, stage="analysis")
+        inputs = _inputs(model, checkpoint)
+        if Path(model).is_dir():
+            config = with_prompts(config, family_of(Path(model)), classes_of(Path(model)))
+        if resume and not overwrite and (finished := _finished(output, config, inputs)) is not None:
+            return finished
+        check_output(output, stage="analysis", overwrite=overwrite)
+        loaded = load_model(model)
+        if not Path(model).is_dir():
+            config = with_prompts(config, loaded.family, loaded.classes)
+        inputs.setdefault("source", _digest(loaded.path))
+        quantized = None if checkpoint is None else load_checkpoint(checkpoint).denoiser
+        # Split as the checkpoint is, so that both have the same layers.
+        if quantized is not None:
+            split_layers(loaded.denoiser, split_channels(quantized))
+        elif config.recipe.split:
+            split_layers(loaded.denoiser, find_concatenations(loaded.denoiser, loaded.denoiser_spec))
+        work.open(
+            {"config": to_dict(config), "inputs": inputs, "machine": machine()},
+            resume=resume,
+            overwrite=overwrite,
+        )
+        data = calibrate.record_trajectories(
+            loaded,
+            config.prompts,
+            steps=config.steps,
+            guidance_scale=config.recipe.guidance_scale,
+            seed=config.seed,
+            batch_size=BATCH_PROMPTS,
+            report=reporter(report, "record trajectories"),
+        )
+        roles = trace(loaded).roles
+        document = {
+            "schema_version": SCHEMA_VERSION,
+            "config": to_dict(config),
+            "model": {"path": str(model), "digest": inputs["source"]},
+            "checkpoint": None
+            if checkpoint is None
+            else {"path": str(checkpoint), "digest": inputs["checkpoint"]},
+            **measure(loaded.denoiser, quantized, data, roles, config, work, report),
+        }
+        with write_artifact(
+            output, stage="analysis", config=to_dict(config), inputs=inputs, overwrite=overwrite
+        ) as writer:
+            write_json(writer.path / DOCUMENT, document)
+            write_page(writer.path / PAGE, document)
+            writer.details.update(
+                layers=len(document["run_order"]), network=_without_steps(document["network"])
+            )
+        work.remove()
+        return read_artifact(output, stage="analysis")
 
 
 def with_prompts(config: AnalyzeConfig, family: Family, classes: Classes | None) -> AnalyzeConfig:

@@ -5,13 +5,14 @@ would have chosen itself, so that a flip is counted where it happens and does no
 Left alone, one flip changes the noise prediction of a W8A8 denoiser by as much as 33 to 40 dB below the signal (torch
 against itself with latents moved by 1e-5), which says nothing about the runtime.
 Latents, timestep and embeddings are the upper rung's, for a few prompts (without guidance, which only doubles the
-batch) at the first, the middle and the last step: codes take as much memory as all activations of the denoiser.
+batch) at the first, the middle and the last step: codes take as much memory as all activations of the denoiser. A text
+encoder or decoder that is quantized is compared in the same way, on the prompts and on the final latents.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from quest_deploy.metrics import CodeFlips, code_flips, snr_db
-from quest_deploy.model.components import Conditioning, denoiser_inputs, first_device, without_variance
+from quest_deploy.model.components import denoiser_inputs, first_device, without_variance
+from quest_deploy.model.families import TEXT_ENCODER, VAE_DECODER
 from quest_deploy.parity.measure import Trace
 from quest_deploy.quantize.grid import dequantize
 from quest_deploy.quantize.layers import ActivationQuantizer
@@ -36,19 +38,25 @@ Codes = Mapping[str, Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """The denoiser's inputs: `sample` [n, c, h, w], `timestep` [1], and what it is told, [n, ...] by input name."""
+    """What a component is given, by input name in its order; `component` is "" for the denoiser."""
 
-    sample: Tensor
-    timestep: Tensor
-    conditioning: Conditioning
+    component: str
+    inputs: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
 class CodeRun:
-    """What a denoiser did with one probe: the codes that it chose, and its noise prediction [n, c, h, w]."""
+    """What a component did with one probe: the codes that it chose, and its output.
+
+    Attributes:
+        codes: None at all where it is not quantized.
+        output: The noise prediction [n, c, h, w], embeddings [n, l, d] or pixels [n, c, H, W].
+        component: "" for the denoiser.
+    """
 
     codes: Codes
-    noise_pred: Tensor
+    output: Tensor
+    component: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,12 +74,14 @@ class FlipReport:
     Attributes:
         layers: Those whose codes both runtimes show.
         noise_snr_db: Noise prediction of both runtimes, every product given the same codes, float64 [probes, n].
+        companions_snr_db: The same of other components that are quantized, float64 [n] by name.
         unmatched: Quantizers that only one of them shows. A graph shows equal ones that read one tensor once: those
             are not counted here.
     """
 
     layers: tuple[LayerFlips, ...]
     noise_snr_db: Tensor
+    companions_snr_db: Mapping[str, Tensor] = field(default_factory=dict)
     unmatched: tuple[str, ...] = ()
 
     @property
@@ -85,41 +95,57 @@ class FlipReport:
         return max(self.layers, key=lambda layer: layer.flips.fraction)
 
 
-def make_probes(trace: Trace) -> tuple[Probe, ...]:
-    """Inputs at the first, middle and last step of `trace`, for its first prompts."""
+def make_probes(pipeline: Pipeline, trace: Trace, prompts: Sequence[str]) -> tuple[Probe, ...]:
+    """What the components are given for the first of `prompts`: the denoiser at the first, middle and last step."""
     last = len(trace.timesteps) - 1
-    return tuple(
-        Probe(
-            sample=trace.latents[step][:CODE_PROMPTS],
-            timestep=trace.timesteps[step].reshape(1).float(),
-            conditioning={name: value[:CODE_PROMPTS] for name, value in trace.positive.items()},
-        )
-        for step in sorted({0, last // 2, last})
-    )
+    told = {name: value[:CODE_PROMPTS] for name, value in trace.positive.items()}
+    probes = []
+    for step in sorted({0, last // 2, last}):
+        timestep = trace.timesteps[step].reshape(1).float()
+        latents = trace.latents[step][:CODE_PROMPTS]
+        inputs = denoiser_inputs(pipeline.denoiser_spec, latents, timestep, told)
+        probes.append(Probe(component="", inputs=inputs))
+    if TEXT_ENCODER in pipeline.engines:
+        tokens = pipeline.tokenize(prompts[:CODE_PROMPTS])
+        probes.append(Probe(component=TEXT_ENCODER, inputs={"input_ids": tokens}))
+    if VAE_DECODER in pipeline.engines:
+        scaled = pipeline.unscaled(trace.final[:CODE_PROMPTS])
+        probes.append(Probe(component=VAE_DECODER, inputs={"latent_sample": scaled}))
+    return tuple(probes)
 
 
 def compare_codes(upper: Sequence[CodeRun], lower: Sequence[CodeRun]) -> FlipReport | str:
     """Compare two runtimes, one run for each probe; says why where they have no layer in common."""
     totals: dict[str, CodeFlips] = {}
     unmatched: set[str] = set()
+    noise, companions = [], {}
     for above, below in zip(upper, lower, strict=True):
-        unmatched |= below.codes.keys() - above.codes.keys()
-        unmatched |= {
+        missing = below.codes.keys() - above.codes.keys()
+        missing |= {
             name for name in above.codes.keys() - below.codes.keys() if not _is_shared(name, above, below)
         }
+        unmatched |= {_place(above, name) for name in missing}
         for layer, codes in above.codes.items():
             if layer in below.codes:
-                flips = code_flips(codes, below.codes[layer])
-                totals[layer] = totals[layer] + flips if layer in totals else flips
+                flips, place = code_flips(codes, below.codes[layer]), _place(above, layer)
+                totals[place] = totals[place] + flips if place in totals else flips
+        if not above.component:
+            noise.append(snr_db(above.output, below.output))
+        elif above.codes:
+            companions[above.component] = snr_db(above.output, below.output)
     if not totals:
         return "the two runtimes show no quantizer of the same name"
     return FlipReport(
         layers=tuple(LayerFlips(layer=layer, flips=flips) for layer, flips in totals.items()),
-        noise_snr_db=torch.stack(
-            [snr_db(above.noise_pred, below.noise_pred) for above, below in zip(upper, lower, strict=True)]
-        ),
+        noise_snr_db=torch.stack(noise),
+        companions_snr_db=companions,
         unmatched=tuple(sorted(unmatched)),
     )
+
+
+def _place(run: CodeRun, layer: str) -> str:
+    """A layer's name; the denoiser's stand alone."""
+    return f"{run.component}.{layer}" if run.component else layer
 
 
 def _is_shared(name: str, above: CodeRun, below: CodeRun) -> bool:
@@ -131,29 +157,44 @@ def _is_shared(name: str, above: CodeRun, below: CodeRun) -> bool:
 
 
 def take_codes(
-    pipeline: Pipeline, probes: Sequence[Probe], forced: Sequence[Codes] | None = None
+    pipeline: Pipeline, trace: Trace, prompts: Sequence[str], forced: Sequence[Codes] | None = None
 ) -> tuple[CodeRun, ...] | str:
-    """The codes that a rung's denoiser chooses on each probe, or why this runtime does not show them.
+    """The codes that a rung's components choose on each probe, or why this runtime does not show them.
 
     Args:
         pipeline: The rung.
-        probes: Inputs of the denoiser.
+        trace: What is given to its components, as `make_probes` has it.
+        prompts: Of the trace.
         forced: Codes that every product uses instead of the chosen ones, one mapping for each probe.
     """
     if pipeline.backend not in ("torch", "onnxruntime"):
         return f"{pipeline.backend} quantizes inside fused kernels and shows no codes"
-    spec = pipeline.denoiser_spec
-    inputs = [denoiser_inputs(spec, probe.sample, probe.timestep, probe.conditioning) for probe in probes]
+    probes = make_probes(pipeline, trace, prompts)
+    runs: list[CodeRun] = []
+    for component in dict.fromkeys(probe.component for probe in probes):
+        chosen = [index for index, probe in enumerate(probes) if probe.component == component]
+        inputs = [probes[index].inputs for index in chosen]
+        given = None if forced is None else [forced[index] for index in chosen]
+        found = _component_codes(pipeline, component or pipeline.denoiser_spec.name, inputs, given)
+        if isinstance(found, str):
+            return found
+        runs += [replace(run, component=component) for run in found]
+    return tuple(runs)
+
+
+def _component_codes(
+    pipeline: Pipeline, name: str, inputs: Sequence[Mapping[str, Tensor]], forced: Sequence[Codes] | None
+) -> tuple[CodeRun, ...] | str:
     if pipeline.backend == "onnxruntime":
-        return onnxruntime_codes(pipeline.path / spec.name / "model.onnx", inputs, forced)
-    engine: Any = pipeline.engines[spec.name]
-    given: Sequence[Codes | None] = [None] * len(probes) if forced is None else forced
+        return onnxruntime_codes(pipeline.path / name / "model.onnx", inputs, forced)
+    engine: Any = pipeline.engines[name]
+    given: Sequence[Codes | None] = [None] * len(inputs) if forced is None else forced
     return tuple(torch_codes(engine.module, one, codes) for one, codes in zip(inputs, given, strict=True))
 
 
 @torch.no_grad()
 def torch_codes(denoiser: nn.Module, inputs: Mapping[str, Tensor], forced: Codes | None = None) -> CodeRun:
-    """Run `denoiser` once on `inputs`, in their order, and read the codes off its quantizers' outputs.
+    """Run a component once on `inputs`, in their order, and read the codes off its quantizers' outputs.
 
     Those are scale times code.
     """
@@ -177,22 +218,24 @@ def torch_codes(denoiser: nn.Module, inputs: Mapping[str, Tensor], forced: Codes
     handles = [watch(path, quantizer) for path, quantizer in quantizers]
     try:
         device = first_device(denoiser)
-        (output,) = denoiser(*(tensor.to(device) for tensor in inputs.values()))
+        output, *_ = denoiser(*(tensor.to(device) for tensor in inputs.values()))
     finally:
         for handle in handles:
             handle.remove()
-    return CodeRun(codes=chosen, noise_pred=_prediction(output.cpu(), inputs))
+    return CodeRun(codes=chosen, output=_prediction(output.cpu(), inputs))
 
 
 def _prediction(output: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
-    """A denoiser's output without the variance that it may have learned; the first input are the latents."""
-    return without_variance(output, next(iter(inputs.values())).shape[1])
+    """A denoiser's output, which is as large as its first input, without the variance that it may have learned."""
+    first = next(iter(inputs.values()))
+    same = output.ndim == first.ndim and output.shape[2:] == first.shape[2:]
+    return without_variance(output, first.shape[1]) if same else output
 
 
 def onnxruntime_codes(
     onnx_path: Path, probes: Sequence[Mapping[str, Tensor]], forced: Sequence[Codes] | None = None
 ) -> tuple[CodeRun, ...] | str:
-    """Run the denoiser's graph on each of `probes`, its inputs by name.
+    """Run a component's graph on each of `probes`, its inputs by name.
 
     The output of every QuantizeLinear is made an output of the graph.
     """
@@ -231,7 +274,5 @@ def onnxruntime_codes(
         output, *codes = (
             torch.from_numpy(output) for output in session.run([graph.graph.output[0].name, *names], inputs)
         )
-        runs.append(
-            CodeRun(codes=dict(zip(paths, codes, strict=True)), noise_pred=_prediction(output, probe))
-        )
+        runs.append(CodeRun(codes=dict(zip(paths, codes, strict=True)), output=_prediction(output, probe)))
     return tuple(runs)

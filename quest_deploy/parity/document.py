@@ -33,7 +33,8 @@ or silence). Lists over prompts follow ``prompts``; lists over steps follow ``ti
 
 ``noise_snr_db`` holds ``mean`` (over prompts and steps), ``per_prompt`` and, for each step over prompts, ``median``,
 ``q25`` and ``q75``. Codes are compared layer by layer, every product fed with the upper rung's codes;
-there ``codes.noise_snr_db`` is the noise prediction, one list a probed step.
+there ``codes.noise_snr_db`` is the noise prediction, one list a probed step, and ``codes.companions_snr_db`` the output
+of a text encoder or decoder that is quantized, per prompt.
 """
 
 from __future__ import annotations
@@ -200,6 +201,7 @@ def _codes(report: FlipReport) -> dict[str, Any]:
         "layers": [{"layer": layer.layer, **asdict(layer.flips)} for layer in report.layers],
         "unmatched": list(report.unmatched),
         "noise_snr_db": [numbers(row) for row in report.noise_snr_db],
+        "companions_snr_db": {name: numbers(values) for name, values in report.companions_snr_db.items()},
     }
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from quest_deploy.metrics import IDENTICAL_DB, mean_db, paired_interval
+from quest_deploy.model.families import TEXT_ENCODER, VAE_DECODER
 from quest_deploy.parity.codes import FlipReport
 from quest_deploy.parity.gates import (
     DEPLOYMENT_SNR_DB_MIN,
@@ -138,14 +139,19 @@ def deployment_figures(outcome: Outcome, upper: Outcome, anchor: Outcome) -> Dep
         same_codes_snr_db=None
         if against.codes is None
         else _lowest(step_medians(against.codes.noise_snr_db)),
-        text_encoder_snr_db=_median(against.text_encoder_snr_db),
-        vae_decoder_snr_db=_median(against.vae_decoder_snr_db),
+        text_encoder_snr_db=_median(_companion(against, TEXT_ENCODER, against.text_encoder_snr_db)),
+        vae_decoder_snr_db=_median(_companion(against, VAE_DECODER, against.vae_decoder_snr_db)),
         flip_fraction=None if total is None else total.fraction,
         flip_max=None if total is None else total.max_difference,
         flip_detail=_flip_detail(against),
         psnr_change=change,
         first_divergence="" if below is None else below[1],
     )
+
+
+def _companion(against: Against, name: str, alone: Tensor | None) -> Tensor | None:
+    """SNR of a component's output: with the same codes where it is quantized, since one flip loses more than 50 dB."""
+    return alone if against.codes is None else against.codes.companions_snr_db.get(name, alone)
 
 
 def _median(values: Tensor | None) -> float | None:

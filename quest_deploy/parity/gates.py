@@ -110,8 +110,9 @@ class DeploymentFigures:
     Attributes:
         noise_snr_db: The worst step's median over prompts, left alone.
         same_codes_snr_db: The same where every product is given the upper rung's codes; None where that cannot be done.
-        text_encoder_snr_db: Median over prompts; None for a model that reads no text.
-        vae_decoder_snr_db: Median over prompts, the same latents decoded; None for a model that draws pixels.
+        text_encoder_snr_db: Median over prompts, with the same codes if it is quantized; None for a model that reads no
+            text.
+        vae_decoder_snr_db: The same, the same latents decoded; None for a model that draws pixels.
         flip_fraction: Share of the integer codes that differ; None where codes were not compared.
         flip_max: Largest difference of a code.
         flip_detail: The layer with the most flips, or why codes were not compared.

@@ -13,7 +13,7 @@ from torch import Tensor
 from quest_deploy.config import ParityConfig, ProgressEvent
 from quest_deploy.errors import MissingDependencyError, ParityError
 from quest_deploy.metrics import psnr_db, snr_db, ssim
-from quest_deploy.parity.codes import CodeRun, FlipReport, compare_codes, make_probes, take_codes
+from quest_deploy.parity.codes import CodeRun, FlipReport, compare_codes, take_codes
 from quest_deploy.parity.figures import Against, Outcome
 from quest_deploy.parity.ladder import Edge, Rung
 from quest_deploy.parity.measure import Request, Tick, Trace, decode_again, draw, teacher_forced
@@ -71,7 +71,8 @@ def run_ladder(
                     pipeline, outcome, outcomes, edge, upper_codes, request, counter.named(rung.name)
                 )
             # Taken while the rung is loaded, for the one below.
-            upper_codes = _own_codes(pipeline, outcome, edges[index] if index < len(edges) else None)
+            below = edges[index] if index < len(edges) else None
+            upper_codes = _own_codes(pipeline, outcome, below, request)
         outcomes.append(outcome)
     return outcomes
 
@@ -118,7 +119,7 @@ def _compare(
         return outcome
     flips: FlipReport | str = ""
     if edge.kind == "deployment" and outcome.rung.grid is not None:
-        flips = _flips(upper_codes, pipeline, upper)
+        flips = _flips(upper_codes, pipeline, upper, request)
     against = Against(
         forced=forced if edge.upper == 0 else teacher_forced(pipeline, upper, request, tick),
         text_encoder_snr_db=text_encoder_snr_db(upper, own),
@@ -137,19 +138,23 @@ def text_encoder_snr_db(upper: Trace, own: Trace) -> Tensor | None:
     return None if embeddings is None else snr_db(embeddings, own.positive["encoder_hidden_states"])
 
 
-def _flips(upper_codes: Sequence[CodeRun] | str, pipeline: Pipeline, upper: Trace) -> FlipReport | str:
+def _flips(
+    upper_codes: Sequence[CodeRun] | str, pipeline: Pipeline, upper: Trace, request: Request
+) -> FlipReport | str:
     if isinstance(upper_codes, str):
         return upper_codes
-    codes = take_codes(pipeline, make_probes(upper), [run.codes for run in upper_codes])
+    codes = take_codes(pipeline, upper, request.prompts, [run.codes for run in upper_codes])
     return codes if isinstance(codes, str) else compare_codes(upper_codes, codes)
 
 
-def _own_codes(pipeline: Pipeline, outcome: Outcome, below: Edge | None) -> Sequence[CodeRun] | str:
+def _own_codes(
+    pipeline: Pipeline, outcome: Outcome, below: Edge | None, request: Request
+) -> Sequence[CodeRun] | str:
     """The rung's integer codes on its own trajectory, where the rung below is to be compared with them."""
     if below is None or below.kind != "deployment" or outcome.rung.grid is None:
         return ""
     assert outcome.trace is not None
-    return take_codes(pipeline, make_probes(outcome.trace))
+    return take_codes(pipeline, outcome.trace, request.prompts)
 
 
 def _schedule(pipeline: Pipeline) -> dict[str, Any]:

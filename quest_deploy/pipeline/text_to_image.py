@@ -109,17 +109,21 @@ class Pipeline(Closing):
             return {"class_labels": torch.tensor(numbers, device=self.device)}
         if not self.family.has_text:
             return {}
+        outputs = run_in_parts(self.engines[TEXT_ENCODER], input_ids=self.tokenize(prompts).to(self.device))
+        return {"encoder_hidden_states": outputs["last_hidden_state"]}
+
+    def tokenize(self, prompts: Sequence[str]) -> Tensor:
+        """What the text encoder is given for `prompts`, int64 [n, sequence]."""
         for prompt in prompts:
             self._tell_if_cut(prompt)
-        tokens = self.tokenizer(
-            prompts,
+        tokens: Tensor = self.tokenizer(
+            list(prompts),
             padding="max_length",
             max_length=self.tokenizer.model_max_length,
             truncation=True,
             return_tensors="pt",
         ).input_ids
-        outputs = run_in_parts(self.engines[TEXT_ENCODER], input_ids=tokens.to(self.device))
-        return {"encoder_hidden_states": outputs["last_hidden_state"]}
+        return tokens
 
     def encode_negative(self, count: int, prompt: str = "") -> dict[str, Tensor] | None:
         """What the denoiser is told for the negative branch of `count` images; None where the model has none."""
@@ -232,12 +236,16 @@ class Pipeline(Closing):
         """Latents [n, c, h, w] -> images, float32 [n, 1 or 3, H, W] in [0, 1]."""
         pixels = latents.to(self.device)
         if VAE_DECODER in self.engines:
-            config = self.configs[VAE_DECODER]
-            unscaled = pixels / config["scaling_factor"]
-            if config.get("shift_factor") is not None:
-                unscaled = unscaled + config["shift_factor"]
-            pixels = run_in_parts(self.engines[VAE_DECODER], latent_sample=unscaled)["sample"]
+            pixels = run_in_parts(self.engines[VAE_DECODER], latent_sample=self.unscaled(pixels))["sample"]
         return (pixels * 0.5 + 0.5).clamp(0, 1)
+
+    def unscaled(self, latents: Tensor) -> Tensor:
+        """What the decoder is given for `latents`."""
+        config = self.configs[VAE_DECODER]
+        unscaled = latents / config["scaling_factor"]
+        if config.get("shift_factor") is not None:
+            unscaled = unscaled + config["shift_factor"]
+        return unscaled
 
     def as_diffusers(self) -> Any:
         """A `diffusers.StableDiffusionPipeline` around the same engines, for code that expects one.

@@ -33,10 +33,9 @@ from quest_deploy.quantize.memory import (
     without_trajectories,
     without_values,
 )
-from quest_deploy.quantize.phases import phase_memory, phases
+from quest_deploy.quantize.phases import Inputs, phase_memory, phases
 from quest_deploy.quantize.select import layer_bits
 from quest_deploy.quantize.tables import insert_tables, make_context, time_tables
-from quest_deploy.quantize.trace import Trace
 from quest_deploy.quantize.walk import Steps
 
 LONGEST_MEASUREMENT_S = 20.0
@@ -109,7 +108,7 @@ def estimate(model: str | Path, config: FinetuneConfig) -> tuple[list[PartEstima
     many = weights + _forward_memory(loaded.denoiser, data, context, parts.BATCH_PROMPTS)
     layers = {name: layer for name, layer in quantizable_layers(loaded.denoiser).items() if name in bits}
     width = parts.POSITIONS_PER_STEP + calibrate.EXTREME_ROWS
-    inputs = sum(4 * data.timesteps.numel() * width * layer.weight.shape[1] for layer in layers.values())
+    seen = sum(4 * data.timesteps.numel() * width * layer.weight.shape[1] for layer in layers.values())
     result = [
         PartEstimate(
             part="record trajectories",
@@ -120,13 +119,13 @@ def estimate(model: str | Path, config: FinetuneConfig) -> tuple[list[PartEstima
         PartEstimate(
             part="collect activations",
             seconds=shown * speed.forward_s,
-            memory_bytes=many + in_memory + inputs,
-            disk_bytes=inputs,
+            memory_bytes=many + in_memory + seen,
+            disk_bytes=seen,
         ),
         PartEstimate(
             part="search scales",
             seconds=_search_seconds(loaded, data, config, bits),
-            memory_bytes=weights + in_memory + inputs,
+            memory_bytes=weights + in_memory + seen,
             disk_bytes=0,
         ),
     ]
@@ -155,8 +154,8 @@ def estimate(model: str | Path, config: FinetuneConfig) -> tuple[list[PartEstima
             )
         )
         config = auto_layers.any_layers(loaded.denoiser, trace.roles, bits, config)
-    for name, phase in phases(config.recipe):
-        result.append(_phase(loaded, student, trace, data, context, config, name, phase, speed))
+    inputs = Inputs(model=loaded, student=student, trace=trace, data=data, context=context, config=config)
+    result += [_phase(inputs, name, phase, speed) for name, phase in phases(config.recipe)]
     others = (
         sum(f.stat().st_size for f in loaded.path.rglob("*.safetensors")) if loaded.path.is_dir() else weights
     )
@@ -303,22 +302,12 @@ def _rounding_seconds(layers: Mapping[str, Any], chunks: list[list[str]]) -> flo
     return (time.perf_counter() - started) * sum(map(cost, names)) / cost(name)
 
 
-def _phase(
-    model: LoadedModel,
-    student: nn.Module,
-    trace: Trace,
-    data: CalibrationSet,
-    context: TimestepContext,
-    config: FinetuneConfig,
-    name: str,
-    phase: PhaseConfig,
-    speed: Speed,
-) -> PartEstimate:
-    recipe = config.recipe
-    count = data.timesteps.numel()
+def _phase(inputs: Inputs, name: str, phase: PhaseConfig, speed: Speed) -> PartEstimate:
+    recipe, student = inputs.recipe, inputs.student
+    count = inputs.data.timesteps.numel()
     walking = recipe.walk_share > 0 and count > recipe.walk_length
     steps = Steps(torch.ones(count - 1), torch.ones(count - 1)) if walking else None
-    held, pairs, walks = phase_memory(model, student, trace, data, context, recipe, steps, name, phase)
+    held, pairs, walks = phase_memory(inputs, steps, name, phase)
     passes = pairs.fixed + pairs.each * phase.batch_size
     if walks is not None and phase.walks:
         passes += walks.fixed + walks.each * phase.walks
@@ -330,7 +319,7 @@ def _phase(
     walked = phase.walks * recipe.walk_length if walking else 0
     judged = recipe.validation_prompts * count * (2 if walking else 1) * (train.VALIDATIONS_PER_PHASE + 1)
     learned = size_bytes(
-        train.learned(train.trainable(student, phase, trace.roles, temporal=name == "temporal"))
+        train.learned(train.trainable(student, phase, inputs.trace.roles, temporal=name == "temporal"))
     )
     student.requires_grad_(False)
     return PartEstimate(

@@ -40,7 +40,7 @@ from quest_deploy.quantize.layers import TimestepContext
 from quest_deploy.quantize.operands import find_operands
 from quest_deploy.quantize.parallel import Workers, device_of, find_workers, place
 from quest_deploy.quantize.parts import Progress, find_scales, record, reporter, round_weights
-from quest_deploy.quantize.phases import train_phases
+from quest_deploy.quantize.phases import Inputs, train_phases
 from quest_deploy.quantize.resume import WorkDirectory, machine
 from quest_deploy.quantize.select import AUTO, layer_bits, patterns, select
 from quest_deploy.quantize.split import find_concatenations, split_layers
@@ -72,63 +72,50 @@ def finetune(
     Raises:
         QuestDeployError: with what to do next. A run that was interrupted goes on with `resume`.
     """
-    work = WorkDirectory(Path(output))
+    output = Path(output)
+    work = WorkDirectory(output)
     workers = find_workers(config.device)
     # The other processes of a run only read.
     with work.lock() if workers.main else nullcontext():
-        return _run(model, Path(output), config, work, workers, progress, resume=resume, overwrite=overwrite)
-
-
-def _run(
-    model: str | Path,
-    output: Path,
-    config: FinetuneConfig,
-    work: WorkDirectory,
-    workers: Workers,
-    progress: Progress | None,
-    *,
-    resume: bool,
-    overwrite: bool,
-) -> Artifact:
-    if Path(model).is_dir():
-        config = with_prompts(config, family_of(Path(model)), classes_of(Path(model)))
-    if resume and not overwrite and (finished := _finished(Path(model), output, config)) is not None:
-        work.remove()
-        return finished
-    check_output(output, stage="checkpoint", overwrite=overwrite)
-    loaded, trace, config = prepare(model, config)
-    bits = layer_bits(trace.roles, config.recipe)
-    inputs = inputs_of(loaded, config)
-    with workers.main_first():
-        if workers.main:
-            run = {"config": to_dict(config), **inputs, "machine": machine(workers.count)}
-            work.open(run, resume=resume, overwrite=overwrite)
-    place(loaded, device_of(config.device, workers))
-    told = progress if progress is not None and workers.main else _tell_nobody
-    with deterministic(config.seed):
-        denoiser, context, history = _quantize(loaded, trace, config, work, told, workers)
-    with workers.main_first():
-        if workers.main:
-            with write_artifact(
-                output, stage="checkpoint", config=to_dict(config), inputs=inputs, overwrite=overwrite
-            ) as writer:
-                save_checkpoint(
-                    writer.path,
-                    loaded,
-                    denoiser,
-                    recipe=config.recipe,
-                    activation_bits={name: activation for name, (_, activation) in bits.items()},
-                    context=context,
-                    history=history,
-                    companions=quantize_companions(loaded, config),
-                )
-                text_encoder: Any = loaded.text_encoder
-                if config.loras and text_encoder is not None and not config.recipe.text_encoder:
-                    # Components are copied as they lie on disk, and a LoRA may have changed this one.
-                    text_encoder.save_pretrained(writer.path / TEXT_ENCODER)
-                writer.details.update(history)
+        if Path(model).is_dir():
+            config = with_prompts(config, family_of(Path(model)), classes_of(Path(model)))
+        if resume and not overwrite and (finished := _finished(Path(model), output, config)) is not None:
             work.remove()
-    return read_artifact(output, stage="checkpoint")
+            return finished
+        check_output(output, stage="checkpoint", overwrite=overwrite)
+        loaded, trace, config = prepare(model, config)
+        bits = layer_bits(trace.roles, config.recipe)
+        inputs = inputs_of(loaded, config)
+        with workers.main_first():
+            if workers.main:
+                run = {"config": to_dict(config), **inputs, "machine": machine(workers.count)}
+                work.open(run, resume=resume, overwrite=overwrite)
+        place(loaded, device_of(config.device, workers))
+        told = progress if progress is not None and workers.main else _tell_nobody
+        with deterministic(config.seed):
+            denoiser, context, history = _quantize(loaded, trace, config, work, told, workers)
+        with workers.main_first():
+            if workers.main:
+                with write_artifact(
+                    output, stage="checkpoint", config=to_dict(config), inputs=inputs, overwrite=overwrite
+                ) as writer:
+                    save_checkpoint(
+                        writer.path,
+                        loaded,
+                        denoiser,
+                        recipe=config.recipe,
+                        activation_bits={name: activation for name, (_, activation) in bits.items()},
+                        context=context,
+                        history=history,
+                        companions=quantize_companions(loaded, config),
+                    )
+                    text_encoder: Any = loaded.text_encoder
+                    if config.loras and text_encoder is not None and not config.recipe.text_encoder:
+                        # Components are copied as they lie on disk, and a LoRA may have changed this one.
+                        text_encoder.save_pretrained(writer.path / TEXT_ENCODER)
+                    writer.details.update(history)
+                work.remove()
+        return read_artifact(output, stage="checkpoint")
 
 
 def prepare(model: str | Path, config: FinetuneConfig) -> tuple[LoadedModel, Trace, FinetuneConfig]:
@@ -229,7 +216,16 @@ def _quantize(
     trace = insert_tables(student, model.denoiser, trace, context, data.device)
     insert_attention(student, operands, context)
     student.to(data.device)
-    history |= train_phases(model, student, trace, data, context, config, work, progress, workers)
+    inputs = Inputs(
+        model=model,
+        student=student,
+        trace=trace,
+        data=data,
+        context=context,
+        config=config,
+        workers=workers,
+    )
+    history |= train_phases(inputs, work, progress)
     freeze(student.to("cpu"))
     return student, context, history
 

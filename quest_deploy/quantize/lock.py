@@ -14,6 +14,8 @@ from quest_deploy.files import storage_errors
 
 logger = logging.getLogger(__name__)
 
+LOCKS = Path("/proc/locks")
+
 
 @contextlib.contextmanager
 def locked(path: Path, output: Path, verb: str) -> Iterator[None]:
@@ -22,7 +24,7 @@ def locked(path: Path, output: Path, verb: str) -> Iterator[None]:
     A killed process leaves the file and no lock on it, so that nothing has to be cleaned up by hand.
 
     Args:
-        path: The file to lock; it holds the number of the process that does.
+        path: The file to lock. Nothing is written into it: it takes no room on a full disk.
         output: What the lock protects, for the message.
         verb: What is run.
 
@@ -31,8 +33,6 @@ def locked(path: Path, output: Path, verb: str) -> Iterator[None]:
     """
     handle = _lock(path, output, verb)
     try:
-        os.ftruncate(handle, 0)
-        os.write(handle, str(os.getpid()).encode())
         yield
     finally:
         # While it is still locked: whoever opened the file before sees that it is gone, and opens it again.
@@ -49,11 +49,10 @@ def _lock(path: Path, output: Path, verb: str) -> int:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            owner = os.read(handle, 32).decode(errors="replace")
+            owner = _owner(handle)
             os.close(handle)
             raise ConfigError(
-                f"another {verb} (process {owner or 'just started'}) is writing '{output}'; wait until it has ended, "
-                "or give another output directory"
+                f"another {verb}{owner} is writing '{output}'; wait until it has ended, or give another directory"
             ) from error
         except OSError as error:
             # Some network file systems have no locks.
@@ -69,3 +68,16 @@ def _is_still(path: Path, handle: int) -> bool:
         return os.path.samestat(os.stat(path), os.fstat(handle))
     except FileNotFoundError:
         return False
+
+
+def _owner(handle: int) -> str:
+    """Which process holds the lock, in words; nothing where the system does not tell."""
+    status = os.fstat(handle)
+    file = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
+    try:
+        locks = [line.split() for line in LOCKS.read_text().splitlines()]
+    except OSError:
+        return ""
+    # "1: FLOCK  ADVISORY  WRITE 1234 fd:00:5678 0 EOF"
+    owners = [fields[4] for fields in locks if fields[1] == "FLOCK" and fields[5:6] == [file]]
+    return f" (process {owners[0]})" if owners and owners[0].isdigit() and owners[0] != "0" else ""

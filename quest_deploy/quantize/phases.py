@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,24 +32,42 @@ from quest_deploy.quantize.walk import Steps, fit_steps
 logger = logging.getLogger(__name__)
 
 
-def train_phases(
-    model: LoadedModel,
-    student: nn.Module,
-    trace: Trace,
-    data: CalibrationSet,
-    context: TimestepContext,
-    config: FinetuneConfig,
-    work: WorkDirectory,
-    progress: Progress,
-    workers: Workers = ALONE,
-) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """What finetuning works on.
+
+    Attributes:
+        model: The full-precision model.
+        student: A copy of its denoiser with quantized layers.
+        trace: What feeds the layers that carry time.
+        data: Recorded trajectories.
+        context: The student's.
+        config: Of the run.
+        workers: The processes that share it.
+    """
+
+    model: LoadedModel
+    student: nn.Module
+    trace: Trace
+    data: CalibrationSet
+    context: TimestepContext
+    config: FinetuneConfig
+    workers: Workers = ALONE
+
+    @property
+    def recipe(self) -> Recipe:
+        """Of the run."""
+        return self.config.recipe
+
+
+def train_phases(inputs: Inputs, work: WorkDirectory, progress: Progress) -> dict[str, Any]:
     """Both phases. Returns the losses, for the manifest."""
-    student.requires_grad_(False)
-    if config.recipe.gradient_checkpointing:
-        enable_checkpointing(student, context)
-    task = make_task(model, student, trace, data, context, config, workers)
+    student = inputs.student.requires_grad_(False)
+    if inputs.recipe.gradient_checkpointing:
+        enable_checkpointing(student, inputs.context)
+    task = make_task(inputs)
     history: dict[str, Any] = {}
-    for name, phase in phases(config.recipe):
+    for name, phase in phases(inputs.recipe):
         state = _train_phase(task, name, phase, work, progress)
         history[name] = {"validation_loss": state.losses, "best": state.best_loss}
     student.requires_grad_(False)
@@ -65,32 +84,24 @@ def phases(recipe: Recipe) -> list[tuple[str, PhaseConfig]]:
     return [(name, phase) for name, phase in both if phase.steps]
 
 
-def make_task(
-    model: LoadedModel,
-    student: nn.Module,
-    trace: Trace,
-    data: CalibrationSet,
-    context: TimestepContext,
-    config: FinetuneConfig,
-    workers: Workers = ALONE,
-) -> train.Task:
+def make_task(inputs: Inputs) -> train.Task:
     """What both phases work on."""
-    recipe = config.recipe
+    recipe, data = inputs.recipe, inputs.data
     split = data.num_prompts - recipe.validation_prompts
     training, validation = torch.arange(split), torch.arange(split, data.num_prompts)
     steps = fit_steps(data, recipe.guidance_scale) if recipe.walk_share else None
     if steps is None and recipe.walk_share:
         logger.warning(
             "%s does not move latents by a multiple of the prediction: finetuning without walks",
-            type(model.scheduler).__name__,
+            type(inputs.model.scheduler).__name__,
         )
     max_pairs = max_walks = None
     if recipe.memory_limit_gb is not None:
-        max_pairs, max_walks = _slices(model, student, trace, data, context, recipe, steps)
+        max_pairs, max_walks = _slices(inputs, recipe.memory_limit_gb, steps)
         logger.info("at most %d pairs or %d walks at once", max_pairs, max_walks)
     with train.autocast(data.device, recipe.precision):
         objective = make_objective(
-            student,
+            inputs.student,
             data,
             validation,
             steps,
@@ -101,34 +112,27 @@ def make_task(
             max_walks=max_walks,
         )
     return train.Task(
-        student=student,
-        teacher=model.denoiser,
-        trace=trace,
+        student=inputs.student,
+        teacher=inputs.model.denoiser,
+        trace=inputs.trace,
         data=data,
         training=training,
         validation=validation,
         objective=objective,
-        context=context,
-        seed=config.seed,
-        num_train_timesteps=model.scheduler.config.num_train_timesteps,
+        context=inputs.context,
+        seed=inputs.config.seed,
+        num_train_timesteps=inputs.model.scheduler.config.num_train_timesteps,
         precision=recipe.precision,
-        workers=workers,
+        workers=inputs.workers,
     )
 
 
 def phase_memory(
-    model: LoadedModel,
-    student: nn.Module,
-    trace: Trace,
-    data: CalibrationSet,
-    context: TimestepContext,
-    recipe: Recipe,
-    steps: Steps | None,
-    name: str,
-    phase: PhaseConfig,
+    inputs: Inputs, steps: Steps | None, name: str, phase: PhaseConfig
 ) -> tuple[int, PassMemory, PassMemory | None]:
     """What one phase holds all the time, in bytes, and what its passes over pairs and over walks take beside that."""
-    groups = train.trainable(student, phase, trace.roles, temporal=name == "temporal")
+    model, student, data, recipe = inputs.model, inputs.student, inputs.data, inputs.recipe
+    groups = train.trainable(student, phase, inputs.trace.roles, temporal=name == "temporal")
     learned = size_bytes(train.learned(groups))
     held = sum(
         size_bytes([*module.parameters(), *module.buffers()])
@@ -145,29 +149,19 @@ def phase_memory(
         walk_share=recipe.walk_share,
         guidance_scale=recipe.guidance_scale,
     )
-    pairs = pass_memory(student, data, context, bare, walks=False)
+    pairs = pass_memory(student, data, inputs.context, bare, walks=False)
     walking = steps is not None and steps.starts(recipe.walk_length) > 0
-    walks = pass_memory(student, data, context, bare, walks=True) if walking else None
+    walks = pass_memory(student, data, inputs.context, bare, walks=True) if walking else None
     student.requires_grad_(False)
     # Adam's two moments and the best tensors so far; gradients are part of a pass.
     return held + 3 * learned, pairs, walks
 
 
-def _slices(
-    model: LoadedModel,
-    student: nn.Module,
-    trace: Trace,
-    data: CalibrationSet,
-    context: TimestepContext,
-    recipe: Recipe,
-    steps: Steps | None,
-) -> tuple[int, int]:
-    assert recipe.memory_limit_gb is not None
+def _slices(inputs: Inputs, limit_gb: float, steps: Steps | None) -> tuple[int, int]:
     found = [
-        limit_slices(held, recipe.memory_limit_gb, pairs, walks)
+        limit_slices(held, limit_gb, pairs, walks)
         for held, pairs, walks in (
-            phase_memory(model, student, trace, data, context, recipe, steps, name, phase)
-            for name, phase in phases(recipe)
+            phase_memory(inputs, steps, name, phase) for name, phase in phases(inputs.recipe)
         )
     ]
     return min((pair for pair, _ in found), default=1), min((walk for _, walk in found), default=1)

@@ -38,6 +38,7 @@ class StubPipeline:
     """A stand-in with the interface of `quest_deploy.pipeline.Pipeline`: smooth closed-form components, no model."""
 
     backend = "stub"
+    family = SimpleNamespace(autoencoder="vae")
 
     def __init__(self, path: Path, damage: Damage) -> None:
         self.path, self.damage = path, damage

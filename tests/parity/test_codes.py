@@ -168,4 +168,24 @@ def test_given_codes_keep_a_flip_out_of_the_noise_prediction() -> None:
     run = torch_codes(TinyDenoiser(), probe())
     damaged = TinyDenoiser(error=0.05)
     given, alone = torch_codes(damaged, probe(), run.codes), torch_codes(damaged, probe())
-    assert torch.equal(given.noise_pred, run.noise_pred) and not torch.equal(alone.noise_pred, run.noise_pred)
+    assert torch.equal(given.output, run.output) and not torch.equal(alone.output, run.output)
+
+
+def test_another_component_is_counted_under_its_name_and_its_output_kept_apart() -> None:
+    run = torch_codes(TinyDenoiser(), probe())
+    text = replace(run, component="text_encoder")
+    moved = replace(text, codes={**run.codes, "first": run.codes["first"] + 1}, output=1.1 * run.output)
+    flips = compare_codes([run, text], [run, moved])
+    assert isinstance(flips, FlipReport)
+    assert [layer.layer for layer in flips.layers if layer.flips.differing] == ["text_encoder.first"]
+    assert tuple(flips.noise_snr_db.shape) == (1, 2) and bool(flips.noise_snr_db.isposinf().all())
+    torch.testing.assert_close(
+        flips.companions_snr_db["text_encoder"], torch.full((2,), 20.0).double(), atol=1e-4, rtol=0
+    )
+
+
+def test_a_component_in_full_precision_is_left_out() -> None:
+    run = torch_codes(TinyDenoiser(), probe())
+    text = replace(run, component="text_encoder", codes={})
+    flips = compare_codes([run, text], [run, text])
+    assert isinstance(flips, FlipReport) and not flips.companions_snr_db and len(flips.layers) == 2

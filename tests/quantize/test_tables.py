@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import itertools
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,7 +20,8 @@ from quest_deploy.quantize.checkpoint import load_checkpoint
 from quest_deploy.quantize.context import Knots, TimestepContext
 from quest_deploy.quantize.estimate import estimate
 from quest_deploy.quantize.finetune import finetune, make_student
-from quest_deploy.quantize.insert import LayerQParams, quantized_layers
+from quest_deploy.quantize.insert import quantized_layers
+from quest_deploy.quantize.memory import enable_checkpointing
 from quest_deploy.quantize.select import layer_bits
 from quest_deploy.quantize.tables import (
     TimeTable,
@@ -34,6 +33,7 @@ from quest_deploy.quantize.tables import (
     unused_layers,
 )
 from quest_deploy.quantize.trace import Trace
+from quest_deploy.quantize.walk import fit_steps, walk_errors
 
 NONE = PhaseConfig(layers="none", steps=0)
 RECIPE = Recipe(
@@ -200,21 +200,15 @@ def test_without_a_temporal_phase_tables_stay_those_of_full_precision(
         assert torch.equal(tables[name].table, expected)
 
 
-def test_gradient_checkpointing_gives_the_same_gradients(
-    float_model: LoadedModel,
-    traced: Trace,
-    recorded: CalibrationSet,
-    qparams: Callable[[int, int], dict[str, LayerQParams]],
+def test_a_walk_with_gradient_checkpointing_runs_each_step_again_at_its_own_timestep(
+    float_model: LoadedModel, traced: Trace, recorded: CalibrationSet
 ) -> None:
-    from quest_deploy.quantize.memory import enable_checkpointing
-    from quest_deploy.quantize.walk import fit_steps, walk_errors
-
     steps = fit_steps(recorded, 3.0)
     assert steps is not None
     found = []
     for checkpointing in (False, True):
         context = make_context(recorded.boundaries(), recorded.timesteps, RECIPE)
-        unet = copy.deepcopy(make_student(float_model, {}, {}, context), {id(context): context})
+        unet = make_student(float_model, {}, {}, context)
         insert_tables(unet, float_model.denoiser, traced, context, recorded.device)
         if checkpointing:
             enable_checkpointing(unet, context)
