@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from safetensors.torch import load_file
+from torchmetrics.image.kid import poly_mmd
 
 from benchmarks import ablation, kid
 from benchmarks.encoder import FEATURES, Encoder, features_of, load_encoder
@@ -10,14 +11,17 @@ from quest_deploy.quantize.recipe import load_recipe
 
 
 def closed_form(x: torch.Tensor, y: torch.Tensor) -> float:
-    """Unbiased squared kernel distance by three loops' worth of sums."""
-
-    def kernel(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        return (a @ b.T / a.shape[1] + 1) ** 3
-
-    n = len(x)
-    same = sum(float(k.sum() - k.diag().sum()) / (n * (n - 1)) for k in (kernel(x, x), kernel(y, y)))
-    return same - 2 * float(kernel(x, y).mean())
+    """The sum of its definition, over all pairs of two prompts."""
+    total, n = 0.0, len(x)
+    for i in range(n):
+        for j in range(n):
+            if i != j:
+                a, b, c, d = (
+                    float((p @ q / x.shape[1] + 1) ** 3)
+                    for p, q in ((x[i], x[j]), (y[i], y[j]), (x[i], y[j]), (x[j], y[i]))
+                )
+                total += a + b - c - d
+    return total / (n * (n - 1))
 
 
 def test_distance_is_the_unbiased_one_of_the_cubic_kernel() -> None:
@@ -26,6 +30,15 @@ def test_distance_is_the_unbiased_one_of_the_cubic_kernel() -> None:
     assert whole == pytest.approx(closed_form(x, y), rel=1e-9)
     left = torch.arange(64) % kid.GROUPS != 3
     assert float(without[3]) == pytest.approx(closed_form(x[left], y[left]), rel=1e-9)
+
+
+def test_pictures_of_one_prompt_that_are_alike_do_not_make_the_distance_negative() -> None:
+    """As full precision's are like the real ones, of which it has seen all."""
+    prompts = 3 * torch.randn(256, 8)
+    x, y = (prompts + 0.1 * torch.randn(256, 8) for _ in range(2))
+    found = kid._interval(*kid.jackknife(x, y))
+    assert found["low"] < 0 < found["high"]
+    assert kid.SCALE * float(poly_mmd(x.double(), y.double())) < found["low"]
 
 
 def test_interval_of_a_mean_is_the_usual_one() -> None:
