@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import pytest
+
 from quest_deploy.config import ExportConfig, FinetuneConfig, ParityConfig
 from quest_deploy.export.to_onnx import export
 from quest_deploy.parity import compare
@@ -12,6 +14,7 @@ from quest_deploy.quantize.finetune import finetune
 from quest_deploy.quantize.recipe import load_recipe
 
 
+@pytest.mark.slow  # half a minute, most of it calibrating; codes of each component are compared in tests/export
 def test_codes_of_every_quantized_component_are_counted(
     tmp_path: Path, tiny_model: Path, tiny_recipe: Path
 ) -> None:
