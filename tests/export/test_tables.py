@@ -12,10 +12,12 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from quest_deploy.config import ExportConfig, FinetuneConfig, PhaseConfig, Recipe
+from quest_deploy.config import FinetuneConfig, PhaseConfig, Recipe
+from quest_deploy.export.graph import component_graph
 from quest_deploy.export.passes.pack_int4 import PackInt4
-from quest_deploy.export.to_onnx import export
+from quest_deploy.export.to_onnx import quantized_layer_names
 from quest_deploy.model.load import LoadedModel, wrap_components
+from quest_deploy.model.spec import latent_granularity
 from quest_deploy.parity.codes import FlipReport, compare_codes, onnxruntime_codes, torch_codes
 from quest_deploy.quantize import train
 from quest_deploy.quantize.checkpoint import load_checkpoint
@@ -59,13 +61,16 @@ def deployed(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> D
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train.Task, "validation_loss", lambda task: float(next(losses)))
         finetune(tiny_pipeline, path, FinetuneConfig(recipe=RECIPE, prompts=("a", "b")))
-    artifact = export(path, path.with_name("onnx"), ExportConfig(target="tensorrt-rtx"))
-    quantized = artifact.manifest.details["components"]["unet"]["quantized_layers"]
+    model = load_checkpoint(path)
+    module = wrap_components(model)["unet"]
     # Packing codes is all that the two targets differ in, so it is traced once.
-    graph = ir.load(artifact.path / "unet" / "model.onnx")
+    granularity = latent_granularity(model.denoiser.config)
+    graph = component_graph(
+        module, model.specs["unet"], granularity=granularity, opset=21, target="tensorrt-rtx"
+    )
     tensorrt = ir.to_proto(graph)
     PackInt4()(graph)
-    return Deployed(load_checkpoint(path), quantized, tensorrt, ir.to_proto(graph))
+    return Deployed(model, quantized_layer_names(module), tensorrt, ir.to_proto(graph))
 
 
 def knots(model: LoadedModel) -> torch.Tensor:

@@ -70,7 +70,8 @@ def test_guidance_doubles_an_engine_s_batch_where_there_is_a_null_class(
     assert ("class_labels" in profile) == (kind in ("dit", "class-unet"))
 
 
-@pytest.mark.parametrize("kind", EXPORTED)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
 def test_tensorrt_for_rtx_builds_engines(
     kind: str, onnx_of: Callable[[str, str], Path], tmp_path: Path
 ) -> None:
