@@ -133,12 +133,7 @@ class ActivationQuantizer(nn.Module):
 
     def _learning(self, x: Tensor) -> bool:
         """Whether gradients are asked for; under autocast the operation runs on codes, which this does not give."""
-        if (
-            self.frozen
-            or x.is_meta
-            or not torch.is_grad_enabled()
-            or torch.is_autocast_enabled(x.device.type)
-        ):
+        if self.frozen or not torch.is_grad_enabled() or _autocast(x):
             return False
         return x.requires_grad or self.log_scale.requires_grad
 
