@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,8 +20,7 @@ from quest_deploy.model.spec import classes_of, family_of
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from quest_deploy.pipeline import Pipeline
-    from quest_deploy.quantize.calibrate import CalibrationSet
+    from benchmarks.trajectories import Reference
 
 NAME = "families"
 MODELS = {"digits-class": "digits by class, v, guided", "digits": "digits, unconditional, noise"}
@@ -51,19 +49,6 @@ class ModelSettings(Settings):
     def prompts(self) -> tuple[str, ...]:
         count = QUICK_SAMPLES if self.quick else SAMPLES
         return choose_prompts(family_of(self.model), classes_of(self.model), (), default=(), count=count)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Known:
-    """What full precision does with the held-out seeds.
-
-    Attributes:
-        data: Inputs and outputs at every step.
-        images: float32 [P, c, H, W] in [0, 1].
-    """
-
-    data: CalibrationSet
-    images: Tensor
 
 
 def run(settings: Settings) -> dict[str, Any]:
@@ -123,9 +108,9 @@ def _make(subject: ModelSettings, name: str) -> dict[str, Any]:
     }
 
 
-def full_precision(subject: ModelSettings) -> Known:
+def full_precision(subject: ModelSettings) -> Reference:
     """Trajectories and images of the full-precision model."""
-    from benchmarks.trajectories import draw
+    from benchmarks.trajectories import Reference, draw
     from quest_deploy.model.load import load_model
     from quest_deploy.pipeline import load_pipeline
     from quest_deploy.quantize.calibrate import record_trajectories
@@ -139,18 +124,21 @@ def full_precision(subject: ModelSettings) -> Known:
         batch_size=subject.batch_size,
     )
     with load_pipeline(subject.model) as pipeline:
-        return Known(data=data, images=draw(pipeline, subject, HELD_OUT_SEED))
+        images = draw(pipeline, subject, HELD_OUT_SEED)
+    return Reference(seed=HELD_OUT_SEED, data=data, images=images)
 
 
 def _recipe(
-    subject: ModelSettings, name: str, known: Known, *, checkpoints: dict[str, Path], **stages_taken: Any
+    subject: ModelSettings, name: str, known: Reference, *, checkpoints: dict[str, Path], **stages_taken: Any
 ) -> dict[str, Any]:
     """All rows of one recipe, their differences, and the grid of images."""
+    from benchmarks.trajectories import measure
+
     figures: dict[str, dict[str, Any]] = {}
     images = {"fp32": known.images}
     for row, label in ROWS.items():
         print(f"\nmeasuring {subject.model.name}, {name}, {label}", flush=True)
-        figures[row], images[row] = measure(checkpoints[row], known, subject)
+        ((figures[row], images[row]),) = measure(checkpoints[row], [known], subject)
     _save_grid(subject, name, images)
     return {"rows": figures, "differences": differences(figures), **stages_taken}
 
@@ -158,52 +146,6 @@ def _recipe(
 def differences(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
     """Of each pair of rows that is compared."""
     return {_key(pair): quality.difference(rows[pair[0]], rows[pair[1]]) for pair in PAIRS}
-
-
-def measure(path: Path, known: Known, subject: ModelSettings) -> tuple[dict[str, Any], Tensor]:
-    """One row: its figures, and its images [P, c, H, W]."""
-    from benchmarks.trajectories import decibel, draw, summary
-    from quest_deploy.metrics import psnr_db, ssim
-    from quest_deploy.pipeline import load_pipeline
-
-    started = time.monotonic()
-    with load_pipeline(path) as pipeline:
-        raw, guided = noise_snr(pipeline, known.data, subject)
-        images = draw(pipeline, subject, HELD_OUT_SEED)
-    figures = {
-        "raw_snr_db": summary(raw),
-        "guided_snr_db": summary(guided),
-        "psnr_db": summary(decibel(psnr_db(known.images, images))[None]),
-        "ssim": summary(ssim(known.images, images)[None]),
-        "seconds": round(time.monotonic() - started, 1),
-    }
-    return figures, images
-
-
-def noise_snr(pipeline: Pipeline, data: CalibrationSet, settings: Settings) -> tuple[Tensor, Tensor]:
-    """Noise SNR on the full-precision trajectories, of a denoiser with one branch or two.
-
-    Returns:
-        float64 [T, P] in dB: of the network's output, mean over branches; and of what the sampler follows.
-    """
-    import torch
-
-    from benchmarks.trajectories import decibel, predicted
-    from quest_deploy.metrics import snr_db
-    from quest_deploy.sampling import guide
-
-    raw, followed = [], []
-    for step in range(data.timesteps.numel()):
-        raw_parts, followed_parts = [], []
-        for prompt in torch.arange(data.num_prompts).split(settings.batch_size):
-            target, output = predicted(pipeline, data, prompt, step)
-            raw_parts.append(decibel(snr_db(target, output)).reshape(-1, len(prompt)).mean(0))
-            if data.guided:
-                target, output = (guide(tensor, settings.guidance_scale) for tensor in (target, output))
-            followed_parts.append(decibel(snr_db(target, output)))
-        raw.append(torch.cat(raw_parts))
-        followed.append(torch.cat(followed_parts))
-    return torch.stack(raw), torch.stack(followed)
 
 
 def _save_grid(subject: ModelSettings, name: str, images: dict[str, Tensor]) -> None:

@@ -110,19 +110,20 @@ def draw(pipeline: Pipeline, settings: Settings, seed: int) -> Tensor:
 
 
 def teacher_forced(pipeline: Pipeline, data: CalibrationSet, settings: Settings) -> tuple[Tensor, Tensor]:
-    """Noise SNR on the full-precision trajectories.
+    """Noise SNR on the full-precision trajectories, of a denoiser with one branch or two.
 
     Returns:
-        float64 [T, P] in dB: of the network's output, mean of the two branches; and of the guided prediction.
+        float64 [T, P] in dB: of the network's output, mean over branches; and of what the sampler follows.
     """
     raw, guided = [], []
     for step in range(data.timesteps.numel()):
         raw_parts, guided_parts = [], []
         for prompt in torch.arange(data.num_prompts).split(settings.batch_size):
             target, output = predicted(pipeline, data, prompt, step)
-            raw_parts.append(decibel(snr_db(target, output)).reshape(2, -1).mean(0))
-            pair = (guide(tensor, settings.guidance_scale) for tensor in (target, output))
-            guided_parts.append(decibel(snr_db(*pair)))
+            raw_parts.append(decibel(snr_db(target, output)).reshape(-1, len(prompt)).mean(0))
+            if data.guided:
+                target, output = (guide(tensor, settings.guidance_scale) for tensor in (target, output))
+            guided_parts.append(decibel(snr_db(target, output)))
         raw.append(torch.cat(raw_parts))
         guided.append(torch.cat(guided_parts))
     return torch.stack(raw), torch.stack(guided)

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.families import HELD_OUT_SEED, ModelSettings, noise_snr
+from benchmarks.families import HELD_OUT_SEED, ModelSettings
+from benchmarks.trajectories import teacher_forced
 from quest_deploy.quantize.calibrate import CalibrationSet
 from quest_deploy.quantize.recipe import PACKAGED, load_recipe
 
@@ -31,7 +32,7 @@ def test_without_branches_the_output_is_what_the_sampler_follows(data: Calibrati
         return {"out_sample": data.targets[samples, step, 0] * 1.1}
 
     settings = ModelSettings(model=Path("unused"), batch_size=2)
-    raw, followed = noise_snr(SimpleNamespace(engines={"unet": denoiser}), data, settings)
+    raw, followed = teacher_forced(SimpleNamespace(engines={"unet": denoiser}), data, settings)
     assert raw.shape == (3, 5)
     # A tenth of the signal is 20 dB. The scaled targets are rounded to float32.
     assert torch.allclose(raw, torch.full_like(raw, 20.0), atol=1e-3)
