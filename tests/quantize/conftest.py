@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from quest_deploy.model.load import LoadedModel, load_model
+from quest_deploy.quantize import resume
 from quest_deploy.quantize.calibrate import CalibrationSet, collect_inputs, record_trajectories
 from quest_deploy.quantize.initialize import initialize
 from quest_deploy.quantize.insert import LayerQParams, insert
 from quest_deploy.quantize.layers import TimestepContext
+from quest_deploy.quantize.resume import WorkDirectory
 from quest_deploy.quantize.trace import Trace, trace
 
 PROMPTS = ("a red heart", "a blue car", "the moon", "a cat")
@@ -78,3 +80,12 @@ def quantize_tiny(
         return unet.requires_grad_(False), context
 
     return make
+
+
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> WorkDirectory:
+    """Where every step is saved."""
+    monkeypatch.setattr(resume, "SAVE_EVERY_SECONDS", 0.0)
+    directory = WorkDirectory(tmp_path / "out")
+    directory.open({}, resume=False, overwrite=False)
+    return directory

@@ -17,7 +17,7 @@ from quest_deploy.artifacts import read_artifact
 from quest_deploy.config import FinetuneConfig, PhaseConfig, ProgressEvent, Recipe
 from quest_deploy.errors import ConfigError
 from quest_deploy.model.load import LoadedModel
-from quest_deploy.quantize import auto_layers, resume
+from quest_deploy.quantize import auto_layers
 from quest_deploy.quantize.auto_layers import any_layers, check_auto, choose, choose_layers
 from quest_deploy.quantize.calibrate import CalibrationSet
 from quest_deploy.quantize.checkpoint import SUMMARY
@@ -53,15 +53,6 @@ def damaged(qparams: Callable[[int, int], dict[str, LayerQParams]]) -> dict[str,
     for name in (WORST, WORST_OF_TIME):
         found[name] = dataclasses.replace(found[name], weight_scale=found[name].weight_scale * 60)
     return found
-
-
-@pytest.fixture
-def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> WorkDirectory:
-    """Where every layer is saved."""
-    monkeypatch.setattr(resume, "SAVE_EVERY_SECONDS", 0.0)
-    directory = WorkDirectory(tmp_path / "out")
-    directory.open({}, resume=False, overwrite=False)
-    return directory
 
 
 @pytest.fixture

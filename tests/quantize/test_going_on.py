@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from quest_deploy.model.load import LoadedModel
-from quest_deploy.quantize import resume
 from quest_deploy.quantize.calibrate import CalibrationSet, collect_inputs
 from quest_deploy.quantize.gptq import compensate
 from quest_deploy.quantize.insert import LayerQParams
@@ -29,15 +27,6 @@ def stop_at(wanted: int) -> Callable[[int, int], None]:
             raise Stop
 
     return report
-
-
-@pytest.fixture
-def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> WorkDirectory:
-    """Where every step is saved."""
-    monkeypatch.setattr(resume, "SAVE_EVERY_SECONDS", 0.0)
-    directory = WorkDirectory(tmp_path / "out")
-    directory.open({}, resume=False, overwrite=False)
-    return directory
 
 
 @pytest.mark.parametrize("stop", [1, 2])
