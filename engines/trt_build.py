@@ -172,6 +172,7 @@ def make_details(
         "library_version": next(report["tensorrt_version"] for report in built.values()),
         "strongly_typed": True,
         "precision": precision_of(source),
+        "dtype": source.manifest.config.get("dtype", "fp32"),
         "target_gpu": _AHEAD_OF_TIME if gpu is None else gpu.name,
         "compute_capability": _AHEAD_OF_TIME_CAPABILITIES if gpu is None else gpu.compute_capability,
         "verified": all(report["verified"] for report in built.values()),
@@ -183,5 +184,5 @@ def make_details(
 
 def precision_of(source: Artifact) -> str:
     """The arithmetic of the denoiser, as the export chose it: TensorRT follows the graph's types."""
-    mode = source.manifest.config.get("mode", "none")
-    return "fp32" if mode == "none" else f"{mode} (Q/DQ), fp32 elsewhere"
+    mode, dtype = source.manifest.config.get("mode", "none"), source.manifest.config.get("dtype", "fp32")
+    return str(dtype) if mode == "none" else f"{mode} (Q/DQ), {dtype} elsewhere"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import onnx_ir as ir
@@ -18,6 +18,7 @@ from quest_deploy.errors import ExportError
 from quest_deploy.export.passes.canonical_names import CanonicalNames
 from quest_deploy.export.passes.expand_timestep import ExpandTimestep
 from quest_deploy.export.passes.fold_weight_transpose import FoldWeightTranspose
+from quest_deploy.export.passes.lower_precision import LowerPrecision
 from quest_deploy.export.passes.name_dimensions import NameDimensions
 from quest_deploy.export.passes.pack_int4 import PackInt4
 from quest_deploy.export.passes.remove_no_ops import RemoveNoOps
@@ -38,12 +39,23 @@ EXAMPLE_BATCH = 2
 EXAMPLE_HEIGHT, EXAMPLE_WIDTH = 4, 6
 MAX_GRANULES = 1024
 
+# The first whose DequantizeLinear has an output_dtype.
+OUTPUT_DTYPE_OPSET = 23
+Fragile = Callable[[ir.Model], Collection[str]]
+
 # torch.__trace is torch's own record for its developers; where the root logger listens, it doubles the time.
 NOISY_LOGGERS = ("torch.onnx", "torch.__trace", "onnx_ir", "onnxscript")
 
 
 def component_graph(
-    module: nn.Module, spec: ComponentSpec, *, granularity: int, opset: int, target: str
+    module: nn.Module,
+    spec: ComponentSpec,
+    *,
+    granularity: int,
+    opset: int,
+    target: str,
+    dtype: str = "fp32",
+    fragile: Fragile = lambda model: (),
 ) -> ir.Model:
     """Trace a component and clean its graph.
 
@@ -53,6 +65,8 @@ def component_graph(
         granularity: What latent height and width are multiples of (a U-Net halves them at every level).
         opset: ONNX operator set.
         target: Which runtime's form to write ("onnxruntime" packs 4-bit weights).
+        dtype: Of the float operators: "fp32", "fp16" or "bf16".
+        fragile: Names the nodes of the float32 graph that stay in float32.
 
     Raises:
         ExportError: torch cannot trace or translate the module.
@@ -82,11 +96,14 @@ def component_graph(
             ) from error
     if exported is None:
         raise ExportError(f"{spec.name}: torch returned no ONNX program; expected one, report this")
-    return clean(exported.model, spec, target)
+    model = clean(exported.model, spec, target)
+    if dtype != "fp32":
+        model = lower_precision(model, dtype, fragile(model))
+    return StripMetadata()(model).model
 
 
 def clean(model: ir.Model, spec: ComponentSpec, target: str) -> ir.Model:
-    """Apply the passes of `target` to a freshly exported graph, in place."""
+    """Apply the passes of `target` to a freshly exported graph, in place; types are still known afterwards."""
     passes: list[ir.passes.PassBase] = [
         ExpandTimestep(),
         FoldWeightTranspose(),
@@ -96,10 +113,25 @@ def clean(model: ir.Model, spec: ComponentSpec, target: str) -> ir.Model:
     ]
     if target == "onnxruntime":
         passes.append(PackInt4())
-    passes += [TopologicalSortPass(), NameDimensions(spec), CanonicalNames(), StripMetadata()]
+    passes += [TopologicalSortPass(), NameDimensions(spec), CanonicalNames()]
     result = ir.passes.Sequential(*passes)(model)
     result.model.graph.name = spec.name
     return result.model
+
+
+def lower_precision(model: ir.Model, dtype: str, keep: Collection[str]) -> ir.Model:
+    """`model` with float operators in `dtype`, but for those called in `keep`; operator set 23 if it is quantized."""
+    from onnxscript.version_converter import convert_version
+
+    if any(node.op_type == "DequantizeLinear" for node in model.graph):
+        # In older ones a scale has the type of what it scales.
+        convert_version(model, max(OUTPUT_DTYPE_OPSET, model.graph.opset_imports[""]))
+    passes: list[ir.passes.PassBase] = [
+        LowerPrecision(dtype, keep),
+        RemoveUnusedNodesPass(),
+        TopologicalSortPass(),
+    ]
+    return ir.passes.Sequential(*passes)(model).model
 
 
 def _example(tensor: TensorSpec, granularity: int) -> Tensor:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from quest_deploy.artifacts import Artifact, hash_directory, read_artifact, stag
 from quest_deploy.config import ExportConfig, ProgressEvent, to_dict
 from quest_deploy.errors import ExportError
 from quest_deploy.export.check import GraphSummary, check_file
+from quest_deploy.export.fragile import Arrays, fragile_nodes, sample_inputs
 from quest_deploy.export.graph import component_graph
 from quest_deploy.model.load import LoadedModel, load_model, wrap_components
 from quest_deploy.model.spec import ComponentSpec, config_paths, family_of, latent_granularity
@@ -65,22 +67,32 @@ def export(
         modules = wrap_components(model)
         denoiser_config: Any = model.denoiser.config
         components: dict[str, Any] = {}
+        samples = {} if config.dtype == "fp32" else sample_inputs(model)
         for done, (name, spec) in enumerate(specs.items()):
             _report(progress, done, len(specs), name)
             quantized = quantized_layer_names(modules[name])
-            summary = export_component(
+            summary, fragile = export_component(
                 modules[name],
                 spec,
                 writer.path / name / MODEL_FILE,
                 config,
                 granularity=latent_granularity(denoiser_config) if name == model.family.denoiser else 1,
                 quantized_layers=len(quantized),
+                samples=samples.get(name, ()),
             )
             logger.info("%s: %d nodes, %d bytes", name, summary.nodes, summary.size_bytes)
-            components[name] = {**asdict(summary), "quantized_layers": quantized}
+            components[name] = {
+                **asdict(summary),
+                "quantized_layers": quantized,
+                "float32_nodes": {node: known(snr) for node, snr in fragile.items()},
+            }
         copy_configuration(model.path, writer.path)
         writer.details.update(
-            components=components, opset=config.opset, target=config.target, lowering=config.mode
+            components=components,
+            opset=config.opset,
+            target=config.target,
+            lowering=config.mode,
+            dtype=config.dtype,
         )
         _report(progress, len(specs), len(specs), "done")
     return read_artifact(output, stage=STAGE)
@@ -94,12 +106,46 @@ def export_component(
     *,
     granularity: int,
     quantized_layers: int,
-) -> GraphSummary:
-    """Export one component to `path` and check the result."""
-    graph = component_graph(module, spec, granularity=granularity, opset=config.opset, target=config.target)
+    samples: Sequence[Arrays] = (),
+) -> tuple[GraphSummary, dict[str, float]]:
+    """Export one component to `path` and check the result.
+
+    Args:
+        module: The component.
+        spec: Its inputs and outputs.
+        path: Of the file.
+        config: Target, operator set and type of the float operators.
+        granularity: What latent height and width are multiples of.
+        quantized_layers: How many products must be quantized.
+        samples: What the component is given, by which its fragile operators are found; not needed in fp32.
+
+    Returns:
+        What is in the file; and the nodes that stayed in float32, with the dB that each would have had otherwise.
+    """
+    fragile: dict[str, float] = {}
+
+    def find_fragile(model: ir.Model) -> dict[str, float]:
+        fragile.update(fragile_nodes(model, samples, config.dtype))
+        return fragile
+
+    graph = component_graph(
+        module,
+        spec,
+        granularity=granularity,
+        opset=config.opset,
+        target=config.target,
+        dtype=config.dtype,
+        fragile=find_fragile,
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     save(graph, path)
-    return check_file(path, spec, opset=config.opset, quantized_layers=quantized_layers)
+    opset = graph.opset_imports[""]
+    return check_file(path, spec, opset=opset, quantized_layers=quantized_layers), fragile
+
+
+def known(snr_db: float) -> float | None:
+    """A figure as JSON has it: None for what overflows."""
+    return round(snr_db, 1) if math.isfinite(snr_db) else None
 
 
 def save(model: ir.Model, path: Path, *, inline_limit_bytes: int = INLINE_LIMIT_BYTES) -> None:

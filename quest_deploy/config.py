@@ -26,11 +26,13 @@ from quest_deploy.recipe_config import Targets as Targets
 
 Target = Literal["onnxruntime", "tensorrt", "tensorrt-rtx"]
 Mode = Literal["int8", "none"]
+Dtype = Literal["fp32", "fp16", "bf16"]
 Backend = Literal["torch", "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx"]
 TensorRTBackend = Literal["tensorrt", "tensorrt-rtx"]
 
 TARGETS: tuple[str, ...] = get_args(Target)
 MODES: tuple[str, ...] = get_args(Mode)
+DTYPES: tuple[str, ...] = get_args(Dtype)
 BACKENDS: tuple[str, ...] = get_args(Backend)
 TENSORRT_BACKENDS: tuple[str, ...] = get_args(TensorRTBackend)
 
@@ -42,16 +44,25 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """How a model or checkpoint becomes ONNX."""
+    """How a model or checkpoint becomes ONNX.
+
+    Attributes:
+        target: Which runtime's form to write.
+        mode: What becomes of the quantizers.
+        dtype: Of the float operators. Scales, and what decides codes, are float32 in any case.
+        opset: ONNX operator set; a quantized graph in fp16 or bf16 has 23 at least.
+    """
 
     target: Target = "onnxruntime"
     mode: Mode = "int8"
+    dtype: Dtype = "fp32"
     opset: int = 21
 
     def __post_init__(self) -> None:
         problems: list[str] = []
         one_of(problems, "target", self.target, TARGETS)
         one_of(problems, "mode", self.mode, MODES)
+        one_of(problems, "dtype", self.dtype, DTYPES)
         if self.opset not in (21, 22, 23):
             problems.append(f"opset is {self.opset}, expected 21, 22 or 23")
         raise_if_any(problems, "export")

@@ -8,7 +8,7 @@ import click
 
 from quest_deploy.commands.progress import show_progress
 from quest_deploy.commands.verb import Result, artifact_result, output_option, overwrite_option, verb
-from quest_deploy.config import MODES, TARGETS, ExportConfig
+from quest_deploy.config import DTYPES, MODES, TARGETS, ExportConfig
 
 
 @click.command(short_help="A model or checkpoint to ONNX.")
@@ -20,11 +20,18 @@ from quest_deploy.config import MODES, TARGETS, ExportConfig
     type=click.Choice(MODES),
     help="int8: Q/DQ nodes; none: full precision.  [default: int8 for a checkpoint, none for a model]",
 )
+@click.option(
+    "--dtype",
+    type=click.Choice(DTYPES),
+    default=ExportConfig.dtype,
+    show_default=True,
+    help="Of the float operators; those that would lose too much are measured and stay in float32.",
+)
 @click.option("--opset", type=int, default=ExportConfig.opset, show_default=True)
 @overwrite_option
 @verb()
 def export(
-    *, source: Path, output: Path, target: str, mode: str | None, opset: int, overwrite: bool
+    *, source: Path, output: Path, target: str, mode: str | None, dtype: str, opset: int, overwrite: bool
 ) -> Result:
     """Write MODEL (full precision) or CHECKPOINT (quantized) as ONNX, one graph per component.
 
@@ -35,7 +42,7 @@ def export(
     check_output(output, stage="onnx", overwrite=overwrite)
     if mode is None:
         mode = "int8" if source.exists() and stage_of(source) == "checkpoint" else "none"
-    config = ExportConfig(target=target, mode=mode, opset=opset)  # type: ignore[arg-type]
+    config = ExportConfig(target=target, mode=mode, dtype=dtype, opset=opset)  # type: ignore[arg-type]
 
     from quest_deploy.export.to_onnx import export as run
 

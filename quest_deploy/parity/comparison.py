@@ -134,6 +134,7 @@ def make_gates(
                 lower.rung.name,
                 deployment_figures(lower, upper, anchor),
                 quantized=lower.rung.grid is not None,
+                dtype=lower.rung.dtype,
             )
     return gates
 

@@ -129,7 +129,7 @@ def deployment_figures(outcome: Outcome, upper: Outcome, anchor: Outcome) -> Dep
     against = outcome.against
     assert against is not None and upper.trace is not None
     snr = against.forced.snr_db
-    below = first_step_below(snr, upper.trace.timesteps, DEPLOYMENT_SNR_DB_MIN)
+    below = first_step_below(snr, upper.trace.timesteps, DEPLOYMENT_SNR_DB_MIN[outcome.rung.dtype])
     total = None if against.codes is None else against.codes.total
     change = psnr_change(outcome, anchor)
     if change is None and anchor.image_psnr_db is not None:

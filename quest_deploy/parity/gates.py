@@ -11,8 +11,11 @@ from typing import Literal
 
 from quest_deploy.parity.budgets import Budget
 
-DEPLOYMENT_SNR_DB_MIN = 50.0
-CODE_FLIP_FRACTION_MAX = 1e-4
+# By the type of the float operators; in float32 those of DESIGN par. 7. One rounding to fp16 (bf16) leaves 72 (54) dB,
+# and a denoiser rounds about a thousand times in a row: 30 dB less.
+DEPLOYMENT_SNR_DB_MIN = {"fp32": 50.0, "fp16": 42.0, "bf16": 24.0}
+# Rounding moves the largest code, 127, by up to this share of a step; that many codes at most change.
+CODE_FLIP_FRACTION_MAX = {"fp32": 1e-4, "fp16": 127 * 2**-11, "bf16": 127 * 2**-8}
 CODE_DIFFERENCE_MAX = 1
 IMAGE_PSNR_CHANGE_DB_MAX = 0.3
 
@@ -168,8 +171,10 @@ def quantization_gates(rung: str, figures: QuantizationFigures, budget: Budget) 
     ]
 
 
-def deployment_gates(rung: str, figures: DeploymentFigures, *, quantized: bool) -> list[Gate]:
-    """The limits of deployment.
+def deployment_gates(
+    rung: str, figures: DeploymentFigures, *, quantized: bool, dtype: str = "fp32"
+) -> list[Gate]:
+    """The limits of deployment, for a rung whose float operators have the type `dtype`.
 
     Left alone, a quantized denoiser turns any flip of a code into an error of the size of its quantization noise, so
     there the noise prediction is held to its limit with the codes given; full precision is held to it as it is.
@@ -188,7 +193,7 @@ def deployment_gates(rung: str, figures: DeploymentFigures, *, quantized: bool) 
             kind="deployment",
             quantity=quantity,
             measured=measured,
-            limit=DEPLOYMENT_SNR_DB_MIN,
+            limit=DEPLOYMENT_SNR_DB_MIN[dtype],
             at_least=True,
             unit="dB",
             detail=detail,
@@ -203,7 +208,13 @@ def deployment_gates(rung: str, figures: DeploymentFigures, *, quantized: bool) 
     if not quantized:
         return gates
     ceilings = [
-        ("int8 codes that differ", figures.flip_fraction, CODE_FLIP_FRACTION_MAX, "", figures.flip_detail),
+        (
+            "int8 codes that differ",
+            figures.flip_fraction,
+            CODE_FLIP_FRACTION_MAX[dtype],
+            "",
+            figures.flip_detail,
+        ),
         ("largest code difference", figures.flip_max, CODE_DIFFERENCE_MAX, "", ""),
     ]
     if figures.psnr_change is not None:

@@ -31,6 +31,7 @@ class Rung:
         stage: One of :data:`RUNG_STAGES`.
         recipe: Name of the quantization recipe; None for full precision.
         grid: Identity of the quantizers (sha256 of ``quest.json``); None for full precision.
+        dtype: Of the float operators: "fp32", "fp16" or "bf16".
         digest: Identity of the artifact.
         inputs: Digests of what it was made from, by role.
         size_bytes: All of its files.
@@ -47,6 +48,7 @@ class Rung:
     inputs: Mapping[str, str]
     size_bytes: int
     denoiser_bytes: int
+    dtype: str = "fp32"
     backend: str | None = None
 
 
@@ -83,12 +85,14 @@ def read_rung(path: Path) -> Rung:
             f"{RUNG_STAGES[-1]} directory; compare what drew the images, not the images"
         )
     inputs: Mapping[str, str] = {}
+    dtype = "fp32"
     if stage == "model":
         digest = hash_directory(path)
         files = {name: (path / name).stat().st_size for name in list_files(path)} if path.is_dir() else {}
     else:
         artifact = read_artifact(path)
         digest, inputs = artifact.digest, artifact.manifest.inputs
+        dtype = artifact.manifest.details.get("dtype", dtype)
         files = {name: entry.size_bytes for name, entry in artifact.manifest.files.items()}
     quest = path / QUANTIZATION_FILE
     content = read_json(quest) if quest.is_file() else None
@@ -102,6 +106,7 @@ def read_rung(path: Path) -> Rung:
         inputs=inputs,
         size_bytes=sum(files.values()) if path.is_dir() else path.stat().st_size,
         denoiser_bytes=_denoiser_bytes(path, files),
+        dtype=dtype,
     )
 
 

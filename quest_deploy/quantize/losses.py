@@ -23,7 +23,10 @@ Errors = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Objective:
-    """How errors of the network are weighed: both terms cost 1 for the weights and scales that training starts from.
+    """How errors of the network are weighed: by their logarithms, relative to the weights that training starts from.
+
+    Squared errors differ by orders of magnitude between prompts, and a walk may end anywhere: in a mean of them, few
+    decide all. The mean of their logarithms is a signal-to-noise ratio in dB, which is what is measured in the end.
 
     Attributes:
         raw: float32 [T], in the order of the calibration set's steps: one over the error that rounding left there.
@@ -116,17 +119,17 @@ def raw_errors(denoiser: nn.Module, data: CalibrationSet, prompt: Tensor, step: 
 def weighed_pairs(
     denoiser: nn.Module, data: CalibrationSet, objective: Objective, prompt: Tensor, step: Tensor
 ) -> Tensor:
-    """float32 [n]: errors of pairs, relative to those at the start."""
+    """float32 [n]: logarithms of the errors of pairs, relative to those at the start."""
     errors = raw_errors(denoiser, data, prompt, step)
-    return objective.raw[step].to(errors.device) * errors
+    return (objective.raw[step].to(errors.device) * errors.clamp_min(LEAST_ERROR)).log()
 
 
 def weighed_walks(
     denoiser: nn.Module, data: CalibrationSet, objective: Objective, prompt: Tensor, start: Tensor
 ) -> Tensor:
-    """float32 [n]: what walks end in, relative to the start of training."""
+    """float32 [n]: logarithms of what walks end in, relative to the start of training."""
     errors = walks(denoiser, data, objective, prompt, start)
-    return objective.walks[start].to(errors.device) * errors
+    return (objective.walks[start].to(errors.device) * errors.clamp_min(LEAST_ERROR)).log()
 
 
 def in_slices(errors: Errors, prompt: Tensor, step: Tensor, size: int | None) -> Tensor:
@@ -165,7 +168,7 @@ def make_objective(
     max_pairs: int | None = None,
     max_walks: int | None = None,
 ) -> Objective:
-    """The objective under which `denoiser` costs 1 on the given prompts in both terms."""
+    """The objective under which both terms are 0 for `denoiser` on the given prompts."""
     count = data.timesteps.numel()
     bare = Objective(
         raw=torch.ones(count),
@@ -181,7 +184,7 @@ def make_objective(
     everything = torch.stack(
         [in_slices(raw_of, p.expand(count), torch.arange(count), max_pairs) for p in prompts]
     )
-    raw = 1 / everything.mean(dim=0).clamp_min(LEAST_ERROR).cpu()
+    raw = one_over(everything)
     objective = dataclasses.replace(bare, raw=raw)
     starts = 0 if steps is None or not walk_share else steps.starts(walk_length)
     if not starts:
@@ -190,12 +193,20 @@ def make_objective(
     ends = torch.stack(
         [in_slices(walks_of, p.expand(starts), torch.arange(starts), max_walks) for p in prompts]
     )
-    return dataclasses.replace(objective, walks=1 / ends.mean(dim=0).clamp_min(LEAST_ERROR).cpu())
+    return dataclasses.replace(objective, walks=one_over(ends))
+
+
+def one_over(errors: Tensor) -> Tensor:
+    """float32 [T]: one over the geometric mean over prompts of errors [P, T]."""
+    return errors.clamp_min(LEAST_ERROR).log().mean(dim=0).neg().exp().cpu()
 
 
 @torch.no_grad()
 def total_loss(denoiser: nn.Module, data: CalibrationSet, prompts: Tensor, objective: Objective) -> float:
-    """The sum over prompts of the loss over whole trajectories: every step, and walks that follow one another."""
+    """The sum over prompts of the loss over whole trajectories: every step, and walks that follow one another.
+
+    0 for the denoiser of the objective, on its prompts.
+    """
     step = torch.arange(data.timesteps.numel())
     start = torch.arange(0, objective.walks.numel(), objective.walk_length)
     pairs_of = functools.partial(weighed_pairs, denoiser, data, objective)
@@ -233,7 +244,7 @@ def draw(
 
 
 def network_loss(denoiser: nn.Module, data: CalibrationSet, objective: Objective, drawn: Draw) -> Tensor:
-    """The part that `drawn` has in the loss of its update, a scalar."""
+    """The part that `drawn` has in the loss of its update, a scalar: 0 is the start, -1 errors e times as small."""
     raw = walked = torch.zeros((), device=data.device)
     if drawn.prompt.numel():
         raw = weighed_pairs(denoiser, data, objective, drawn.prompt, drawn.step).sum() / drawn.num_pairs

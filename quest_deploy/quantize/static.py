@@ -169,12 +169,16 @@ def _encoding(encoder: nn.Module, model: LoadedModel, prompts: Sequence[str]) ->
         yield functools.partial(module, ids)
 
 
+def unscaled(vae: Any, latents: Tensor) -> Tensor:
+    """What the decoder is given for `latents`, [n, c, h, w]."""
+    shift = getattr(vae.config, "shift_factor", None)
+    values = latents / vae.config.scaling_factor
+    return values if shift is None else values + shift
+
+
 def _decoding(vae: Any, latents: Tensor) -> Iterator[Run]:
-    module, settings = VaeDecoder(vae), vae.config
-    unscaled = latents / settings.scaling_factor
-    shift = getattr(settings, "shift_factor", None)
-    unscaled = unscaled if shift is None else unscaled + shift
-    for chunk in unscaled.split(BATCH_PROMPTS):
+    module = VaeDecoder(vae)
+    for chunk in unscaled(vae, latents).split(BATCH_PROMPTS):
         yield functools.partial(module, chunk)
 
 

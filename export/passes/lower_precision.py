@@ -1,0 +1,175 @@
+"""Float operators in fp16 or bf16, with everything that decides codes left in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+
+from quest_deploy.model.spec import TIMESTEP
+
+FLOAT = ir.DataType.FLOAT
+DTYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
+PRODUCTS = ("Conv", "MatMul", "Gemm")
+# They take any type and give the one they are told, or no float.
+POLYMORPHIC = ("Cast", "Shape", "Size")
+# Inputs whose type the operator fixes: regions and scales of an image.
+FIXED_INPUTS = {"Resize": (1, 2)}
+GRID = ("Clip", "Mul")
+
+
+class LowerPrecision(ir.passes.InPlacePass):
+    """Convert the float32 graph of a component to `dtype`; its inputs and outputs stay float32.
+
+    Runs after :class:`CanonicalNames`, whose names `keep` uses, on a graph of operator set 23 if it has quantizers.
+
+    1. Every float operator takes and gives `dtype`, its constants too (those beyond its range become its largest
+       number). A Cast goes in wherever a value is used in another type than it has, one for all its readers.
+    2. These stay in float32: nodes called in `keep`; what follows from the timestep alone, up to the first product (a
+       timestep of 999 has no bfloat16, and comparisons choose the timestep group); the multiply and the Clip in front
+       of a QuantizeLinear; every scale.
+    3. DequantizeLinear gives `dtype` by its `output_dtype`, so that a scale is the same number as in float32.
+    4. Must not touch integers, nor inputs that an operator wants in float32 (scales of Resize).
+
+    Args:
+        dtype: "fp16" or "bf16".
+        keep: Names of nodes that stay in float32.
+    """
+
+    def __init__(self, dtype: str, keep: Collection[str] = ()) -> None:
+        super().__init__()
+        self.dtype = DTYPES[dtype]
+        self.keep = frozenset(keep)
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Apply the rules to `model`."""
+        graph = model.graph
+        exact = stays_float(graph) | {node for node in graph if node.name in self.keep}
+        casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
+        for node in list(graph):
+            if node.op_type == "DequantizeLinear":
+                node.attributes["output_dtype"] = ir.AttrInt64("output_dtype", self.dtype)
+                node.outputs[0].dtype = self.dtype
+            elif node.op_type == "QuantizeLinear":
+                self._convert_input(graph, node, 0, FLOAT, casts)
+            elif node.op_type not in POLYMORPHIC:
+                wanted = FLOAT if node in exact else self.dtype
+                for index, value in enumerate(node.inputs):
+                    if value is not None and index not in FIXED_INPUTS.get(node.op_type, ()):
+                        self._convert_input(graph, node, index, wanted, casts)
+                for value in node.outputs:
+                    if value.dtype == FLOAT:
+                        value.dtype = wanted
+        self._restore_outputs(graph)
+        return ir.passes.PassResult(model, modified=True)
+
+    def _convert_input(
+        self,
+        graph: ir.Graph,
+        node: ir.Node,
+        index: int,
+        wanted: ir.DataType,
+        casts: dict[tuple[ir.Value, ir.DataType], ir.Value],
+    ) -> None:
+        value = node.inputs[index]
+        assert value is not None
+        if value.dtype not in (FLOAT, self.dtype) or value.dtype == wanted:
+            return
+        if (value, wanted) not in casts:
+            constant = value.is_initializer() and value.const_value is not None
+            casts[value, wanted] = (
+                _constant(graph, value, wanted) if constant else _cast(graph, value, wanted)
+            )
+        node.replace_input_with(index, casts[value, wanted])
+
+    def _restore_outputs(self, graph: ir.Graph) -> None:
+        """Give the graph's outputs back their type, under their names."""
+        for index, value in enumerate(graph.outputs):
+            if value.dtype != self.dtype:
+                continue
+            name = value.name
+            value.name = f"{name}_{self.dtype.name.lower()}"
+            node = ir.node("Cast", [value], attributes={"to": FLOAT})
+            output = node.outputs[0]
+            output.name, output.dtype, output.shape = name, FLOAT, value.shape
+            node.name = f"{name}/Cast"
+            graph.append(node)
+            graph.outputs[index] = output
+
+
+def stays_float(graph: ir.Graph) -> set[ir.Node]:
+    """The nodes that decide codes: rule 2, without those that are named."""
+    timed = timed_values(graph)
+    exact = {node for node in graph if node.outputs[0] in timed}
+    for node in graph:
+        if node.op_type == "QuantizeLinear":
+            exact.update(grid_nodes(node, timed))
+    return exact
+
+
+def timed_values(graph: ir.Graph) -> set[ir.Value]:
+    """What follows from the timestep (and constants and shapes) without a product."""
+    timed = {value for value in graph.inputs if value.name == TIMESTEP}
+    for node in graph:
+        given = [value for value in node.inputs if value is not None and not value.is_initializer()]
+        known = [value for value in given if value.dtype not in (ir.DataType.INT64, None) or value in timed]
+        if known and all(value in timed for value in known) and node.op_type not in PRODUCTS:
+            timed |= set(node.outputs)
+    return timed
+
+
+def grid_nodes(quantize: ir.Node, timed: Collection[ir.Value]) -> list[ir.Node]:
+    """The multiply and the Clip in front of a QuantizeLinear."""
+    found: list[ir.Node] = []
+    value = quantize.inputs[0]
+    while value is not None:
+        node = value.producer()
+        if node is None or node.op_type not in GRID:
+            break
+        data = [
+            one for one in node.inputs if one is not None and not one.is_initializer() and one not in timed
+        ]
+        if len(data) != 1 or (node.op_type == "Mul" and value in timed):
+            break
+        found.append(node)
+        if node.op_type == "Mul":
+            break
+        value = data[0]
+    return found
+
+
+def _cast(graph: ir.Graph, value: ir.Value, wanted: ir.DataType) -> ir.Value:
+    node = ir.node("Cast", [value], attributes={"to": wanted})
+    output = node.outputs[0]
+    output.dtype, output.shape, output.name = wanted, value.shape, f"{value.name}_{wanted.name.lower()}"
+    node.name = f"{value.name}/Cast_{wanted.name.lower()}"
+    producer = value.producer()
+    if producer is None:
+        graph.insert_before(graph[0], node)
+    else:
+        graph.insert_after(producer, node)
+    return output
+
+
+def _constant(graph: ir.Graph, value: ir.Value, wanted: ir.DataType) -> ir.Value:
+    """An initializer in another type, computed when it is written."""
+    source = value.const_value
+    assert source is not None
+    name = f"{value.name}_{wanted.name.lower()}"
+
+    def converted() -> ir.Tensor:
+        return ir.Tensor(narrowed(source.numpy(), wanted), dtype=wanted, name=name)
+
+    tensor = ir.LazyTensor(converted, dtype=wanted, shape=ir.Shape(source.shape), name=name)
+    output = ir.Value(name=name, type=ir.TensorType(wanted), shape=ir.Shape(source.shape), const_value=tensor)
+    graph.register_initializer(output)
+    return output
+
+
+def narrowed(values: np.ndarray, dtype: ir.DataType) -> np.ndarray:
+    """float32 values rounded to `dtype`; finite ones stay finite."""
+    kind = dtype.numpy()
+    limit = float(ml_dtypes.finfo(kind).max)
+    return np.where(np.isfinite(values), values.clip(-limit, limit), values).astype(kind)
