@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from benchmarks import report
+from benchmarks.merge import merged
 from benchmarks.settings import ROOT, Settings
 from benchmarks.tables import show
 from quest_deploy.artifacts import write_json
@@ -38,7 +39,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         type=recipes,
         default=PACKAGED,
         metavar="NAME,...",
-        help="the result holds only these (default: all)",
+        help="measure only these, and leave what the result file has of others (default: all)",
     )
     parser.add_argument(
         "--checkpoints",
@@ -67,7 +68,9 @@ def main() -> int:
     module = report.benchmark(arguments.benchmark)
     result = module.run(settings)
     settings.results.mkdir(parents=True, exist_ok=True)
-    write_json(settings.results / f"{module.NAME}.json", result)
+    file = settings.results / f"{module.NAME}.json"
+    result = merged(file, result)
+    write_json(file, result)
     show(module.tables(result))
     if not settings.quick:
         report.write()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.goals import goals
+from benchmarks.merge import MEASURED
 from benchmarks.settings import DOCUMENT, RESULTS, ROOT
 from benchmarks.tables import markdown
 from quest_deploy.artifacts import read_json
@@ -70,7 +71,15 @@ def render(results: dict[str, Any], images: list[str]) -> str:
 
 
 def provenance(result: dict[str, Any]) -> str:
-    """When, where and with what something was measured."""
+    """When, where and with what something was measured, by recipe where that differs."""
+    measured = result.get(MEASURED, {})
+    if not measured:
+        return f"{_provenance(result)}.\n"
+    lines = [f"{name.upper()}: {_provenance(one)}." for name, one in sorted(measured.items())]
+    return "\n\n".join(lines) + "\n"
+
+
+def _provenance(result: dict[str, Any]) -> str:
     machine, versions = result["machine"], result["versions"]
     changed = " with uncommitted changes" if result["uncommitted_changes"] else ""
     commit = (result["commit"] or "unknown")[:12]
@@ -79,7 +88,7 @@ def provenance(result: dict[str, Any]) -> str:
     )
     return (
         f"{result['date']}, commit `{commit}`{changed}; {machine['cpu']}, {machine['cores']} cores, "
-        f"{machine['memory_bytes'] / 2**30:.0f} GiB; {tools}.\n"
+        f"{machine['memory_bytes'] / 2**30:.0f} GiB; {tools}"
     )
 
 

@@ -23,6 +23,8 @@ MADE_BY_FINETUNE = ("calibrated", "adaround", "efficientdm")
 FINETUNED = ("efficientdm", "quest")
 ADAROUND_ITERATIONS = 500
 LOW_RANK = 32
+# Samples of an update while rounding is learned (quest_deploy.quantize.adaround, which imports torch).
+ADAROUND_BATCH = 32
 BRANCHES = 2
 
 
@@ -47,7 +49,9 @@ def variant(recipe: Recipe, row: str, *, quick: bool = False) -> Recipe:
     name = f"{recipe.name}-{row}"
     if row == "adaround":
         plain = quality.variant(recipe, "calibrated")
-        iterations = 2 if quick else ADAROUND_ITERATIONS
+        iterations = (
+            2 if quick else max(ADAROUND_ITERATIONS, math.ceil(_training_samples(recipe) / ADAROUND_BATCH))
+        )
         return dataclasses.replace(plain, name=name, initializer="adaround", adaround_iterations=iterations)
     return dataclasses.replace(
         recipe,
@@ -60,8 +64,8 @@ def variant(recipe: Recipe, row: str, *, quick: bool = False) -> Recipe:
             recipe.sensitive,
             layers="all",
             low_rank=LOW_RANK,
-            # As many updates of as many samples as QuEST has, in both phases and with its walks.
-            steps=recipe.sensitive.steps + _network_updates(recipe.temporal),
+            # As many samples as QuEST has, in its start, in both phases and with its walks.
+            steps=math.ceil(_training_samples(recipe) / (_pairs(recipe, recipe.sensitive) * BRANCHES)),
             batch_size=_pairs(recipe, recipe.sensitive),
         ),
     )
@@ -70,6 +74,13 @@ def variant(recipe: Recipe, row: str, *, quick: bool = False) -> Recipe:
 def _network_updates(phase: PhaseConfig) -> int:
     """Updates of a phase that see the network's output."""
     return math.ceil(phase.steps / phase.network_every)
+
+
+def _training_samples(recipe: Recipe) -> int:
+    """Samples of one branch whose gradients `finetune` takes: while rounding is learned, and in both phases."""
+    start = recipe.adaround_iterations * ADAROUND_BATCH if recipe.initializer == "adaround" else 0
+    updates = ((phase, _network_updates(phase)) for phase in (recipe.temporal, recipe.sensitive))
+    return start + sum(count * _pairs(recipe, phase) for phase, count in updates) * BRANCHES
 
 
 def _pairs(recipe: Recipe, phase: PhaseConfig) -> int:
@@ -89,7 +100,6 @@ def budget(recipe: Recipe, row: str) -> dict[str, Any]:
         `prompts` and `steps` of the recorded trajectories, `calibration_samples` that went through the network without
         gradients beside recording them, and `training_samples` whose gradients were taken.
     """
-    from quest_deploy.quantize.adaround import BATCH_SIZE
     from quest_deploy.quantize.parts import PROMPTS_PER_STEP
 
     steps = recipe.calibration_steps
@@ -97,16 +107,9 @@ def budget(recipe: Recipe, row: str) -> dict[str, Any]:
     looks = 1 if recipe.initializer == "nearest" else 2
     whole = recipe.calibration_prompts * steps * BRANCHES
     made = row in MADE_BY_FINETUNE or row == "quest"
-    training = 0
-    if row == "adaround":
-        training = recipe.adaround_iterations * BATCH_SIZE
-    elif row in FINETUNED:
-        temporal, sensitive = recipe.temporal, recipe.sensitive
-        training = _network_updates(temporal) * _pairs(recipe, temporal)
-        training = (training + sensitive.steps * _pairs(recipe, sensitive)) * BRANCHES
     return {
         "prompts": recipe.calibration_prompts,
         "steps": steps,
         "calibration_samples": looks * sampled if made else whole,
-        "training_samples": training,
+        "training_samples": _training_samples(recipe) if made else 0,
     }

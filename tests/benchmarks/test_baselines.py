@@ -8,12 +8,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks.baselines import harness
+from benchmarks.baselines import harness, rows
 from benchmarks.baselines.held import prediction_loss
 from benchmarks.baselines.rows import ROWS, budget, rows_of, variant
 from benchmarks.rows import Bench, measured
 from benchmarks.settings import Settings
 from quest_deploy.config import Recipe, to_dict
+from quest_deploy.quantize import adaround
 from quest_deploy.quantize.calibrate import CalibrationSet
 from quest_deploy.quantize.recipe import PACKAGED, load_recipe, recipe_from_dict
 
@@ -72,7 +73,7 @@ def test_no_baseline_that_learns_has_less_to_learn_from_than_quest(name: str) ->
 
 def test_samples_are_counted_in_both_branches() -> None:
     recipe = load_recipe("w4a4")
-    fields = to_dict(recipe)
+    fields = to_dict(recipe) | {"initializer": "gptq"}
     fields["temporal"] |= {"steps": 7, "network_every": 3, "batch_size": 5}
     fields["temporal"] |= {"walks": 2}
     fields["sensitive"] |= {"steps": 10, "batch_size": 4, "walks": 1}
@@ -80,6 +81,10 @@ def test_samples_are_counted_in_both_branches() -> None:
     assert budget(small, "quest")["training_samples"] == (3 * (5 + 12) + 10 * (4 + 6)) * 2
     without = recipe_from_dict(fields | {"walk_share": 0.0})
     assert budget(without, "quest")["training_samples"] == (3 * 5 + 10 * 4) * 2
+    rounded = recipe_from_dict(
+        fields | {"walk_share": 0.0, "initializer": "adaround", "adaround_iterations": 7}
+    )
+    assert budget(rounded, "quest")["training_samples"] == (3 * 5 + 10 * 4) * 2 + 7 * 32
     assert budget(small, "minmax") == {
         "prompts": recipe.calibration_prompts,
         "steps": recipe.calibration_steps,
@@ -205,3 +210,7 @@ def test_model_optimizer_gives_every_layer_the_bits_of_the_recipe(
             weight,
             activation,
         )
+
+
+def test_a_batch_of_adaround_is_what_it_takes() -> None:
+    assert rows.ADAROUND_BATCH == adaround.BATCH_SIZE

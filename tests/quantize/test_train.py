@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from quest_deploy.config import PhaseConfig
 from quest_deploy.model.components import predict
 from quest_deploy.model.load import LoadedModel
-from quest_deploy.quantize import losses, train
+from quest_deploy.quantize import learned, losses, train
 from quest_deploy.quantize.calibrate import CalibrationSet
 from quest_deploy.quantize.insert import quantized_layers
 from quest_deploy.quantize.layers import TimestepContext
@@ -292,13 +292,17 @@ def plain(task: train.Task, plan: PhaseConfig) -> None:
             group["lr"] = group["base_lr"] * (0.05 + 0.95 * cosine)
         optimizer.zero_grad(set_to_none=True)
         generator = torch.Generator().manual_seed((task.seed << 24) + update)
-        prompt, step = losses.draw_pairs(task.training, data.timesteps.numel(), plan.batch_size, generator)
-        raw = (objective.raw[step] * losses.raw_errors(task.student, data, prompt, step)).log().mean()
-        prompt, step = losses.draw_pairs(task.training, objective.walks.numel(), plan.walks, generator)
-        ends = losses.walks(task.student, data, objective, prompt, step)
-        walked = (objective.walks[step] * ends).log().mean()
-        loss = (raw + objective.walk_share * walked) / (1 + objective.walk_share)
-        loss.backward()
+        with learned.quantized_once(quantized_layers(task.student).values()):
+            prompt, step = losses.draw_pairs(
+                task.training, data.timesteps.numel(), plan.batch_size, generator
+            )
+            errors = losses.raw_errors(task.student, data, prompt, step)
+            raw = (objective.raw[step] * errors.clamp_min(losses.LEAST_ERROR)).log().mean()
+            prompt, step = losses.draw_pairs(task.training, objective.walks.numel(), plan.walks, generator)
+            ends = losses.walks(task.student, data, objective, prompt, step)
+            walked = (objective.walks[step] * ends.clamp_min(losses.LEAST_ERROR)).log().mean()
+            loss = (raw + objective.walk_share * walked) / (1 + objective.walk_share)
+            loss.backward()
         optimizer.step()
 
 
