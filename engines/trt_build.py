@@ -173,6 +173,7 @@ def make_details(
         "strongly_typed": True,
         "precision": precision_of(source),
         "dtype": source.manifest.config.get("dtype", "fp32"),
+        "lowering": source.manifest.config.get("mode", "none"),
         "target_gpu": _AHEAD_OF_TIME if gpu is None else gpu.name,
         "compute_capability": _AHEAD_OF_TIME_CAPABILITIES if gpu is None else gpu.compute_capability,
         "verified": all(report["verified"] for report in built.values()),

@@ -13,6 +13,7 @@ from google.protobuf.message import DecodeError
 from onnx import TensorProto
 
 from quest_deploy.errors import ArtifactError, ExportError
+from quest_deploy.export.passes.block_int4 import BLOCKS
 from quest_deploy.model.spec import ComponentSpec, TensorSpec
 
 STANDARD_DOMAINS = ("", "ai.onnx")
@@ -30,6 +31,8 @@ class GraphSummary:
         nodes: Number of nodes.
         operators: How many nodes of each operator.
         quantized_products: Conv, MatMul and Gemm whose two operands come from DequantizeLinear.
+        weight_only_products: Those whose weight alone does.
+        stay_int8: Of those, the layers whose weights are no blocks of INT4, with the reason.
     """
 
     size_bytes: int
@@ -37,6 +40,8 @@ class GraphSummary:
     nodes: int
     operators: dict[str, int]
     quantized_products: int
+    weight_only_products: int
+    stay_int8: dict[str, str]
 
 
 def read_onnx(path: Path, *, load_weights: bool = True) -> onnx.ModelProto:
@@ -65,7 +70,12 @@ def read_onnx(path: Path, *, load_weights: bool = True) -> onnx.ModelProto:
 
 
 def check_file(
-    path: Path, spec: ComponentSpec, *, opset: int | None = None, quantized_layers: int | None = None
+    path: Path,
+    spec: ComponentSpec,
+    *,
+    opset: int | None = None,
+    quantized_layers: int | None = None,
+    weight_only_layers: int | None = None,
 ) -> GraphSummary:
     """Check one exported component.
 
@@ -74,6 +84,7 @@ def check_file(
         spec: The inputs and outputs that it must have.
         opset: The operator set it must use; None accepts any.
         quantized_layers: How many of its products must be quantized; None accepts any number.
+        weight_only_layers: How many must have integer weights and float activations; None accepts any number.
 
     Raises:
         ArtifactError: the file cannot be parsed.
@@ -94,6 +105,11 @@ def check_file(
             f"{path}: {summary.quantized_products} products are quantized, expected {quantized_layers} "
             "(one for each quantized layer); report this, with the recipe"
         )
+    if weight_only_layers is not None and summary.weight_only_products != weight_only_layers:
+        raise ExportError(
+            f"{path}: {summary.weight_only_products} products have integer weights and float activations, expected "
+            f"{weight_only_layers}; report this, with the recipe"
+        )
     return summary
 
 
@@ -107,11 +123,49 @@ def summarize(path: Path, model: onnx.ModelProto) -> GraphSummary:
         nodes=len(model.graph.node),
         operators=dict(sorted(operators.items())),
         quantized_products=quantized_products(model.graph),
+        weight_only_products=weight_only_products(model.graph),
+        stay_int8=stay_int8(model.graph),
     )
 
 
 def quantized_products(graph: onnx.GraphProto) -> int:
     """How many products read quantized codes on both sides: activations behind QuantizeLinear, weights stored."""
+    return sum(all(sides) for sides in _quantized_sides(graph))
+
+
+def weight_only_products(graph: onnx.GraphProto) -> int:
+    """How many products read quantized codes as their second operand alone."""
+    return sum(sides == (False, True) for sides in _quantized_sides(graph))
+
+
+def stay_int8(graph: onnx.GraphProto) -> dict[str, str]:
+    """The layers with float activations whose weights are stored as codes of a byte each, and why."""
+    producer = {name: node for node in graph.node for name in node.output}
+    dims = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
+    found = {}
+    products = [node for node in graph.node if node.op_type in PRODUCTS]
+    for node, sides in zip(products, _quantized_sides(graph), strict=True):
+        dequantize = producer.get(node.input[1])
+        if sides != (False, True) or dequantize is None or _block_size(dequantize):
+            continue
+        # Packed for ONNX Runtime, codes pass a Cast.
+        packed = producer.get(dequantize.input[0])
+        shape = dims.get(dequantize.input[0] if packed is None else packed.input[0], [])
+        if node.op_type == "Conv":
+            reason = "a convolution: runtimes keep INT4 weights of matrix products alone"
+        elif len(shape) == 2 and shape[0] % BLOCKS[-1]:
+            reason = f"{shape[0]} inputs are no multiple of {BLOCKS[-1]}, the smallest block"
+        else:
+            reason = "8-bit weights"
+        found[node.name.rpartition("/")[0] or node.name] = reason
+    return found
+
+
+def _block_size(dequantize: onnx.NodeProto) -> int:
+    return next((int(one.i) for one in dequantize.attribute if one.name == "block_size"), 0)
+
+
+def _quantized_sides(graph: onnx.GraphProto) -> list[tuple[bool, bool]]:
     producer = {name: node for node in graph.node for name in node.output}
     stored = {tensor.name for tensor in graph.initializer}
 
@@ -124,10 +178,11 @@ def quantized_products(graph: onnx.GraphProto) -> int:
             return source.input[0] in stored
         return node.input[0] in stored or (source is not None and source.op_type == "QuantizeLinear")
 
-    return sum(
-        node.op_type in PRODUCTS and is_quantized(node.input[0]) and is_quantized(node.input[1])
+    return [
+        (is_quantized(node.input[0]), is_quantized(node.input[1]))
         for node in graph.node
-    )
+        if node.op_type in PRODUCTS
+    ]
 
 
 def _check_structure(path: Path) -> None:

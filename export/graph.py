@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from quest_deploy.errors import ExportError
+from quest_deploy.export.passes.block_int4 import BlockInt4
 from quest_deploy.export.passes.canonical_names import CanonicalNames
 from quest_deploy.export.passes.expand_timestep import ExpandTimestep
 from quest_deploy.export.passes.fold_weight_transpose import FoldWeightTranspose
@@ -109,6 +110,7 @@ def clean(model: ir.Model, spec: ComponentSpec, target: str) -> ir.Model:
         FoldWeightTranspose(),
         RemoveNoOps(),
         UnshareDequantize(),
+        BlockInt4(),
         RemoveUnusedNodesPass(),
     ]
     if target == "onnxruntime":

@@ -21,6 +21,7 @@ from quest_deploy.export.fragile import Arrays, fragile_nodes, sample_inputs
 from quest_deploy.export.graph import component_graph
 from quest_deploy.model.load import LoadedModel, load_model, wrap_components
 from quest_deploy.model.spec import ComponentSpec, config_paths, family_of, latent_granularity
+from quest_deploy.quantize.weight_only import drop_activation_quantizers
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +64,8 @@ def export(
         output, stage=STAGE, config=to_dict(config), inputs={"source": digest}, overwrite=overwrite
     ) as writer:
         model = _load(source, stage)
+        if config.mode == "int4-weight-only":
+            drop_activation_quantizers(model.denoiser)
         specs = model.specs
         modules = wrap_components(model)
         denoiser_config: Any = model.denoiser.config
@@ -70,7 +73,10 @@ def export(
         samples = {} if config.dtype == "fp32" else sample_inputs(model)
         for done, (name, spec) in enumerate(specs.items()):
             _report(progress, done, len(specs), name)
-            quantized = quantized_layer_names(modules[name])
+            quantized, weight_only = (
+                quantized_layer_names(modules[name]),
+                weight_only_layer_names(modules[name]),
+            )
             summary, fragile = export_component(
                 modules[name],
                 spec,
@@ -78,12 +84,14 @@ def export(
                 config,
                 granularity=latent_granularity(denoiser_config) if name == model.family.denoiser else 1,
                 quantized_layers=len(quantized),
+                weight_only_layers=len(weight_only),
                 samples=samples.get(name, ()),
             )
             logger.info("%s: %d nodes, %d bytes", name, summary.nodes, summary.size_bytes)
             components[name] = {
                 **asdict(summary),
                 "quantized_layers": quantized,
+                "weight_only_layers": weight_only,
                 "float32_nodes": {node: known(snr) for node, snr in fragile.items()},
             }
         copy_configuration(model.path, writer.path)
@@ -106,6 +114,7 @@ def export_component(
     *,
     granularity: int,
     quantized_layers: int,
+    weight_only_layers: int = 0,
     samples: Sequence[Arrays] = (),
 ) -> tuple[GraphSummary, dict[str, float]]:
     """Export one component to `path` and check the result.
@@ -117,6 +126,7 @@ def export_component(
         config: Target, operator set and type of the float operators.
         granularity: What latent height and width are multiples of.
         quantized_layers: How many products must be quantized.
+        weight_only_layers: How many must have quantized weights alone.
         samples: What the component is given, by which its fragile operators are found; not needed in fp32.
 
     Returns:
@@ -140,7 +150,10 @@ def export_component(
     path.parent.mkdir(parents=True, exist_ok=True)
     save(graph, path)
     opset = graph.opset_imports[""]
-    return check_file(path, spec, opset=opset, quantized_layers=quantized_layers), fragile
+    summary = check_file(
+        path, spec, opset=opset, quantized_layers=quantized_layers, weight_only_layers=weight_only_layers
+    )
+    return summary, fragile
 
 
 def known(snr_db: float) -> float | None:
@@ -159,17 +172,28 @@ def save(model: ir.Model, path: Path, *, inline_limit_bytes: int = INLINE_LIMIT_
 def quantized_layer_names(module: nn.Module) -> list[str]:
     """Paths of the layers of a component with weights and activations quantized, and of its quantized attentions."""
     from quest_deploy.quantize.attention import quantized_attentions
-    from quest_deploy.quantize.layers import QuantizedLayer
+    from quest_deploy.quantize.layers import ActivationQuantizer, QuantizedLayer
 
     layers = [
         name
         for name, layer in module.named_modules()
-        if isinstance(layer, QuantizedLayer) and layer.quantizer is not None
+        if isinstance(layer, QuantizedLayer) and isinstance(layer.quantizer, ActivationQuantizer)
     ]
     return layers + [
         f"{name}.{product}"
         for name, attention in quantized_attentions(module).items()
         for product in attention.products()
+    ]
+
+
+def weight_only_layer_names(module: nn.Module) -> list[str]:
+    """Paths of the layers of a component with quantized weights and float activations."""
+    from quest_deploy.quantize.layers import ActivationQuantizer, QuantizedLayer
+
+    return [
+        name
+        for name, layer in module.named_modules()
+        if isinstance(layer, QuantizedLayer) and not isinstance(layer.quantizer, ActivationQuantizer)
     ]
 
 
@@ -195,9 +219,9 @@ def _check_mode(source: Path, config: ExportConfig) -> str:
             f"{source}: got an artifact of stage '{stage}', expected a diffusers model or a checkpoint; "
             "give the directory that `quest-deploy finetune` wrote"
         )
-    if config.mode == "int8" and stage == "model":
+    if config.mode != "none" and stage == "model":
         raise ExportError(
-            f"{source}: got a model without quantizers, mode 'int8' expects a checkpoint; "
+            f"{source}: got a model without quantizers, mode '{config.mode}' expects a checkpoint; "
             "run `quest-deploy finetune` first, or export in full precision with --mode none"
         )
     if config.mode == "none" and stage == "checkpoint":

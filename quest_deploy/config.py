@@ -25,7 +25,7 @@ from quest_deploy.recipe_config import StaticMode as StaticMode
 from quest_deploy.recipe_config import Targets as Targets
 
 Target = Literal["onnxruntime", "tensorrt", "tensorrt-rtx"]
-Mode = Literal["int8", "none"]
+Mode = Literal["int8", "int4-weight-only", "none"]
 Dtype = Literal["fp32", "fp16", "bf16"]
 Backend = Literal["torch", "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx"]
 TensorRTBackend = Literal["tensorrt", "tensorrt-rtx"]

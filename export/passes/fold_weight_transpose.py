@@ -16,8 +16,8 @@ class FoldWeightTranspose(ir.passes.InPlacePass):
     1. ``Transpose(DequantizeLinear(codes, scale, axis), perm)``, with codes and scale initializers and the transpose
        the only reader, becomes ``DequantizeLinear(transposed codes, scale, position of axis in perm)``.
     2. ``Gemm(x, DequantizeLinear(codes), transB=1)`` without bias, alpha 1 and transA 0 becomes
-       ``MatMul(x, DequantizeLinear(transposed codes))`` when `x` is a DequantizeLinear too: ONNX Runtime has an integer
-       kernel with float output for MatMul, not for Gemm.
+       ``MatMul(x, DequantizeLinear(transposed codes))``: ONNX Runtime has kernels for integer products with float
+       output, and for 4-bit weights, for MatMul, not for Gemm.
     3. Must not fire where the dequantized weight or its codes have another reader, where codes are computed, on a
        zero-point that is not a scalar, on block-quantized weights (block_size > 0), nor on a Gemm with a bias.
     """
@@ -51,16 +51,13 @@ def _is_foldable(value: ir.Value | None) -> bool:
 
 
 def _is_plain_gemm(node: ir.Node) -> bool:
-    x, weight = node.inputs[0], node.inputs[1]
     attributes = node.attributes
-    dequantized = x is not None and x.producer() is not None and x.producer().op_type == DEQUANTIZE  # type: ignore[union-attr]
     return (
-        dequantized
-        and (len(node.inputs) < 3 or node.inputs[2] is None)
+        (len(node.inputs) < 3 or node.inputs[2] is None)
         and attributes.get_int("transA", 0) == 0
         and attributes.get_int("transB", 0) == 1
         and attributes.get_float("alpha", 1.0) == 1.0
-        and _is_foldable(weight)
+        and _is_foldable(node.inputs[1])
     )
 
 

@@ -30,7 +30,8 @@ class LowerPrecision(ir.passes.InPlacePass):
     2. These stay in float32: nodes called in `keep`; what follows from the timestep alone, up to the first product (a
        timestep of 999 has no bfloat16, and comparisons choose the timestep group); the multiply and the Clip in front
        of a QuantizeLinear; every scale.
-    3. DequantizeLinear gives `dtype` by its `output_dtype`, so that a scale is the same number as in float32.
+    3. DequantizeLinear gives `dtype` by its `output_dtype`, so that a scale is the same number as in float32. Scales of
+       blocks of INT4 are the exception: products with such weights exist with scales of the product's type alone.
     4. Must not touch integers, nor inputs that an operator wants in float32 (scales of Resize).
 
     Args:
@@ -49,7 +50,10 @@ class LowerPrecision(ir.passes.InPlacePass):
         exact = stays_float(graph) | {node for node in graph if node.name in self.keep}
         casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
         for node in list(graph):
-            if node.op_type == "DequantizeLinear":
+            if node.attributes.get_int("block_size", 0) and node.op_type == "DequantizeLinear":
+                self._convert_input(graph, node, 1, self.dtype, casts)
+                node.outputs[0].dtype = self.dtype
+            elif node.op_type == "DequantizeLinear":
                 node.attributes["output_dtype"] = ir.AttrInt64("output_dtype", self.dtype)
                 node.outputs[0].dtype = self.dtype
             elif node.op_type == "QuantizeLinear":

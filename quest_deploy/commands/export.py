@@ -18,7 +18,8 @@ from quest_deploy.config import DTYPES, MODES, TARGETS, ExportConfig
 @click.option(
     "--mode",
     type=click.Choice(MODES),
-    help="int8: Q/DQ nodes; none: full precision.  [default: int8 for a checkpoint, none for a model]",
+    help="int8: Q/DQ nodes; int4-weight-only: blocks of INT4 weights, float activations; none: full precision.  "
+    "[default: int8 for a checkpoint, none for a model]",
 )
 @click.option(
     "--dtype",

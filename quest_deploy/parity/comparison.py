@@ -133,7 +133,7 @@ def make_gates(
             gates += deployment_gates(
                 lower.rung.name,
                 deployment_figures(lower, upper, anchor),
-                quantized=lower.rung.grid is not None,
+                quantized=lower.rung.has_codes,
                 dtype=lower.rung.dtype,
             )
     return gates

@@ -16,6 +16,7 @@ from quest_deploy.files import hash_mapping, list_files
 from quest_deploy.model.spec import component_specs, family_of
 
 RUNG_STAGES = ("model", "checkpoint", "onnx", "engines")
+WEIGHT_ONLY = "int4-weight-only"
 QUANTIZATION_FILE = "quest.json"
 
 EdgeKind = Literal["quantization", "deployment"]
@@ -32,6 +33,7 @@ class Rung:
         recipe: Name of the quantization recipe; None for full precision.
         grid: Identity of the quantizers (sha256 of ``quest.json``); None for full precision.
         dtype: Of the float operators: "fp32", "fp16" or "bf16".
+        weights_only: Whether its activations are in float although it, or its checkpoint, could quantize them.
         digest: Identity of the artifact.
         inputs: Digests of what it was made from, by role.
         size_bytes: All of its files.
@@ -49,7 +51,13 @@ class Rung:
     size_bytes: int
     denoiser_bytes: int
     dtype: str = "fp32"
+    weights_only: bool = False
     backend: str | None = None
+
+    @property
+    def has_codes(self) -> bool:
+        """Whether its products take quantized activations."""
+        return self.grid is not None and not self.weights_only
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,14 +93,14 @@ def read_rung(path: Path) -> Rung:
             f"{RUNG_STAGES[-1]} directory; compare what drew the images, not the images"
         )
     inputs: Mapping[str, str] = {}
-    dtype = "fp32"
+    details: Mapping[str, Any] = {}
     if stage == "model":
         digest = hash_directory(path)
         files = {name: (path / name).stat().st_size for name in list_files(path)} if path.is_dir() else {}
     else:
         artifact = read_artifact(path)
         digest, inputs = artifact.digest, artifact.manifest.inputs
-        dtype = artifact.manifest.details.get("dtype", dtype)
+        details = artifact.manifest.details
         files = {name: entry.size_bytes for name, entry in artifact.manifest.files.items()}
     quest = path / QUANTIZATION_FILE
     content = read_json(quest) if quest.is_file() else None
@@ -106,7 +114,8 @@ def read_rung(path: Path) -> Rung:
         inputs=inputs,
         size_bytes=sum(files.values()) if path.is_dir() else path.stat().st_size,
         denoiser_bytes=_denoiser_bytes(path, files),
-        dtype=dtype,
+        dtype=details.get("dtype", "fp32"),
+        weights_only=details.get("lowering") == WEIGHT_ONLY,
     )
 
 
@@ -133,7 +142,7 @@ def make_ladder(
     Raises:
         ParityError: a quantized rung lies above a full-precision one, or the rungs are of different architectures.
     """
-    rungs = _name_apart([read_rung(Path(path)) for path in (reference, *via, candidate)])
+    rungs = _name_apart(_twins([read_rung(Path(path)) for path in (reference, *via, candidate)]))
     _check_architecture(rungs)
     edges: list[Edge] = []
     anchor = 0
@@ -174,6 +183,16 @@ def notes(rungs: Sequence[Rung], edges: Sequence[Edge]) -> list[str]:
                 f"{below.name} was compared with {above.name} directly, so its cost holds quantization and deployment "
                 "together; pass its checkpoint with --via to tell them apart."
             )
+    return found
+
+
+def _twins(rungs: Sequence[Rung]) -> list[Rung]:
+    """The rungs, a checkpoint without its activation quantizers where the rung below was exported so."""
+    found = list(rungs)
+    for index in range(len(found) - 2, -1, -1):
+        above, below = found[index], found[index + 1]
+        if above.stage == "checkpoint" and below.weights_only and above.grid == below.grid:
+            found[index] = replace(above, name="checkpoint-weights", weights_only=True)
     return found
 
 

@@ -80,7 +80,9 @@ def run_ladder(
 def _open(rung: Rung) -> Pipeline | str:
     """The rung ready to run, or why this machine cannot run it."""
     try:
-        return load_pipeline(rung.path, backend=rung.backend)
+        return load_pipeline(
+            rung.path, backend=rung.backend, weights_only=rung.weights_only and rung.stage == "checkpoint"
+        )
     except MissingDependencyError as error:
         if rung.stage != "engines":
             raise
@@ -118,7 +120,7 @@ def _compare(
     if upper is None:
         return outcome
     flips: FlipReport | str = ""
-    if edge.kind == "deployment" and outcome.rung.grid is not None:
+    if edge.kind == "deployment" and outcome.rung.has_codes:
         flips = _flips(upper_codes, pipeline, upper, request)
     against = Against(
         forced=forced if edge.upper == 0 else teacher_forced(pipeline, upper, request, tick),
@@ -151,7 +153,7 @@ def _own_codes(
     pipeline: Pipeline, outcome: Outcome, below: Edge | None, request: Request
 ) -> Sequence[CodeRun] | str:
     """The rung's integer codes on its own trajectory, where the rung below is to be compared with them."""
-    if below is None or below.kind != "deployment" or outcome.rung.grid is None:
+    if below is None or below.kind != "deployment" or not outcome.rung.has_codes:
         return ""
     assert outcome.trace is not None
     return take_codes(pipeline, outcome.trace, request.prompts)

@@ -20,13 +20,17 @@ from quest_deploy.pipeline.text_to_image import Pipeline
 TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
 
 
-def load_pipeline(path: str | Path, *, backend: str | None = None, threads: int | None = None) -> Pipeline:
+def load_pipeline(
+    path: str | Path, *, backend: str | None = None, threads: int | None = None, weights_only: bool = False
+) -> Pipeline:
     """Open whatever lies at `path`, ready to draw.
 
     Args:
         path: A model, checkpoint, `onnx` or `engines` directory.
         backend: What runs it; None chooses by what it is.
         threads: CPU threads; None leaves the choice to the runtime.
+        weights_only: Leave the activations of a checkpoint's denoiser in float, as `export --mode int4-weight-only`
+            does.
 
     Raises:
         ArtifactError: the directory cannot be trusted or cannot be run.
@@ -39,7 +43,12 @@ def load_pipeline(path: str | Path, *, backend: str | None = None, threads: int 
         raise ConfigError(f"threads is {threads}, expected at least 1")
     chosen = resolve_backend(path, backend)
     if chosen == "torch":
-        return _torch_pipeline(path, load_torch_model(path), threads)
+        model = load_torch_model(path)
+        if weights_only:
+            from quest_deploy.quantize.weight_only import drop_activation_quantizers
+
+            drop_activation_quantizers(model.denoiser)
+        return _torch_pipeline(path, model, threads)
     engines = load_engines(path, backend=chosen, threads=threads)
     return Pipeline(
         path=path,

@@ -102,11 +102,19 @@ class TestFoldWeightTranspose:
         )
         assert not FoldWeightTranspose()(model).modified
 
-    def test_leaves_a_gemm_of_floats(self) -> None:
+    def test_turns_a_gemm_of_floats_and_codes_into_a_matmul(self) -> None:
         text = QUANTIZED_GEMM.replace("int8[n, 4] q", "float[n, 4] x").replace(
             "x = DequantizeLinear(q, one)\n", ""
         )
-        assert not FoldWeightTranspose()(graph(text, codes=CODES, scale=SCALE)).modified
+        model = graph(text, codes=CODES, scale=SCALE)
+        (expected,) = run(model, x=X)
+        assert FoldWeightTranspose()(model).modified
+        assert operators(model) == ["DequantizeLinear", "MatMul"]
+        assert np.array_equal(run(model, x=X)[0], expected)
+
+    def test_leaves_a_gemm_of_floats(self) -> None:
+        text = "g (float[n, 4] x) => (float[n, 3] y) { y = Gemm<transB = 1>(x, weight) }"
+        assert not FoldWeightTranspose()(graph(text, weight=CODES.astype(np.float32))).modified
 
 
 WEIGHT = """
