@@ -25,6 +25,7 @@ from quest_deploy.quantize.static import unscaled
 ROUNDING_SNR_DB = {"fp16": 72.0, "bf16": 54.0}
 # Five bits: an operator that cancels more of what it is given than this is better off in float32.
 LOSS_DB = 30.0
+IR_VERSION = 10
 PROMPTS, STEPS, GUIDANCE_SCALE, SEED = 2, 4, 5.0, 0
 Arrays = Mapping[str, np.ndarray]
 
@@ -65,10 +66,11 @@ def fragile_nodes(model: ir.Model, inputs: Sequence[Arrays], dtype: str) -> dict
     exact = stays_float(model.graph)
     nodes = [node for node in model.graph if node not in exact and _computes_floats(node)]
     worst: dict[str, float] = {}
+    alone = {node: _alone(node) for node in nodes}
     for values in _intermediate(model, nodes, inputs):
-        for node in nodes:
+        for node, session in alone.items():
             assert node.name is not None
-            found = _snr_alone(node, values, dtype)
+            found = _snr_alone(node, session, values, dtype)
             worst[node.name] = min(found, worst.get(node.name, math.inf))
     return {name: found for name, found in worst.items() if not found >= limit}
 
@@ -107,7 +109,25 @@ def _session(proto: onnx.ModelProto) -> onnxruntime.InferenceSession:
     )
 
 
-def _snr_alone(node: ir.Node, values: Arrays, dtype: str) -> float:
+def _alone(node: ir.Node) -> onnxruntime.InferenceSession:
+    """A graph of this node."""
+    given = [value for value in node.inputs if value is not None]
+    inputs = {
+        value.name: value.dtype if value.const_value is None else value.const_value.dtype for value in given
+    }
+    graph = helper.make_graph(
+        [ir.to_proto(node)],
+        "alone",
+        [helper.make_tensor_value_info(name, kind, None) for name, kind in inputs.items()],
+        [onnx.ValueInfoProto(name=node.outputs[0].name)],
+    )
+    assert node.graph is not None
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", node.graph.opset_imports[""])])
+    proto.ir_version = IR_VERSION
+    return _session(proto)
+
+
+def _snr_alone(node: ir.Node, session: onnxruntime.InferenceSession, values: Arrays, dtype: str) -> float:
     """dB of the node's first output, its float inputs rounded to `dtype` and its output too."""
     kind = DTYPES[dtype]
     feeds = {}
@@ -121,19 +141,7 @@ def _snr_alone(node: ir.Node, values: Arrays, dtype: str) -> float:
             feeds[value.name] = given
     output = node.outputs[0].name
     assert output is not None
-    graph = helper.make_graph(
-        [ir.to_proto(node)],
-        "alone",
-        [
-            helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(one.dtype), one.shape)
-            for name, one in feeds.items()
-        ],
-        [onnx.ValueInfoProto(name=output)],
-    )
-    assert node.graph is not None
-    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", node.graph.opset_imports[""])])
-    proto.ir_version = 10
-    (got,) = _session(proto).run([output], feeds)
+    (got,) = session.run([output], feeds)
     return _snr_db(values[output], rounded(got, kind))
 
 

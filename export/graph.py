@@ -42,6 +42,8 @@ MAX_GRANULES = 1024
 
 # The first whose DequantizeLinear has an output_dtype.
 OUTPUT_DTYPE_OPSET = 23
+# The first whose convolutions take bfloat16.
+BFLOAT16_OPSET = 22
 Fragile = Callable[[ir.Model], Collection[str]]
 
 # torch.__trace is torch's own record for its developers; where the root logger listens, it doubles the time.
@@ -122,12 +124,19 @@ def clean(model: ir.Model, spec: ComponentSpec, target: str) -> ir.Model:
 
 
 def lower_precision(model: ir.Model, dtype: str, keep: Collection[str]) -> ir.Model:
-    """`model` with float operators in `dtype`, but for those called in `keep`; operator set 23 if it is quantized."""
+    """`model` with float operators in `dtype`, but for those called in `keep`; operator set 23 if it is quantized.
+
+    bfloat16 needs 22 in any case.
+    """
     from onnxscript.version_converter import convert_version
 
+    opset = model.graph.opset_imports[""]
     if any(node.op_type == "DequantizeLinear" for node in model.graph):
         # In older ones a scale has the type of what it scales.
-        convert_version(model, max(OUTPUT_DTYPE_OPSET, model.graph.opset_imports[""]))
+        opset = max(OUTPUT_DTYPE_OPSET, opset)
+    elif dtype == "bf16":
+        opset = max(BFLOAT16_OPSET, opset)
+    convert_version(model, opset)
     passes: list[ir.passes.PassBase] = [
         LowerPrecision(dtype, keep),
         RemoveUnusedNodesPass(),

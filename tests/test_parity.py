@@ -48,6 +48,41 @@ def full_ladder(rungs: Rungs, onnx: Damage, quantized: Damage = SLIGHT) -> Any:
 # What passes and what fails
 
 
+@pytest.mark.parametrize(("dtype", "verdict"), [("fp32", "failed"), ("fp16", "passed"), ("bf16", "passed")])
+def test_float_operators_are_held_to_what_their_type_allows(rungs: Rungs, dtype: str, verdict: str) -> None:
+    # 44 dB: less than float32 owes, more than a thousand roundings to fp16 cost.
+    candidate = rungs.add("onnx", Damage(noise=0.006), stage="onnx", dtype=dtype)
+    result = compare(rungs.add("model"), candidate, rungs.root / "parity", CONFIG)
+    assert result.verdict == verdict
+    assert gate(result, "noise SNR, worst step").measured == pytest.approx(44.4, abs=0.1)
+
+
+def test_fp16_is_held_to_something(rungs: Rungs) -> None:
+    candidate = rungs.add("onnx", Damage(noise=0.01), stage="onnx", dtype="fp16")
+    assert compare(rungs.add("model"), candidate, rungs.root / "parity", CONFIG).verdict == "failed"
+
+
+def test_exported_weights_alone_are_compared_with_a_checkpoint_without_activation_quantizers(
+    rungs: Rungs,
+) -> None:
+    model = rungs.add("model")
+    checkpoint = rungs.add("checkpoint", SLIGHT, stage="checkpoint", recipe="w4a8", made_from=model)
+    onnx = rungs.add(
+        "onnx", SLIGHT, stage="onnx", recipe="w4a8", made_from=checkpoint, lowering="int4-weight-only"
+    )
+    result = compare(model, onnx, rungs.root / "parity", CONFIG, via=[checkpoint])
+    assert rungs.weights_only == {"checkpoint"}
+    assert result.verdict == "passed"
+    # No activation is quantized, so there are no codes to be given.
+    assert gate(result, "noise SNR, worst step", "onnx").measured == math.inf
+    assert not [one for one in result.gates if "codes" in one.quantity]
+
+
+def test_a_checkpoint_keeps_its_quantizers_above_what_has_them(rungs: Rungs) -> None:
+    full_ladder(rungs, SLIGHT)
+    assert rungs.weights_only == set()
+
+
 def test_an_identical_candidate_passes(rungs: Rungs) -> None:
     result = compare(rungs.add("a"), rungs.add("b"), rungs.root / "parity", CONFIG)
     assert result and result.verdict == "passed"

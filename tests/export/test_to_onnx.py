@@ -6,6 +6,7 @@ import logging
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,8 @@ from quest_deploy.export.check import read_onnx
 from quest_deploy.export.to_onnx import EXTERNAL_DATA_FILE, export, save
 from quest_deploy.model.load import load_model, wrap_components
 from quest_deploy.model.spec import component_specs
-from tests.export.conftest import run_onnx, snr_db
+from tests.export.conftest import run_onnx, snr_db, unet_inputs
+from tests.export.tensorrt import build
 
 FLOAT = ExportConfig(mode="none")
 SIZES = {"batch": 3, "steps": 1, "height": 8, "width": 12, "sequence": 7}
@@ -160,3 +162,24 @@ def test_large_weights_go_next_to_the_graph(tmp_path: Path) -> None:
 
 def test_details_are_json(exported: Artifact) -> None:
     json.dumps(exported.manifest.details)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_half_precision_stays_near_and_builds(tiny_pipeline: Path, tmp_path: Path, dtype: str) -> None:
+    config = ExportConfig(mode="none", dtype=dtype, target="tensorrt-rtx")
+    written = export(tiny_pipeline, tmp_path / "onnx", config)
+    details = written.manifest.details
+    assert details["dtype"] == dtype
+    # The mask of the text encoder holds the smallest float32, which fp16 does not have.
+    assert details["components"]["text_encoder"]["float32_nodes"]
+    model = read_onnx(written.path / "unet" / "model.onnx")
+    narrow = {"fp16": onnx.TensorProto.FLOAT16, "bf16": onnx.TensorProto.BFLOAT16}[dtype]
+    kinds = Counter(tensor.data_type for tensor in model.graph.initializer)
+    assert kinds[narrow] > 3 * kinds[onnx.TensorProto.FLOAT]
+    assert build(model) > 0
+    if dtype == "fp16":  # ONNX Runtime has no bf16 on the CPU
+        inputs = unet_inputs(2, 1, 8, 12, 24)
+        with torch.no_grad():
+            (expected,) = wrap_components(load_model(tiny_pipeline))["unet"](*inputs.values())
+        assert snr_db(expected.numpy(), run_onnx(model, inputs)["out_sample"]) >= 50

@@ -112,6 +112,7 @@ class Rungs:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.damage: dict[Path, Damage] = {}
+        self.weights_only: set[str] = set()
 
     def add(
         self,
@@ -121,6 +122,7 @@ class Rungs:
         stage: str = "model",
         recipe: str | None = None,
         made_from: Path | None = None,
+        **details: str,
     ) -> Path:
         path = self.root / name
         self.damage[path] = damage
@@ -130,6 +132,7 @@ class Rungs:
         inputs = {} if made_from is None else {"source": self.digest(made_from)}
         with write_artifact(path, stage=stage, config={"name": name}, inputs=inputs) as writer:
             self._fill(writer.path)
+            writer.details.update(details)
             if recipe is not None:
                 (writer.path / "quest.json").write_text(json.dumps({"recipe": {"name": recipe}}))
         return path
@@ -137,7 +140,8 @@ class Rungs:
     def digest(self, path: Path) -> str:
         return make_ladder(path, [], path)[0][0].digest
 
-    def load(self, path: Path, *, backend: str | None) -> StubPipeline:
+    def load(self, path: Path, *, backend: str | None, weights_only: bool) -> StubPipeline:
+        self.weights_only |= {path.name} if weights_only else set()
         assert backend is None
         damage = self.damage[Path(path)]
         if damage.missing:
