@@ -110,6 +110,7 @@ def _example(tensor: TensorSpec, granularity: int) -> Tensor:
         "height": EXAMPLE_HEIGHT * granularity,
         "width": EXAMPLE_WIDTH * granularity,
         "sequence": 8,
+        "image_tokens": EXAMPLE_HEIGHT * EXAMPLE_WIDTH,
     }
     shape = [size if isinstance(size, int) else sizes[size] for size in tensor.shape]
     return torch.zeros(shape, dtype=getattr(torch, tensor.dtype))
@@ -123,6 +124,7 @@ def _dynamic_shapes(spec: ComponentSpec, granularity: int, *, variadic: bool) ->
         "height": granularity * Dim("height_granules", max=MAX_GRANULES),
         "width": granularity * Dim("width_granules", max=MAX_GRANULES),
         "sequence": Dim("sequence"),
+        "image_tokens": Dim("image_tokens"),
     }
     shapes = tuple(
         {axis: symbols[size] for axis, size in enumerate(tensor.shape) if isinstance(size, str)}

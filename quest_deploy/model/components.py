@@ -11,23 +11,50 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quest_deploy.model.spec import TIMESTEP, ComponentSpec
+from quest_deploy.model.denoisers import is_packed
+from quest_deploy.model.packing import pack, positions, unpack
+from quest_deploy.model.tensors import TIMESTEP, ComponentSpec
 
 Conditioning = Mapping[str, Tensor]
 """What a denoiser is told besides latents and timestep: [n, ...] by input name; empty where it is told nothing."""
 
 
-class TextEncoder(nn.Module):
-    """CLIP text model: token ids -> hidden states."""
+# Inputs that diffusers takes in one mapping, `added_cond_kwargs`.
+ADDED_CONDITIONS = ("text_embeds", "time_ids", "resolution", "aspect_ratio")
+HIDDEN_STATES = "hidden_states."
+CLIP_OUTPUTS = ("last_hidden_state", "pooler_output")
 
-    def __init__(self, text_encoder: nn.Module) -> None:
+
+class TextEncoder(nn.Module):
+    """Text model of transformers: token ids -> hidden states.
+
+    Args:
+        text_encoder: The module.
+        outputs: Names of those of its outputs that are given; ``hidden_states.3`` is the output of the third layer.
+    """
+
+    def __init__(self, text_encoder: nn.Module, outputs: Sequence[str] = CLIP_OUTPUTS) -> None:
         super().__init__()
         self.text_encoder = text_encoder
+        self.outputs = tuple(outputs)
+        self.options = {"output_hidden_states": True} if any(map(_is_inner, outputs)) else {}
 
-    def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """`input_ids` int64 [b, l] -> `last_hidden_state` [b, l, d], `pooler_output` [b, d]."""
-        output = self.text_encoder(input_ids)
-        return output.last_hidden_state, output.pooler_output
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, ...]:
+        """`input_ids` int64 [b, l], and where the model reads one its mask -> `outputs`, [b, l, d] or [b, d]."""
+        options: dict[str, Any] = dict(self.options)
+        if attention_mask is not None:
+            options["attention_mask"] = attention_mask
+        output = self.text_encoder(input_ids, **options)
+        return tuple(
+            output.hidden_states[int(name.removeprefix(HIDDEN_STATES))]
+            if _is_inner(name)
+            else getattr(output, name)
+            for name in self.outputs
+        )
+
+
+def _is_inner(name: str) -> bool:
+    return name.startswith(HIDDEN_STATES)
 
 
 def call_denoiser(
@@ -37,14 +64,28 @@ def call_denoiser(
 
     Args:
         denoiser: The module; may hold quantized layers.
-        sample: float32 [b, c, h, w].
+        sample: float32 [b, c, h, w]; or [b, tokens, c], where the denoiser takes packed latents.
         timestep: float32 [1] or [b].
-        conditioning: [b, ...] by input name.
+        conditioning: [b, ...] by input name; with the positions of all tokens for packed latents.
+
+    Returns:
+        Of the shape of `sample`, but for its channels.
     """
+    if sample.ndim == 4 and is_packed(getattr(denoiser, "config", {})):
+        conditioning = {**conditioning, **positions(sample, conditioning["encoder_hidden_states"])}
+        tokens = call_denoiser(denoiser, pack(sample), timestep, conditioning)
+        return unpack(tokens, *sample.shape[-2:])
     # One timestep for a batch makes another product than one for each sample, in the last bits.
     if timestep.shape[0] != sample.shape[0]:
         timestep = timestep.expand(sample.shape[0])
-    output: Tensor = denoiser(sample, timestep=timestep, **conditioning, return_dict=False)[0]
+    told: dict[str, Any] = {
+        name: value for name, value in conditioning.items() if name not in ADDED_CONDITIONS
+    }
+    if len(told) < len(conditioning):
+        told["added_cond_kwargs"] = {
+            name: conditioning[name] for name in ADDED_CONDITIONS if name in conditioning
+        }
+    output: Tensor = denoiser(sample, timestep=timestep, **told, return_dict=False)[0]
     return output
 
 
@@ -84,9 +125,18 @@ def denoiser_inputs(
     spec: ComponentSpec, sample: Tensor, timestep: Tensor, conditioning: Conditioning
 ) -> dict[str, Tensor]:
     """All inputs of a denoiser by name, in the order of its specification."""
-    given = {spec.inputs[0].name: sample, TIMESTEP: timestep, **conditioning}
     names = [tensor.name for tensor in spec.inputs]
+    given = {spec.inputs[0].name: sample, TIMESTEP: timestep, **conditioning}
+    if len(spec.inputs[0].shape) < sample.ndim:
+        given |= {spec.inputs[0].name: pack(sample)}
+        given |= positions(sample, conditioning["encoder_hidden_states"])
     return {name: given[name] for name in (*(n for n in names if n in given), *(given.keys() - set(names)))}
+
+
+def like_latents(output: Tensor, latents: Tensor) -> Tensor:
+    """A denoiser's output as latents [b, c, h, w] are, without the variance that no sampler uses."""
+    unpacked = unpack(output, *latents.shape[-2:]) if output.ndim < latents.ndim else output
+    return without_variance(unpacked, latents.shape[1])
 
 
 class VaeDecoder(nn.Module):
@@ -99,6 +149,20 @@ class VaeDecoder(nn.Module):
     def forward(self, latent_sample: Tensor) -> tuple[Tensor]:
         """`latent_sample` [b, c, h, w] -> `sample` [b, 3, H, W]."""
         return (self.vae.decode(latent_sample, return_dict=False)[0],)
+
+
+def unscaled(config: Mapping[str, Any], latents: Tensor) -> Tensor:
+    """What the decoder of an autoencoder of that configuration is given for `latents` [b, c, h, w].
+
+    Operations and their order are those of diffusers' pipelines.
+    """
+    mean, deviation = config.get("latents_mean"), config.get("latents_std")
+    if mean is not None and deviation is not None:
+        shape = (1, -1, 1, 1)
+        spread = torch.tensor(deviation).view(shape).to(latents)
+        return latents * spread / config["scaling_factor"] + torch.tensor(mean).view(shape).to(latents)
+    result = latents / config["scaling_factor"]
+    return result if config.get("shift_factor") is None else result + config["shift_factor"]
 
 
 def join_conditioning(parts: Sequence[Conditioning]) -> dict[str, Tensor]:

@@ -31,8 +31,8 @@ def merge_loras(model: LoadedModel, loras: Sequence[LoraConfig]) -> None:
     for lora in loras:
         _merge(pipeline, lora, model)
     parameters_frozen(model.denoiser)
-    if model.text_encoder is not None:
-        parameters_frozen(model.text_encoder)
+    for encoder in model.text_encoders.values():
+        parameters_frozen(encoder)
 
 
 def _pipeline(model: LoadedModel) -> Any:

@@ -27,6 +27,7 @@ from quest_deploy.quantize.layers import TimestepContext
 # A number that no model has for a width, so that it stands for the batch wherever it appears in the tape.
 BATCH = 7
 TOKENS = 3
+IMAGE_TOKENS = 5
 GRANULES = 2
 
 
@@ -336,6 +337,7 @@ def example_inputs(spec: ComponentSpec, config: Any) -> dict[str, Tensor]:
     granularity = latent_granularity(config)
     height, width = (min(size, GRANULES * granularity) for size in latent_size(config))
     sizes = {"batch": BATCH, "steps": BATCH, "sequence": TOKENS, "height": height, "width": width}
+    sizes["image_tokens"] = IMAGE_TOKENS
     return {
         tensor.name: torch.zeros(
             [sizes[size] if isinstance(size, str) else size for size in tensor.shape],
