@@ -30,6 +30,8 @@ from quest_deploy.model.spec import (
 )
 
 Shape = tuple[int, ...]
+# Tokens of a text encoder that takes any number of them: a negative prompt up to instructions and a prompt.
+LONG_TEXT = ShapeRange(min=1, opt=512, max=1024)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +84,7 @@ def dimension_ranges(
         VAE_DECODER: {"batch": batch, **latents},
     }
     for name in family.text_encoders:
-        ranges[name] = {"batch": ShapeRange(min=1, opt=batch.opt, max=2 * batch.max)}
+        ranges[name] = {"batch": ShapeRange(min=1, opt=batch.opt, max=2 * batch.max), "sequence": LONG_TEXT}
     if family.has_text:
         tokens = token_count(family, specs)
         ranges[family.denoiser]["sequence"] = ShapeRange(min=tokens, opt=tokens, max=tokens)

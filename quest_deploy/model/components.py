@@ -5,6 +5,7 @@ The exporter traces them and the torch backend runs them, so that both rungs of 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,8 @@ Conditioning = Mapping[str, Tensor]
 
 # Inputs that diffusers takes in one mapping, `added_cond_kwargs`.
 ADDED_CONDITIONS = ("text_embeds", "time_ids", "resolution", "aspect_ratio")
+# What an inpainting denoiser is told in channels beside the latents: a mask, and the latents of what is not masked.
+MASKED = "masked_latents"
 HIDDEN_STATES = "hidden_states."
 CLIP_OUTPUTS = ("last_hidden_state", "pooler_output")
 
@@ -37,7 +40,12 @@ class TextEncoder(nn.Module):
         super().__init__()
         self.text_encoder = text_encoder
         self.outputs = tuple(outputs)
-        self.options = {"output_hidden_states": True} if any(map(_is_inner, outputs)) else {}
+        self.options: dict[str, Any] = {}
+        if any(map(_is_inner, outputs)):
+            self.options["output_hidden_states"] = True
+        if "use_cache" in inspect.signature(text_encoder.forward).parameters:
+            # Of a language model, which is not asked for a next token.
+            self.options["use_cache"] = False
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, ...]:
         """`input_ids` int64 [b, l], and where the model reads one its mask -> `outputs`, [b, l, d] or [b, d]."""
@@ -71,6 +79,9 @@ def call_denoiser(
     Returns:
         Of the shape of `sample`, but for its channels.
     """
+    if MASKED in conditioning:
+        sample = torch.cat([sample, conditioning[MASKED]], dim=1)
+        conditioning = {name: value for name, value in conditioning.items() if name != MASKED}
     if sample.ndim == 4 and is_packed(getattr(denoiser, "config", {})):
         conditioning = {**conditioning, **positions(sample, conditioning["encoder_hidden_states"])}
         tokens = call_denoiser(denoiser, pack(sample), timestep, conditioning)
@@ -127,6 +138,8 @@ def denoiser_inputs(
     """All inputs of a denoiser by name, in the order of its specification."""
     names = [tensor.name for tensor in spec.inputs]
     given = {spec.inputs[0].name: sample, TIMESTEP: timestep, **conditioning}
+    if MASKED in given:
+        given[spec.inputs[0].name] = torch.cat([sample, given.pop(MASKED)], dim=1)
     if len(spec.inputs[0].shape) < sample.ndim:
         given |= {spec.inputs[0].name: pack(sample)}
         given |= positions(sample, conditioning["encoder_hidden_states"])

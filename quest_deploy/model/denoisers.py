@@ -31,7 +31,14 @@ def latent_size(config: Config) -> tuple[int, int]:
 
 def latent_channels(config: Config) -> int:
     """Channels of the latents that are denoised."""
-    return int(config["in_channels"]) // (SIDE**2 if is_packed(config) else 1)
+    if is_packed(config):
+        return int(config["in_channels"]) // SIDE**2
+    return int(config["out_channels"] if inpaints(config) else config["in_channels"])
+
+
+def inpaints(config: Config) -> bool:
+    """Whether the denoiser is given a mask and the latents of what is not drawn beside the latents."""
+    return bool(config["in_channels"] == 2 * (config.get("out_channels") or 0) + 1)
 
 
 def is_packed(config: Config) -> bool:
@@ -157,6 +164,25 @@ def _sd3(family: Family, config: Config) -> ComponentSpec:
     )
 
 
+def _sana(family: Family, config: Config) -> ComponentSpec:
+    if config.get("guidance_embeds") or config.get("timestep_scale", 1.0) != 1.0:
+        raise ModelLoadError(
+            f"{family.denoiser}: is a Sana-Sprint (guidance_embeds, timestep_scale), which is not supported; "
+            "expected a Sana"
+        )
+    channels = (config["in_channels"], config.get("out_channels") or config["in_channels"])
+    # Sine positions of another size are computed anew, outside of torch.
+    size = SIZE if config.get("interpolation_scale") is None else latent_size(config)
+    return _denoiser(
+        family.denoiser,
+        "hidden_states",
+        channels,
+        size,
+        float_tensor("encoder_hidden_states", "batch", "sequence", config["caption_channels"]),
+        integer_tensor("encoder_attention_mask", "batch", "sequence"),
+    )
+
+
 def _flux(family: Family, config: Config) -> ComponentSpec:
     width = config["in_channels"]
     tokens = ("batch", "image_tokens")
@@ -184,6 +210,7 @@ DENOISERS = {
     "Transformer2DModel": _dit,
     "PixArtTransformer2DModel": _pixart,
     "SD3Transformer2DModel": _sd3,
+    "SanaTransformer2DModel": _sana,
     "FluxTransformer2DModel": _flux,
 }
 

@@ -17,9 +17,11 @@ VAE_DECODER = "vae_decoder"
 
 # What T5 reads in Stable Diffusion 3; models without it have zeros in its place.
 JOINT_T5_TOKENS = 256
+# What Sana's denoiser is told of; its text encoder reads instructions before them.
+SANA_TOKENS = 300
 
-TextKind = Literal["clip", "clip-projection", "t5"]
-"""`CLIPTextModel`, `CLIPTextModelWithProjection`, `T5EncoderModel`."""
+TextKind = Literal["clip", "clip-projection", "t5", "gemma"]
+"""`CLIPTextModel`, `CLIPTextModelWithProjection`, `T5EncoderModel`, `Gemma2Model`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +62,7 @@ class Family:
         text: The text encoders, in the order of their numbers; of a model, those that it has.
         prompting: How their outputs become what the denoiser is told: a function of
             :mod:`quest_deploy.model.conditioning`.
+        negative_prompting: The same for negative prompts, where it is another way.
         sequence: The text tokens that the denoiser is told of: those of an encoder, or that many; empty means those of
             the last encoder.
         guided: Whether a model that reads text has a negative branch, where no input takes the guidance scale.
@@ -75,6 +78,7 @@ class Family:
     autoencoder: str | None = None
     text: tuple[TextPart, ...] = ()
     prompting: str = "last"
+    negative_prompting: str | None = None
     sequence: tuple[str | int, ...] = ()
     guided: bool = True
     timestep_divisor: int = 1
@@ -131,6 +135,12 @@ FAMILIES = {
             text=(TextPart(),),
         ),
         Family(
+            pipeline="StableDiffusionInpaintPipeline",
+            denoiser_class="UNet2DConditionModel",
+            autoencoder="vae",
+            text=(TextPart(),),
+        ),
+        Family(
             pipeline="LatentConsistencyModelPipeline",
             denoiser_class="UNet2DConditionModel",
             autoencoder="vae",
@@ -180,6 +190,16 @@ FAMILIES = {
             ),
             prompting="joint",
             sequence=(TEXT_ENCODER, JOINT_T5_TOKENS),
+        ),
+        Family(
+            pipeline="SanaPipeline",
+            denoiser="transformer",
+            denoiser_class="SanaTransformer2DModel",
+            autoencoder="vae",
+            text=(TextPart(kind="gemma", max_tokens=SANA_TOKENS, masked=True),),
+            prompting="instructed",
+            negative_prompting="masked",
+            sequence=(SANA_TOKENS,),
         ),
         Family(
             pipeline="FluxPipeline",

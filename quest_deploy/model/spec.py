@@ -118,7 +118,11 @@ def config_paths(model_dir: Path) -> dict[str, Path]:
 
 def vae_scale_factor(vae_config: Config | None) -> int:
     """Pixels per latent along one axis; 1 without an autoencoder."""
-    return 1 if vae_config is None else int(2 ** (len(vae_config["block_out_channels"]) - 1))
+    if vae_config is None:
+        return 1
+    # AutoencoderDC names its encoder's.
+    levels = vae_config.get("encoder_block_out_channels") or vae_config["block_out_channels"]
+    return int(2 ** (len(levels) - 1))
 
 
 def component_configs(model_dir: Path) -> dict[str, dict[str, Any]]:
@@ -131,8 +135,11 @@ def component_configs(model_dir: Path) -> dict[str, dict[str, Any]]:
 
 
 def _text_encoder(part: TextPart, config: Config) -> ComponentSpec:
+    tokens: int | str
     if part.kind == "t5":
         tokens, hidden = part.max_tokens or "sequence", config["d_model"]
+    elif part.kind == "gemma":
+        tokens, hidden = "sequence", config["hidden_size"]
     else:
         tokens, hidden = config["max_position_embeddings"], config["hidden_size"]
     inputs = [integer_tensor("input_ids", "batch", tokens)]
@@ -143,6 +150,7 @@ def _text_encoder(part: TextPart, config: Config) -> ComponentSpec:
         "clip": lambda: [last, float_tensor("pooler_output", "batch", hidden)],
         "clip-projection": lambda: [float_tensor("text_embeds", "batch", config["projection_dim"]), last],
         "t5": lambda: [last],
+        "gemma": lambda: [last],
     }[part.kind]()
     if part.hidden_states:
         layers = range(config["num_hidden_layers"] + 1)
@@ -152,10 +160,12 @@ def _text_encoder(part: TextPart, config: Config) -> ComponentSpec:
 
 def _vae_decoder(config: Config) -> ComponentSpec:
     channels = config.get("vq_embed_dim") or config["latent_channels"]
+    # AutoencoderDC gives what it takes.
+    pixels = config["out_channels"] if "out_channels" in config else config["in_channels"]
     return ComponentSpec(
         name=VAE_DECODER,
         inputs=(float_tensor("latent_sample", "batch", channels, "height", "width"),),
-        outputs=(float_tensor("sample", "batch", config["out_channels"], "image_height", "image_width"),),
+        outputs=(float_tensor("sample", "batch", pixels, "image_height", "image_width"),),
     )
 
 

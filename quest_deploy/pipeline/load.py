@@ -23,6 +23,7 @@ TOKENIZERS: dict[TextKind, tuple[str, ...]] = {
     "clip": CLIP_TOKENIZERS,
     "clip-projection": CLIP_TOKENIZERS,
     "t5": ("T5Tokenizer", "T5TokenizerFast"),
+    "gemma": ("GemmaTokenizer", "GemmaTokenizerFast"),
 }
 
 

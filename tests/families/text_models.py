@@ -185,11 +185,12 @@ def pixart(pipeline: str, **changes: Any) -> Any:
 
     transformer = PixArtTransformer2DModel(
         num_attention_heads=2,
-        attention_head_dim=8,
+        # Three embeddings of equal width make the one of a model that is told sizes.
+        attention_head_dim=12,
         in_channels=4,
         out_channels=8,
         num_layers=2,
-        cross_attention_dim=16,
+        cross_attention_dim=24,
         caption_channels=HIDDEN,
         sample_size=8,
         patch_size=2,
@@ -285,6 +286,83 @@ def flux(*, guidance: bool) -> Any:
     )
 
 
+def inpaint() -> Any:
+    """A U-Net of nine channels: latents, a mask, and the latents of what is not masked."""
+    from diffusers import DDIMScheduler, StableDiffusionInpaintPipeline, UNet2DConditionModel
+
+    unet = UNet2DConditionModel(**UNET, in_channels=9, out_channels=4, cross_attention_dim=HIDDEN)
+    return StableDiffusionInpaintPipeline(
+        text_encoder=clip(),
+        tokenizer=clip_tokenizer(),
+        unet=shaken(unet),
+        vae=vae(),
+        scheduler=DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, steps_offset=1),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def gemma_tokenizer() -> Any:
+    """A tokenizer of letters and bytes."""
+    from transformers import GemmaTokenizer
+
+    letters = ["▁", *"abcdefghijklmnopqrstuvwxyz0123456789"]
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
+    return GemmaTokenizer(vocab={token: index for index, token in enumerate([*special, *letters])}, merges=[])
+
+
+def sana() -> Any:
+    from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaPipeline, SanaTransformer2DModel
+    from transformers import Gemma2Config, Gemma2Model
+
+    encoder = Gemma2Model(
+        Gemma2Config(
+            vocab_size=len(gemma_tokenizer()),
+            hidden_size=HIDDEN,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=8,
+        )
+    )
+    transformer = SanaTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=1,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=8,
+        cross_attention_dim=16,
+        caption_channels=HIDDEN,
+        sample_size=16,
+    )
+    autoencoder = AutoencoderDC(
+        latent_channels=4,
+        attention_head_dim=4,
+        encoder_block_types=("ResBlock", "EfficientViTBlock"),
+        decoder_block_types=("ResBlock", "EfficientViTBlock"),
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        encoder_layers_per_block=(1, 1),
+        decoder_layers_per_block=(1, 1),
+        encoder_qkv_multiscales=((), (5,)),
+        decoder_qkv_multiscales=((), (5,)),
+        scaling_factor=0.41,
+    )
+    return SanaPipeline(
+        tokenizer=gemma_tokenizer(),
+        text_encoder=shaken(encoder),
+        vae=autoencoder,
+        transformer=shaken(transformer),
+        scheduler=DPMSolverMultistepScheduler(
+            flow_shift=3.0, prediction_type="flow_prediction", use_flow_sigmas=True
+        ),
+    )
+
+
 TEXT_MAKERS: dict[str, Callable[[], Any]] = {
     "sdxl": sdxl,
     "sdxl-refiner": sdxl_refiner,
@@ -294,6 +372,8 @@ TEXT_MAKERS: dict[str, Callable[[], Any]] = {
     "pixart-sigma": pixart_sigma,
     "sd3": sd3,
     "sd35": sd35,
+    "inpaint": inpaint,
+    "sana": sana,
     "flux-dev": lambda: flux(guidance=True),
     "flux-schnell": lambda: flux(guidance=False),
 }
@@ -304,6 +384,12 @@ CALLS: dict[str, dict[str, Any]] = {
     "pixart-alpha": UNBINNED,
     "pixart-sized": UNBINNED,
     "pixart-sigma": UNBINNED,
+    "inpaint": {
+        "image": torch.zeros(2, 3, 16, 16),
+        "mask_image": torch.ones(2, 1, 16, 16),
+        "masked_image_latents": torch.zeros(2, 4, 8, 8),
+    },
+    "sana": {**UNBINNED, "height": 32, "width": 32},
     "flux-dev": {"height": 16, "width": 16},
     "flux-schnell": {"height": 16, "width": 16},
 }

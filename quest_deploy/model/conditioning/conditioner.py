@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quest_deploy.model.components import Conditioning
+from quest_deploy.model.components import MASKED, Conditioning
 from quest_deploy.model.conditioning.prompting import PROMPTINGS
-from quest_deploy.model.conditioning.request import REQUEST_INPUTS, ImageRequest
+from quest_deploy.model.conditioning.request import REQUEST_INPUTS, ImageRequest, everything_masked
 from quest_deploy.model.conditioning.text import TextEncoders
 from quest_deploy.model.families import Classes, Family
 from quest_deploy.model.spec import ComponentSpec, has_negative
@@ -48,17 +48,20 @@ class Conditioner:
         Raises:
             ConfigError: a prompt is no class of a class-conditional model.
         """
+        return self._encode(prompts, self.family.prompting)
+
+    def _encode(self, prompts: Sequence[str], prompting: str) -> dict[str, Tensor]:
         if self.classes is not None:
             return {"class_labels": torch.tensor([self.classes.number(prompt) for prompt in prompts])}
         if not self.family.has_text:
             return {}
-        return PROMPTINGS[self.family.prompting](self.encoders, prompts, self.denoiser)
+        return PROMPTINGS[prompting](self.encoders, prompts, self.denoiser)
 
     def encode_negative(self, count: int, prompt: str = "") -> dict[str, Tensor] | None:
         """What the denoiser is told for the negative branch of `count` images; None where the model has none."""
         if not self.has_negative:
             return None
-        told = self.encode([prompt] * count)
+        told = self._encode([prompt] * count, self.family.negative_prompting or self.family.prompting)
         if self.family.zero_negative and not prompt:
             return {name: torch.zeros_like(value) for name, value in told.items()}
         return told
@@ -82,6 +85,10 @@ class Conditioner:
         height, width = (side * self.pixels_per_latent for side in latents.shape[-2:])
         request = ImageRequest(height=height, width=width, guidance_scale=guidance_scale, negative=negative)
         result = dict(conditioning)
+        sample = self.denoiser.inputs[0]
+        if latents.ndim == len(sample.shape) and latents.shape[1] < int(sample.shape[1]):
+            like = next(iter(conditioning.values()))
+            result.setdefault(MASKED, everything_masked(latents).to(like).repeat(like.shape[0], 1, 1, 1))
         for tensor in self.denoiser.inputs:
             if tensor.name in REQUEST_INPUTS:
                 like = next(iter(conditioning.values()))

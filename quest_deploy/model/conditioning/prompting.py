@@ -5,13 +5,14 @@ On the torch backend the tensors equal those that `encode_prompt` of diffusers' 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from quest_deploy.model.conditioning.text import Outputs, TextEncoders
+from quest_deploy.model.conditioning.text import Outputs, TextEncoders, token_limit
 from quest_deploy.model.families import JOINT_T5_TOKENS
 from quest_deploy.model.tensors import ComponentSpec
 
@@ -41,13 +42,36 @@ def before_last(outputs: Outputs) -> Tensor:
 
 
 def masked(encoders: TextEncoders, prompts: Sequence[str], denoiser: ComponentSpec) -> dict[str, Tensor]:
-    """PixArt: a T5 encoder, and which of the tokens are padding; prompts in lower case."""
+    """PixArt: one encoder, and which of the tokens are padding; prompts in lower case."""
+    return _masked(encoders, [prompt.lower().strip() for prompt in prompts])
+
+
+def _masked(encoders: TextEncoders, prompts: Sequence[str], limit: int | None = None) -> dict[str, Tensor]:
     (part,) = encoders.parts
-    tokens = encoders.tokens(part, [prompt.lower().strip() for prompt in prompts])
+    tokens = encoders.tokens(part, prompts, limit)
     return {
         "encoder_hidden_states": encoders.run(part.name, tokens)["last_hidden_state"],
         "encoder_attention_mask": tokens["attention_mask"],
     }
+
+
+def instructed(encoders: TextEncoders, prompts: Sequence[str], denoiser: ComponentSpec) -> dict[str, Tensor]:
+    """Sana: as :func:`masked`, with instructions before the prompt, of which the denoiser sees the first token."""
+    (part,) = encoders.parts
+    instruction = "\n".join(sana_instruction())
+    length = token_limit(part, encoders.tokenizers[part.name])
+    before = len(encoders.tokenizers[part.name].encode(instruction))
+    told = _masked(encoders, [instruction + prompt.lower().strip() for prompt in prompts], before + length - 2)
+    return {name: torch.cat([value[:, :1], value[:, 1 - length :]], dim=1) for name, value in told.items()}
+
+
+def sana_instruction() -> list[str]:
+    """What diffusers puts before every prompt by default, line by line."""
+    from diffusers import SanaPipeline
+
+    parameters = inspect.signature(SanaPipeline.__call__).parameters
+    lines: list[str] = parameters["complex_human_instruction"].default
+    return lines
 
 
 def joint(encoders: TextEncoders, prompts: Sequence[str], denoiser: ComponentSpec) -> dict[str, Tensor]:
@@ -83,6 +107,7 @@ PROMPTINGS: dict[str, Prompting] = {
     "last": last,
     "penultimate": penultimate,
     "masked": masked,
+    "instructed": instructed,
     "joint": joint,
     "pooled": pooled,
 }

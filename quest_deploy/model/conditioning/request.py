@@ -71,6 +71,12 @@ def aspect_ratio(request: ImageRequest, tensor: TensorSpec) -> Tensor:
     return torch.tensor([[request.height / request.width]], dtype=torch.float32)
 
 
+def everything_masked(latents: Tensor) -> Tensor:
+    """A mask of ones and latents of zeros, [1, 1 + c, h, w], for `latents` [n, c, h, w]: nothing is there yet."""
+    mask = torch.ones(1, 1, *latents.shape[-2:])
+    return torch.cat([mask, torch.zeros(1, *latents.shape[1:])], dim=1)
+
+
 REQUEST_INPUTS: dict[str, Callable[[ImageRequest, TensorSpec], Tensor]] = {
     "time_ids": time_ids,
     "timestep_cond": timestep_cond,

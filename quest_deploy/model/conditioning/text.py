@@ -22,16 +22,23 @@ def token_limit(part: TextPart, tokenizer: Any) -> int:
     return int(tokenizer.model_max_length) if part.max_tokens is None else part.max_tokens
 
 
-def tokenize(part: TextPart, tokenizer: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
+def tokenize(
+    part: TextPart, tokenizer: Any, prompts: Sequence[str], limit: int | None = None
+) -> dict[str, Tensor]:
     """What a text encoder is given: `input_ids`, and `attention_mask` where it takes one, int64 [n, tokens].
 
-    Prompts are padded and cut to the encoder's length.
+    Args:
+        part: The text encoder.
+        tokenizer: Its own.
+        prompts: n texts.
+        limit: What they are padded and cut to; None is the encoder's length.
     """
     encoded = tokenizer(
         list(prompts),
         padding="max_length",
         truncation=True,
-        max_length=token_limit(part, tokenizer),
+        max_length=limit or token_limit(part, tokenizer),
+        padding_side="right",
         return_tensors="pt",
     )
     names = ("input_ids", "attention_mask") if part.masked else ("input_ids",)
@@ -52,9 +59,11 @@ class TextEncoders:
     tokenizers: Mapping[str, Any]
     run: Run
 
-    def tokens(self, part: TextPart, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """What one of them is given for `prompts`."""
-        return tokenize(part, self.tokenizers[part.name], prompts)
+    def tokens(
+        self, part: TextPart, prompts: Sequence[str], limit: int | None = None
+    ) -> dict[str, Tensor]:
+        """What one of them is given for `prompts`, padded and cut to `limit`, or to its own length."""
+        return tokenize(part, self.tokenizers[part.name], prompts, limit)
 
     def __call__(self, part: TextPart, prompts: Sequence[str]) -> Outputs:
         """What one of them gives for `prompts`, [n, ...] by output name."""
