@@ -77,7 +77,7 @@ class RotaryTable(nn.Module):
 
 @contextlib.contextmanager
 def traceable(module: nn.Module) -> Iterator[nn.Module]:
-    """`module` with embeddings replaced by :class:`ConstantFrequencies` and :class:`RotaryTable`, for the body's duration.
+    """`module`, for the body's duration, with :class:`ConstantFrequencies` and :class:`RotaryTable` for its embeddings.
 
     An embedding that would not give the same bits as its replacement stays.
     """

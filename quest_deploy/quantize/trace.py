@@ -1,10 +1,10 @@
 """What each layer of a denoiser is fed by, found by running it once, not by the names of one family.
 
 The denoiser runs on tiny inputs while every torch function is written down (a tape), together with the inputs that each
-tensor comes from. A layer carries time if its input comes from the timestep and from no stream: neither from the latents
-nor from text tokens, which time only modulates. It is a boundary if nothing quantizable lies between it and the latents,
-or between it and the output. The part of the tape that leads to
-the layers that carry time can be played again for any timesteps, without the rest of the network.
+tensor comes from. A layer carries time if its input comes from the timestep and from no stream (the latents, and text
+tokens, which time only modulates); it is a boundary if nothing quantizable lies between it and the latents, or between it
+and the output. The part of the tape that leads to the layers that carry time can be played again for any timesteps,
+without the rest of the network.
 """
 
 from __future__ import annotations
@@ -95,9 +95,7 @@ def _same(a: tuple[Any, Any], b: tuple[Any, Any]) -> bool:
 class Recorder(TorchFunctionMode):
     """Writes the tape while the denoiser runs. Inside a layer nothing is written but the call of the layer."""
 
-    def __init__(
-        self, denoiser: nn.Module, layers: Mapping[str, nn.Module], streams: frozenset[str]
-    ) -> None:
+    def __init__(self, denoiser: nn.Module, layers: Mapping[str, nn.Module], streams: frozenset[str]) -> None:
         super().__init__()
         self.tape = Tape()
         self.streams = streams

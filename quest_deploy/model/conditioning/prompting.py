@@ -61,7 +61,9 @@ def instructed(encoders: TextEncoders, prompts: Sequence[str], denoiser: Compone
     instruction = "\n".join(sana_instruction())
     length = token_limit(part, encoders.tokenizers[part.name])
     before = len(encoders.tokenizers[part.name].encode(instruction))
-    told = _masked(encoders, [instruction + prompt.lower().strip() for prompt in prompts], before + length - 2)
+    told = _masked(
+        encoders, [instruction + prompt.lower().strip() for prompt in prompts], before + length - 2
+    )
     return {name: torch.cat([value[:, :1], value[:, 1 - length :]], dim=1) for name, value in told.items()}
 
 

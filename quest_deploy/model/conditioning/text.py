@@ -59,9 +59,7 @@ class TextEncoders:
     tokenizers: Mapping[str, Any]
     run: Run
 
-    def tokens(
-        self, part: TextPart, prompts: Sequence[str], limit: int | None = None
-    ) -> dict[str, Tensor]:
+    def tokens(self, part: TextPart, prompts: Sequence[str], limit: int | None = None) -> dict[str, Tensor]:
         """What one of them is given for `prompts`, padded and cut to `limit`, or to its own length."""
         return tokenize(part, self.tokenizers[part.name], prompts, limit)
 
