@@ -24,7 +24,7 @@ from quest_deploy.export.passes.remove_no_ops import RemoveNoOps
 from quest_deploy.export.passes.strip_metadata import StripMetadata
 from quest_deploy.export.passes.unshare_dequantize import UnshareDequantize
 from quest_deploy.export.qdq import translation_table
-from quest_deploy.export.wrap import remove_idle_squeezes, traceable
+from quest_deploy.export.wrap import keep_tiny_addends, remove_idle_squeezes, traceable
 from quest_deploy.model.components import Denoiser
 from quest_deploy.model.spec import ComponentSpec, TensorSpec
 
@@ -66,6 +66,7 @@ def component_graph(
                 strict=False,
             )
             remove_idle_squeezes(program.graph_module)
+            keep_tiny_addends(program.graph_module)
             exported = torch.onnx.export(
                 program,
                 dynamo=True,

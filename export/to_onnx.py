@@ -17,8 +17,15 @@ from quest_deploy.config import ExportConfig, ProgressEvent, to_dict
 from quest_deploy.errors import ExportError
 from quest_deploy.export.check import GraphSummary, check_file
 from quest_deploy.export.graph import component_graph
+from quest_deploy.model.families import VAE_DECODER
 from quest_deploy.model.load import LoadedModel, load_model, wrap_components
-from quest_deploy.model.spec import ComponentSpec, config_paths, family_of, latent_granularity
+from quest_deploy.model.spec import (
+    ComponentSpec,
+    config_paths,
+    decoder_granularity,
+    family_of,
+    latent_granularity,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +70,10 @@ def export(
         model = _load(source, stage)
         specs = model.specs
         modules = wrap_components(model)
-        denoiser_config: Any = model.denoiser.config
+        denoiser, vae = model.denoiser, model.vae
+        granularities = {model.family.denoiser: latent_granularity(config_of(denoiser))}
+        if vae is not None:
+            granularities[VAE_DECODER] = decoder_granularity(config_of(vae))
         components: dict[str, Any] = {}
         for done, (name, spec) in enumerate(specs.items()):
             _report(progress, done, len(specs), name)
@@ -73,7 +83,7 @@ def export(
                 spec,
                 writer.path / name / MODEL_FILE,
                 config,
-                granularity=latent_granularity(denoiser_config) if name == model.family.denoiser else 1,
+                granularity=granularities.get(name, 1),
                 quantized_layers=len(quantized),
             )
             logger.info("%s: %d nodes, %d bytes", name, summary.nodes, summary.size_bytes)
@@ -84,6 +94,11 @@ def export(
         )
         _report(progress, len(specs), len(specs), "done")
     return read_artifact(output, stage=STAGE)
+
+
+def config_of(module: nn.Module) -> Any:
+    """The configuration of a module of diffusers."""
+    return module.config
 
 
 def export_component(

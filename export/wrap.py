@@ -17,6 +17,8 @@ logger = logging.getLogger(__name__)
 MAX_PERIOD = 10000
 PROBES = (0.0, 1.0, 250.5, 999.0)
 MAX_POSITIONS = 1024
+# What onnxscript's optimizer takes for zero.
+NEARLY_ZERO = 1e-8
 
 
 class ConstantFrequencies(nn.Module):
@@ -128,4 +130,30 @@ def remove_idle_squeezes(graph_module: torch.fx.GraphModule) -> None:
         if node.meta["val"].ndim == source.meta["val"].ndim:
             node.replace_all_uses_with(source)
             graph_module.graph.erase_node(node)
+    graph_module.recompile()
+
+
+def keep_tiny_addends(graph_module: torch.fx.GraphModule) -> None:
+    """Write every constant that is added and nearly zero as a tensor of several values, in place.
+
+    The exporter's optimizer takes ``x + 1e-15`` for ``x + 0`` and leaves it out, but only for a single value. It is what
+    keeps a linear attention (Sana) from dividing zero by zero.
+    """
+    graph = graph_module.graph
+    for node in list(graph.nodes):
+        if node.target is not torch.ops.aten.add.Tensor or not isinstance(node.args[1], float):
+            continue
+        value, like = node.args[1], node.meta["val"]
+        if not 0 < abs(value) <= NEARLY_ZERO:
+            continue
+        # Along an axis that the traced sizes do not change, so that the tensor is a constant.
+        axis = max(
+            (axis for axis, size in enumerate(like.shape) if isinstance(size, int)),
+            key=lambda axis: like.shape[axis],
+        )
+        shape = [size if index == axis else 1 for index, size in enumerate(like.shape)]
+        with graph.inserting_before(node):
+            addend = graph.call_function(torch.ops.aten.full.default, (shape, value), {"dtype": like.dtype})
+        addend.meta["val"] = like.new_full(shape, value)
+        node.update_arg(1, addend)
     graph_module.recompile()

@@ -45,6 +45,7 @@ __all__ = [
     "component_configs",
     "component_specs",
     "config_paths",
+    "decoder_granularity",
     "family_of",
     "has_negative",
     "is_resizable",
@@ -123,6 +124,17 @@ def vae_scale_factor(vae_config: Config | None) -> int:
     # AutoencoderDC names its encoder's.
     levels = vae_config.get("encoder_block_out_channels") or vae_config["block_out_channels"]
     return int(2 ** (len(levels) - 1))
+
+
+def decoder_granularity(vae_config: Config) -> int:
+    """What the latents' sides are multiples of while a decoder is traced.
+
+    The attention of an AutoencoderDC is another graph for fewer latents than a head has channels.
+    """
+    side = 1
+    while side**2 <= vae_config.get("attention_head_dim", 0):
+        side *= 2
+    return side
 
 
 def component_configs(model_dir: Path) -> dict[str, dict[str, Any]]:

@@ -2,8 +2,8 @@
 
 The denoiser runs on tiny inputs while every torch function is written down (a tape), together with the inputs that each
 tensor comes from. A layer carries time if its input comes from the timestep and from no stream (the latents, and text
-tokens, which time only modulates); it is a boundary if nothing quantizable lies between it and the latents, or between it
-and the output. The part of the tape that leads to the layers that carry time can be played again for any timesteps,
+tokens, which time only modulates); it is a boundary if nothing quantizable lies between it and the latents, or between
+it and the output. The part of the tape that leads to the layers that carry time can be played again for any timesteps,
 without the rest of the network.
 """
 
