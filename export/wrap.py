@@ -136,8 +136,8 @@ def remove_idle_squeezes(graph_module: torch.fx.GraphModule) -> None:
 def keep_tiny_addends(graph_module: torch.fx.GraphModule) -> None:
     """Write every constant that is added and nearly zero as a tensor of several values, in place.
 
-    The exporter's optimizer takes ``x + 1e-15`` for ``x + 0`` and leaves it out, but only for a single value. It is what
-    keeps a linear attention (Sana) from dividing zero by zero.
+    The exporter's optimizer takes ``x + 1e-15`` for ``x + 0`` and leaves it out, but only for a single value. It is
+    what keeps a linear attention (Sana) from dividing zero by zero.
     """
     graph = graph_module.graph
     for node in list(graph.nodes):

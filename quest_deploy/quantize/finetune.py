@@ -204,7 +204,7 @@ def _quantize(
     # The others find every part finished, and only read it.
     with workers.main_first():
         data = record(model, config, work, progress)
-        qparams = find_scales(model, data, bits, config, work, progress)
+        qparams = find_scales(model, data, bits, config, work, progress, timeless=trace.timeless)
         report = reporter(progress, "collect attention operands")
         operands = find_operands(model.denoiser, data, recipe, work, seed=config.seed, report=report)
         rounded, history = round_weights(model, data, qparams, config, work, progress)

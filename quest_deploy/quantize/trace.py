@@ -191,6 +191,7 @@ class Trace:
         roles: The part that each quantizable layer plays, in module order.
         ends: Layers that carry time, but for those that only feed another one of the same module; in module order.
         conditions: Other inputs of the denoiser that these layers depend on, for example class labels.
+        timeless: Layers that neither the timestep nor a stream reaches: what they give depends on conditions alone.
         tape: How their outputs follow from timestep and conditions.
         slots: Where on the tape those outputs are.
         outlets: Layers that carry time and whose output meets a stream, with no other layer between; where on the
@@ -200,6 +201,7 @@ class Trace:
     roles: dict[str, Role]
     ends: tuple[str, ...]
     conditions: frozenset[str]
+    timeless: frozenset[str]
     tape: Tape
     slots: tuple[Slot, ...]
     outlets: dict[str, Slot]
@@ -316,6 +318,11 @@ def trace_denoiser(denoiser: nn.Module, spec: ComponentSpec) -> Trace:
         roles=roles,
         ends=ends,
         conditions=conditions,
+        timeless=frozenset(
+            name
+            for name, fed in recorder.fed.items()
+            if not any((streams | {timestep}) & origin.inputs for origin in fed)
+        ),
         tape=recorder.tape,
         slots=tuple(outputs[name] for name in ends),
         outlets={name: slot for name, slot in outputs.items() if name in recorder.joined},

@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import logging
 
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
 import pytest
 import torch
 from diffusers.models.transformers.transformer_flux import FluxPosEmbed
 from torch import Tensor, nn
 
-from quest_deploy.export.wrap import MAX_POSITIONS, RotaryTable, remove_idle_squeezes, traceable
+from quest_deploy.export.graph import component_graph
+from quest_deploy.export.wrap import (
+    MAX_POSITIONS,
+    RotaryTable,
+    keep_tiny_addends,
+    remove_idle_squeezes,
+    traceable,
+)
+from quest_deploy.model.tensors import ComponentSpec, float_tensor
 
 
 class Positioned(nn.Module):
@@ -63,3 +74,34 @@ def test_only_a_squeeze_that_changes_nothing_is_removed(size: int, left: int) ->
     found = [node for node in program.graph.nodes if node.target is torch.ops.aten.squeeze.dim]
     assert len(found) == left
     assert torch.equal(program.module()(x), x.squeeze(1) * 2)
+
+
+class Dividing(nn.Module):
+    def __init__(self, epsilon: float) -> None:
+        super().__init__()
+        self.epsilon = epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / (x + self.epsilon)
+
+
+@pytest.mark.parametrize(("epsilon", "tensors"), [(1e-15, 1), (1e-5, 0)])
+def test_only_what_the_optimizer_takes_for_zero_becomes_a_tensor(epsilon: float, tensors: int) -> None:
+    x = torch.zeros(2, 3, 4)
+    program = torch.export.export(Dividing(epsilon), (x,))
+    keep_tiny_addends(program.graph_module)
+    found = [node for node in program.graph.nodes if node.target is torch.ops.aten.full.default]
+    assert len(found) == tensors
+    assert torch.equal(program.module()(x), x)
+
+
+def test_zero_over_nearly_zero_is_zero_in_onnx() -> None:
+    spec = ComponentSpec(
+        name="part",
+        inputs=(float_tensor("x", "batch", 3, 4),),
+        outputs=(float_tensor("y", "batch", 3, 4),),
+    )
+    graph = component_graph(Dividing(1e-15), spec, granularity=1, opset=21, target="onnxruntime")
+    session = onnxruntime.InferenceSession(ir.to_proto(graph).SerializeToString())
+    (got,) = session.run(None, {"x": np.zeros((2, 3, 4), np.float32)})
+    assert (got == 0).all()
