@@ -28,6 +28,7 @@ from quest_deploy.model.spec import (
     token_count,
     vae_scale_factor,
 )
+from quest_deploy.model.tensors import base_of
 
 Shape = tuple[int, ...]
 # Tokens of a text encoder that takes any number of them: a negative prompt up to instructions and a prompt.
@@ -88,6 +89,8 @@ def dimension_ranges(
     if family.has_text:
         tokens = token_count(family, specs)
         ranges[family.denoiser]["sequence"] = ShapeRange(min=tokens, opt=tokens, max=tokens)
+    if family.controlnet is not None:
+        ranges[family.controlnet] = ranges[family.denoiser]
     return ranges
 
 
@@ -137,7 +140,11 @@ def profile_of(spec: ComponentSpec, ranges: Mapping[str, ShapeRange]) -> dict[st
     """The shapes of every input of `spec`, with `ranges` put in for its symbols."""
 
     def shape(dimensions: Sequence[int | str], edge: str) -> Shape:
-        return tuple(size if isinstance(size, int) else getattr(ranges[size], edge) for size in dimensions)
+        return tuple(size if isinstance(size, int) else length(size, edge) for size in dimensions)
+
+    def length(symbol: str, edge: str) -> int:
+        base, factor = base_of(symbol)
+        return int(getattr(ranges[base], edge) * factor)
 
     return {
         tensor.name: InputRange(

@@ -72,6 +72,8 @@ def export(
         modules = wrap_components(model)
         denoiser, vae = model.denoiser, model.vae
         granularities = {model.family.denoiser: latent_granularity(config_of(denoiser))}
+        if model.family.controlnet is not None:
+            granularities[model.family.controlnet] = granularities[model.family.denoiser]
         if vae is not None:
             granularities[VAE_DECODER] = decoder_granularity(config_of(vae))
         components: dict[str, Any] = {}

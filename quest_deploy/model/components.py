@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quest_deploy.model.denoisers import is_packed
+from quest_deploy.model.denoisers import DOWN_RESIDUAL, is_packed
 from quest_deploy.model.packing import pack, positions, unpack
 from quest_deploy.model.tensors import TIMESTEP, ComponentSpec
 
@@ -65,6 +65,23 @@ def _is_inner(name: str) -> bool:
     return name.startswith(HIDDEN_STATES)
 
 
+def expanded(timestep: Tensor, sample: Tensor) -> Tensor:
+    """A timestep for each sample: one for a batch makes another product, in the last bits."""
+    return timestep if timestep.shape[0] == sample.shape[0] else timestep.expand(sample.shape[0])
+
+
+def diffusers_arguments(conditioning: Conditioning) -> dict[str, Any]:
+    """Tensors by input name as diffusers' modules take them: some in a mapping, residuals as a tuple."""
+    told: dict[str, Any] = dict(conditioning)
+    added = {name: told.pop(name) for name in ADDED_CONDITIONS if name in told}
+    if added:
+        told["added_cond_kwargs"] = added
+    residuals = [told.pop(name) for name in conditioning if name.startswith(DOWN_RESIDUAL)]
+    if residuals:
+        told[DOWN_RESIDUAL.rstrip(".")] = tuple(residuals)
+    return told
+
+
 def call_denoiser(
     denoiser: nn.Module, sample: Tensor, timestep: Tensor, conditioning: Conditioning
 ) -> Tensor:
@@ -86,18 +103,30 @@ def call_denoiser(
         conditioning = {**conditioning, **positions(sample, conditioning["encoder_hidden_states"])}
         tokens = call_denoiser(denoiser, pack(sample), timestep, conditioning)
         return unpack(tokens, *sample.shape[-2:])
-    # One timestep for a batch makes another product than one for each sample, in the last bits.
-    if timestep.shape[0] != sample.shape[0]:
-        timestep = timestep.expand(sample.shape[0])
-    told: dict[str, Any] = {
-        name: value for name, value in conditioning.items() if name not in ADDED_CONDITIONS
-    }
-    if len(told) < len(conditioning):
-        told["added_cond_kwargs"] = {
-            name: conditioning[name] for name in ADDED_CONDITIONS if name in conditioning
-        }
+    timestep, told = expanded(timestep, sample), diffusers_arguments(conditioning)
     output: Tensor = denoiser(sample, timestep=timestep, **told, return_dict=False)[0]
     return output
+
+
+class ControlNet(nn.Module):
+    """What a picture adds to a U-Net's skip connections.
+
+    Args:
+        controlnet: The module of diffusers.
+        spec: Names its inputs.
+    """
+
+    def __init__(self, controlnet: nn.Module, spec: ComponentSpec) -> None:
+        super().__init__()
+        self.controlnet = controlnet
+        self.inputs = tuple(tensor.name for tensor in spec.inputs)
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """`inputs` of the specification, in its order -> the residuals, [b, c, h / 2^k, w / 2^k]."""
+        sample, timestep, *rest = inputs
+        told = diffusers_arguments(dict(zip(self.inputs[2:], rest, strict=True)))
+        down, mid = self.controlnet(sample, timestep=expanded(timestep, sample), **told, return_dict=False)
+        return (*down, mid)
 
 
 def predict(denoiser: nn.Module, sample: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:

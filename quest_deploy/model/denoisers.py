@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 from quest_deploy.errors import ModelLoadError
 from quest_deploy.model.families import Classes, Family
 from quest_deploy.model.tensors import (
@@ -11,6 +13,7 @@ from quest_deploy.model.tensors import (
     TensorSpec,
     float_tensor,
     integer_tensor,
+    scaled_symbol,
 )
 
 SIZE = ("height", "width")
@@ -19,6 +22,8 @@ SIZE_IDS, AESTHETIC_IDS = 6, 5
 SIDE, PACKED_SIZE = 2, 128
 # The size of latents whose PixArt models are told size and aspect ratio.
 PIXART_SIZED = 128
+CONTROL = "controlnet_cond"
+DOWN_RESIDUAL, MID_RESIDUAL = "down_block_additional_residuals.", "mid_block_additional_residual"
 
 
 def latent_size(config: Config) -> tuple[int, int]:
@@ -96,7 +101,7 @@ def _denoiser(
 CLASS_LABELS = integer_tensor("class_labels", "batch")
 
 
-def _conditional_unet(family: Family, config: Config) -> ComponentSpec:
+def _told_to_unet(family: Family, config: Config) -> list[TensorSpec]:
     told = [float_tensor("encoder_hidden_states", "batch", "sequence", config["cross_attention_dim"])]
     added = config.get("addition_embed_type")
     if added == "text_time":
@@ -109,8 +114,53 @@ def _conditional_unet(family: Family, config: Config) -> ComponentSpec:
         )
     if config.get("time_cond_proj_dim") is not None:
         told.append(float_tensor("timestep_cond", "batch", config["time_cond_proj_dim"]))
+    return told
+
+
+def _conditional_unet(family: Family, config: Config) -> ComponentSpec:
     channels = (config["in_channels"], config["out_channels"])
-    return _denoiser(family.denoiser, "sample", channels, SIZE, *told)
+    residuals = () if family.controlnet is None else _residuals(config, DOWN_RESIDUAL, MID_RESIDUAL)
+    return _denoiser(family.denoiser, "sample", channels, SIZE, *_told_to_unet(family, config), *residuals)
+
+
+def _residuals(config: Config, down: str, mid: str) -> tuple[TensorSpec, ...]:
+    """What a ControlNet gives and a U-Net takes: one for every skip connection, and one for the middle."""
+    channels, layers = config["block_out_channels"], config["layers_per_block"]
+    counts = [layers] * len(channels) if isinstance(layers, int) else layers
+    shapes = [(channels[0], 0)]
+    for level, (width, count) in enumerate(zip(channels, counts, strict=True)):
+        shapes += [(width, level)] * count
+        if level + 1 < len(channels):
+            shapes.append((width, level + 1))
+
+    def residual(name: str, width: int, level: int) -> TensorSpec:
+        sides = (scaled_symbol(side, Fraction(1, 2**level)) for side in SIZE)
+        return float_tensor(name, "batch", width, *sides)
+
+    return (
+        *(residual(f"{down}{index}", *shape) for index, shape in enumerate(shapes)),
+        residual(mid, channels[-1], len(channels) - 1),
+    )
+
+
+def controlnet_spec(family: Family, config: Config) -> ComponentSpec:
+    """The specification of a ControlNet.
+
+    Raises:
+        KeyError: the configuration lacks a field.
+    """
+    scale = Fraction(2 ** (len(config["conditioning_embedding_out_channels"]) - 1))
+    picture = (scaled_symbol(side, scale) for side in SIZE)
+    return ComponentSpec(
+        name=str(family.controlnet),
+        inputs=(
+            float_tensor("sample", "batch", config["in_channels"], *SIZE),
+            float_tensor(TIMESTEP, "steps"),
+            *_told_to_unet(family, config),
+            float_tensor(CONTROL, "batch", config["conditioning_channels"], *picture),
+        ),
+        outputs=_residuals(config, "down_block_res_samples.", "mid_block_res_sample"),
+    )
 
 
 def _unet(family: Family, config: Config) -> ComponentSpec:

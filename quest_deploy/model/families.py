@@ -59,6 +59,7 @@ class Family:
         denoiser: Folder of the denoiser, which is also the name of that component.
         denoiser_class: Class of a denoiser whose configuration names none.
         autoencoder: Folder of the autoencoder; None where the denoiser draws pixels.
+        controlnet: Folder of a network that adds to the denoiser's skip connections what it sees in a picture.
         text: The text encoders, in the order of their numbers; of a model, those that it has.
         prompting: How their outputs become what the denoiser is told: a function of
             :mod:`quest_deploy.model.conditioning`.
@@ -76,6 +77,7 @@ class Family:
     denoiser: str = "unet"
     denoiser_class: str
     autoencoder: str | None = None
+    controlnet: str | None = None
     text: tuple[TextPart, ...] = ()
     prompting: str = "last"
     negative_prompting: str | None = None
@@ -102,7 +104,7 @@ class Family:
         return (
             *self.text_encoders,
             self.denoiser,
-            *(() if self.autoencoder is None else (self.autoencoder,)),
+            *(name for name in (self.controlnet, self.autoencoder) if name is not None),
         )
 
     @property
@@ -132,6 +134,13 @@ FAMILIES = {
             pipeline="StableDiffusionPipeline",
             denoiser_class="UNet2DConditionModel",
             autoencoder="vae",
+            text=(TextPart(),),
+        ),
+        Family(
+            pipeline="StableDiffusionControlNetPipeline",
+            denoiser_class="UNet2DConditionModel",
+            autoencoder="vae",
+            controlnet="controlnet",
             text=(TextPart(),),
         ),
         Family(

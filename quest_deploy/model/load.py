@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from quest_deploy.artifacts import refuse_pickle
 from quest_deploy.errors import ModelLoadError
 from quest_deploy.model.components import (
+    ControlNet,
     Denoiser,
     TextEncoder,
     VaeDecoder,
@@ -52,6 +53,7 @@ class LoadedModel:
         scheduler: The model's own scheduler.
         text_encoders: Models of transformers, by component name; none for a model that reads no text.
         tokenizers: What goes with each, by the same names.
+        controlnet: `ControlNetModel`; None where no picture is looked at.
         vae: `AutoencoderKL` or `VQModel`; None where the denoiser draws pixels.
         classes: What a class-conditional model draws, else None.
         index: Content of ``model_index.json``; empty for a single file.
@@ -64,6 +66,7 @@ class LoadedModel:
     scheduler: Any
     text_encoders: Mapping[str, nn.Module] = field(default_factory=dict)
     tokenizers: Mapping[str, Any] = field(default_factory=dict)
+    controlnet: nn.Module | None = None
     vae: nn.Module | None = None
     classes: Classes | None = None
     index: Mapping[str, Any] = field(default_factory=dict)
@@ -255,6 +258,9 @@ def _loaded(path: Path, family: Family, index: Mapping[str, Any], pipeline: Any)
     text_encoders = {name: getattr(pipeline, name) for name in family.text_encoders}
     configs = {name: encoder.config.to_dict() for name, encoder in text_encoders.items()}
     configs[family.denoiser] = denoiser.config
+    controlnet = None if family.controlnet is None else getattr(pipeline, family.controlnet)
+    if family.controlnet is not None and controlnet is not None:
+        configs[family.controlnet] = controlnet.config
     if vae is not None:
         configs[VAE_DECODER] = vae.config
     return LoadedModel(
@@ -265,6 +271,7 @@ def _loaded(path: Path, family: Family, index: Mapping[str, Any], pipeline: Any)
         scheduler=pipeline.scheduler,
         text_encoders={name: parameters_frozen(encoder) for name, encoder in text_encoders.items()},
         tokenizers={part.name: getattr(pipeline, part.tokenizer) for part in family.text},
+        controlnet=None if controlnet is None else parameters_frozen(controlnet),
         vae=None if vae is None else parameters_frozen(vae),
         classes=read_classes(index, denoiser.config),
         index=index,
@@ -278,6 +285,9 @@ def wrap_components(model: LoadedModel) -> dict[str, nn.Module]:
         for name, encoder in model.text_encoders.items()
     }
     modules[model.family.denoiser] = Denoiser(model.denoiser, model.denoiser_spec)
+    if model.family.controlnet is not None and model.controlnet is not None:
+        spec = model.specs[model.family.controlnet]
+        modules[model.family.controlnet] = ControlNet(model.controlnet, spec)
     if model.vae is not None:
         modules[VAE_DECODER] = VaeDecoder(model.vae)
     return {name: parameters_frozen(module) for name, module in modules.items()}

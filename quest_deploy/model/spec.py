@@ -13,6 +13,7 @@ from typing import Any
 
 from quest_deploy.errors import ArtifactError, ModelLoadError
 from quest_deploy.model.denoisers import (
+    controlnet_spec,
     denoiser_spec,
     has_negative,
     is_resizable,
@@ -109,7 +110,7 @@ def config_paths(model_dir: Path) -> dict[str, Path]:
     The decoder's lies in ``vae/`` (or ``vqvae/``) in models and checkpoints, in ``vae_decoder/`` once exported.
     """
     family = family_of(model_dir)
-    names = (*family.text_encoders, family.denoiser)
+    names = [*family.text_encoders, family.denoiser, *([family.controlnet] if family.controlnet else [])]
     paths = {name: model_dir / name / "config.json" for name in names}
     if family.autoencoder is not None:
         exported = model_dir / VAE_DECODER / "config.json"
@@ -191,6 +192,8 @@ def make_spec(family: Family, name: str, config: Config) -> ComponentSpec:
     for part in family.text:
         if name == part.name:
             return _text_encoder(part, config)
+    if name == family.controlnet:
+        return controlnet_spec(family, config)
     return _vae_decoder(config) if name == VAE_DECODER else denoiser_spec(family, config)
 
 

@@ -2,13 +2,14 @@
 
 Symbols in shapes: ``batch`` (guidance doubles it for the denoiser), ``height`` and ``width`` (of the latents),
 ``image_tokens`` (of latents packed into tokens), ``sequence`` (text tokens), ``steps`` (1 or batch), ``image_height``
-and ``image_width`` (pixels).
+and ``image_width`` (pixels). A level of a U-Net has ``height_over_2``, a picture for a ControlNet ``height_times_8``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 TIMESTEP = "timestep"
@@ -41,3 +42,22 @@ def float_tensor(name: str, *shape: int | str) -> TensorSpec:
 def integer_tensor(name: str, *shape: int | str) -> TensorSpec:
     """An int64 tensor."""
     return TensorSpec(name=name, dtype="int64", shape=shape)
+
+
+OVER, TIMES = "_over_", "_times_"
+
+
+def scaled_symbol(symbol: str, factor: Fraction) -> str:
+    """The symbol of a dimension that is `factor` times another."""
+    if factor == 1:
+        return symbol
+    return f"{symbol}{TIMES}{factor}" if factor > 1 else f"{symbol}{OVER}{1 / factor}"
+
+
+def base_of(symbol: str) -> tuple[str, Fraction]:
+    """The inverse of :func:`scaled_symbol`."""
+    for sign in (OVER, TIMES):
+        base, found, number = symbol.partition(sign)
+        if found:
+            return base, Fraction(number) if sign == TIMES else 1 / Fraction(number)
+    return symbol, Fraction(1)

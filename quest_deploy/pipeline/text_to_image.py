@@ -19,6 +19,7 @@ from quest_deploy.engines.base import Closing, Engine
 from quest_deploy.errors import ConfigError
 from quest_deploy.model.components import Conditioning, denoiser_inputs, like_latents, unscaled
 from quest_deploy.model.conditioning import Conditioner, Outputs, TextEncoders, token_limit
+from quest_deploy.model.denoisers import CONTROL
 from quest_deploy.model.families import VAE_DECODER, Classes, Family
 from quest_deploy.model.spec import (
     ComponentSpec,
@@ -28,6 +29,7 @@ from quest_deploy.model.spec import (
     latent_size,
     vae_scale_factor,
 )
+from quest_deploy.pipeline.control import black_picture, controlled
 from quest_deploy.pipeline.parts import run_in_parts
 from quest_deploy.sampling import Flow, Step
 
@@ -157,6 +159,9 @@ class Pipeline(Closing):
     ) -> dict[str, Tensor]:
         """`conditioning` and what the denoiser is told of the image's size and the guidance scale, on `device`."""
         told = self.conditioner.complete(conditioning, latents, guidance_scale, negative=negative)
+        controlnet = self.engines.get(str(self.family.controlnet))
+        if controlnet is not None:
+            told.setdefault(CONTROL, black_picture(controlnet.spec, latents, told))
         return self._here(told)
 
     def _tell_if_cut(self, prompt: str) -> None:
@@ -271,6 +276,9 @@ class Pipeline(Closing):
             conditioning: What :meth:`complete` gave.
         """
         time = timestep.float() / self.family.timestep_divisor
+        controlnet = self.engines.get(str(self.family.controlnet))
+        if controlnet is not None:
+            conditioning = controlled(controlnet, sample, time, conditioning)
         return denoiser_inputs(self.denoiser_spec, sample, time, conditioning)
 
     def _denoiser(self, sample: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:

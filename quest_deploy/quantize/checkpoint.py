@@ -194,6 +194,8 @@ def parts(model: LoadedModel) -> dict[str, Any]:
     """Everything of a pipeline that has a folder of its own, by folder."""
     family = model.family
     found = {family.denoiser: model.denoiser, "scheduler": model.scheduler}
+    if family.controlnet is not None:
+        found[family.controlnet] = model.controlnet
     if family.autoencoder is not None:
         found[family.autoencoder] = model.vae
     for part in family.text:

@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from quest_deploy.model.components import Conditioning, call_denoiser
 from quest_deploy.model.load import LoadedModel
 from quest_deploy.model.spec import TIMESTEP, ComponentSpec, TensorSpec, latent_granularity, latent_size
+from quest_deploy.model.tensors import base_of
 from quest_deploy.quantize.insert import Role, quantizable_layers
 from quest_deploy.quantize.layers import TimestepContext
 
@@ -30,6 +31,7 @@ BATCH = 7
 TOKENS = 3
 IMAGE_TOKENS = 5
 GRANULES = 2
+STREAM_AXES = ("sequence", "image_tokens", "height")
 
 
 @dataclass(frozen=True)
@@ -330,8 +332,8 @@ def trace_denoiser(denoiser: nn.Module, spec: ComponentSpec) -> Trace:
 
 
 def _is_stream(tensor: TensorSpec) -> bool:
-    """Whether an input is a sequence of tokens."""
-    return "sequence" in tensor.shape or "image_tokens" in tensor.shape
+    """Whether an input is a sequence of tokens or a map of features."""
+    return any(isinstance(size, str) and base_of(size)[0] in STREAM_AXES for size in tensor.shape)
 
 
 def _role(
@@ -357,11 +359,15 @@ def example_inputs(spec: ComponentSpec, config: Any) -> dict[str, Tensor]:
     height, width = (min(size, GRANULES * granularity) for size in latent_size(config))
     sizes = {"batch": BATCH, "steps": BATCH, "sequence": TOKENS, "height": height, "width": width}
     sizes["image_tokens"] = IMAGE_TOKENS
+
+    def length(size: int | str) -> int:
+        if isinstance(size, int):
+            return size
+        base, factor = base_of(size)
+        return int(sizes[base] * factor)
+
     return {
-        tensor.name: torch.zeros(
-            [sizes[size] if isinstance(size, str) else size for size in tensor.shape],
-            dtype=getattr(torch, tensor.dtype),
-        )
+        tensor.name: torch.zeros([length(size) for size in tensor.shape], dtype=getattr(torch, tensor.dtype))
         for tensor in spec.inputs
     }
 

@@ -23,6 +23,7 @@ KINDS = (
     "sdxl",
     "lcm",
     "inpaint",
+    "controlnet",
     "pixart-alpha",
     "pixart-sigma",
     "sd3",
@@ -142,3 +143,57 @@ def test_a_cut_prompt_is_told_for_the_encoder_that_reads_most(
             assert "tokens" not in caplog.text
             pipeline.encode("z" * 600)
     assert "has 601 tokens, the model reads 511" in caplog.text
+
+
+def test_a_picture_is_looked_at_as_in_diffusers(
+    model_of: Callable[[str], Path], text_models: ModuleType
+) -> None:
+    picture = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(3))
+    expected = theirs(model_of("controlnet"), "controlnet")(
+        prompt=PROMPTS,
+        image=picture,
+        guidance_scale=3.0,
+        generator=sampling.generators_of(SEEDS),
+        num_inference_steps=2,
+        output_type="latent",
+    ).images
+    generators = sampling.generators_of(SEEDS)
+    with load_pipeline(model_of("controlnet")) as pipeline:
+        told, negative = (pipeline.encode(PROMPTS), pipeline.encode_negative(2))
+        got = pipeline.denoise(
+            sampling.draw_noise(generators, pipeline.latent_shape()),
+            told | {"controlnet_cond": picture},
+            negative | {"controlnet_cond": picture},
+            steps=2,
+            guidance_scale=3.0,
+            generators=generators,
+        )
+        black = ours(pipeline, steps=2, guidance_scale=3.0)
+    assert torch.equal(got, expected) and not torch.equal(got, black)
+
+
+def test_only_what_is_masked_is_drawn_anew_as_in_diffusers(model_of: Callable[[str], Path]) -> None:
+    generator = torch.Generator().manual_seed(3)
+    mask = (torch.rand(2, 1, 8, 8, generator=generator) > 0.5).float()
+    kept = torch.randn(2, 4, 8, 8, generator=generator)
+    expected = theirs(model_of("inpaint"), "inpaint")(
+        prompt=PROMPTS,
+        image=torch.zeros(2, 3, 16, 16),
+        mask_image=mask.repeat_interleave(2, 2).repeat_interleave(2, 3),
+        masked_image_latents=kept,
+        guidance_scale=3.0,
+        generator=sampling.generators_of(SEEDS),
+        num_inference_steps=2,
+        output_type="latent",
+    ).images
+    generators, given = sampling.generators_of(SEEDS), {"masked_latents": torch.cat([mask, kept], dim=1)}
+    with load_pipeline(model_of("inpaint")) as pipeline:
+        got = pipeline.denoise(
+            sampling.draw_noise(generators, pipeline.latent_shape()),
+            pipeline.encode(PROMPTS) | given,
+            pipeline.encode_negative(2) | given,
+            steps=2,
+            guidance_scale=3.0,
+            generators=generators,
+        )
+    assert torch.equal(got, expected)

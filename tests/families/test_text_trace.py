@@ -25,6 +25,7 @@ KINDS = {
     "sdxl-refiner": (*UNET, {"text_embeds", "time_ids"}),
     "lcm": (*UNET, {"timestep_cond"}),
     "inpaint": (*UNET, set()),
+    "controlnet": (*UNET, set()),
     "pixart-alpha": (*PIXART, set()),
     "pixart-sized": (*PIXART, {"resolution", "aspect_ratio"}),
     "sd3": (*JOINT, {"pooled_projections"}),

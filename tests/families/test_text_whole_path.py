@@ -23,6 +23,7 @@ KINDS = (
     "sdxl-refiner",
     "lcm",
     "inpaint",
+    "controlnet",
     "pixart-alpha",
     "pixart-sized",
     "pixart-sigma",

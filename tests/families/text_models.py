@@ -303,6 +303,30 @@ def inpaint() -> Any:
     )
 
 
+def controlnet() -> Any:
+    """A U-Net with a network that looks at a picture."""
+    from diffusers import (
+        ControlNetModel,
+        DDIMScheduler,
+        StableDiffusionControlNetPipeline,
+        UNet2DConditionModel,
+    )
+
+    unet = shaken(UNet2DConditionModel(**UNET, cross_attention_dim=HIDDEN))
+    network = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 8))
+    return StableDiffusionControlNetPipeline(
+        text_encoder=clip(),
+        tokenizer=clip_tokenizer(),
+        unet=unet,
+        controlnet=shaken(network),
+        vae=vae(),
+        scheduler=DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, steps_offset=1),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
 def gemma_tokenizer() -> Any:
     """A tokenizer of letters and bytes."""
     from transformers import GemmaTokenizer
@@ -373,6 +397,7 @@ TEXT_MAKERS: dict[str, Callable[[], Any]] = {
     "sd3": sd3,
     "sd35": sd35,
     "inpaint": inpaint,
+    "controlnet": controlnet,
     "sana": sana,
     "flux-dev": lambda: flux(guidance=True),
     "flux-schnell": lambda: flux(guidance=False),
@@ -381,6 +406,7 @@ PROMPTS = ("rocket", "pizza")
 UNBINNED = {"use_resolution_binning": False}
 # What diffusers' own call needs besides prompts, so that it draws at the model's size.
 CALLS: dict[str, dict[str, Any]] = {
+    "controlnet": {"image": torch.zeros(2, 3, 16, 16)},
     "pixart-alpha": UNBINNED,
     "pixart-sized": UNBINNED,
     "pixart-sigma": UNBINNED,
