@@ -14,7 +14,7 @@ from pathlib import Path
 from quest_deploy.config import BuildConfig, ShapeRange
 from quest_deploy.errors import ConfigError, EngineInputError
 from quest_deploy.model.denoisers import SIDE, is_packed
-from quest_deploy.model.families import VAE_DECODER
+from quest_deploy.model.families import VAE_DECODER, VAE_ENCODER
 from quest_deploy.model.spec import (
     ComponentSpec,
     classes_of,
@@ -83,6 +83,7 @@ def dimension_ranges(
             **latents,
         },
         VAE_DECODER: {"batch": batch, **latents},
+        VAE_ENCODER: {"batch": batch, **latents},
     }
     for name in family.text_encoders:
         ranges[name] = {"batch": ShapeRange(min=1, opt=batch.opt, max=2 * batch.max), "sequence": LONG_TEXT}

@@ -193,6 +193,29 @@ class VaeDecoder(nn.Module):
         return (self.vae.decode(latent_sample, return_dict=False)[0],)
 
 
+class VaeEncoder(nn.Module):
+    """Autoencoder's encoder: pixels in [-1, 1] -> mean and logarithm of the variance of unscaled latents."""
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, sample: Tensor) -> tuple[Tensor]:
+        """`sample` [b, 3, H, W] -> `latent_parameters` [b, 2 c, h, w]."""
+        return (self.vae.encode(sample, return_dict=False)[0].parameters,)
+
+
+def scaled(config: Mapping[str, Any], latents: Tensor) -> Tensor:
+    """The inverse of :func:`unscaled`."""
+    mean, deviation = config.get("latents_mean"), config.get("latents_std")
+    if mean is not None and deviation is not None:
+        shape = (1, -1, 1, 1)
+        centred = latents - torch.tensor(mean).view(shape).to(latents)
+        return centred * config["scaling_factor"] / torch.tensor(deviation).view(shape).to(latents)
+    shift = config.get("shift_factor")
+    return (latents if shift is None else latents - shift) * config["scaling_factor"]
+
+
 def unscaled(config: Mapping[str, Any], latents: Tensor) -> Tensor:
     """What the decoder of an autoencoder of that configuration is given for `latents` [b, c, h, w].
 

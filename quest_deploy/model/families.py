@@ -14,11 +14,14 @@ from quest_deploy.errors import ConfigError
 
 TEXT_ENCODER = "text_encoder"
 VAE_DECODER = "vae_decoder"
+VAE_ENCODER = "vae_encoder"
 
 # What T5 reads in Stable Diffusion 3; models without it have zeros in its place.
 JOINT_T5_TOKENS = 256
 # What Sana's denoiser is told of; its text encoder reads instructions before them.
 SANA_TOKENS = 300
+# The class of the refiner of Stable Diffusion XL.
+REFINER = "StableDiffusionXLImg2ImgPipeline"
 
 TextKind = Literal["clip", "clip-projection", "t5", "gemma"]
 """`CLIPTextModel`, `CLIPTextModelWithProjection`, `T5EncoderModel`, `Gemma2Model`."""
@@ -59,6 +62,7 @@ class Family:
         denoiser: Folder of the denoiser, which is also the name of that component.
         denoiser_class: Class of a denoiser whose configuration names none.
         autoencoder: Folder of the autoencoder; None where the denoiser draws pixels.
+        reads_images: Whether the autoencoder's encoder is a component too, for images to start from.
         controlnet: Folder of a network that adds to the denoiser's skip connections what it sees in a picture.
         text: The text encoders, in the order of their numbers; of a model, those that it has.
         prompting: How their outputs become what the denoiser is told: a function of
@@ -77,6 +81,7 @@ class Family:
     denoiser: str = "unet"
     denoiser_class: str
     autoencoder: str | None = None
+    reads_images: bool = False
     controlnet: str | None = None
     text: tuple[TextPart, ...] = ()
     prompting: str = "last"
@@ -147,6 +152,7 @@ FAMILIES = {
             pipeline="StableDiffusionInpaintPipeline",
             denoiser_class="UNet2DConditionModel",
             autoencoder="vae",
+            reads_images=True,
             text=(TextPart(),),
         ),
         Family(
@@ -160,6 +166,7 @@ FAMILIES = {
                 pipeline=pipeline,
                 denoiser_class="UNet2DConditionModel",
                 autoencoder="vae",
+                reads_images=pipeline == REFINER,
                 text=(
                     TextPart(hidden_states=True, optional=True),
                     TextPart(name="text_encoder_2", kind="clip-projection", hidden_states=True),
@@ -167,8 +174,7 @@ FAMILIES = {
                 prompting="penultimate",
                 zero_negative=True,
             )
-            # The second is the class of the refiner.
-            for pipeline in ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline")
+            for pipeline in ("StableDiffusionXLPipeline", REFINER)
         ),
         Family(
             pipeline="DiTPipeline",

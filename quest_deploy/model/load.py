@@ -20,11 +20,12 @@ from quest_deploy.model.components import (
     Denoiser,
     TextEncoder,
     VaeDecoder,
+    VaeEncoder,
     first_device,
     parameters_frozen,
 )
 from quest_deploy.model.conditioning import Conditioner, Outputs, TextEncoders
-from quest_deploy.model.families import FAMILIES, VAE_DECODER, Classes, Family, read_classes
+from quest_deploy.model.families import FAMILIES, VAE_DECODER, VAE_ENCODER, Classes, Family, read_classes
 from quest_deploy.model.spec import (
     ComponentSpec,
     component_specs,
@@ -95,7 +96,8 @@ class LoadedModel:
     @property
     def patch(self) -> int:
         """Latents along one side of what the denoiser cuts them into."""
-        return latent_granularity(self.denoiser.config)
+        config: Any = self.denoiser.config
+        return latent_granularity(config)
 
     def denoiser_time(self, timestep: Tensor) -> Tensor:
         """The scheduler's timestep as the denoiser is told it, float32."""
@@ -263,6 +265,8 @@ def _loaded(path: Path, family: Family, index: Mapping[str, Any], pipeline: Any)
         configs[family.controlnet] = controlnet.config
     if vae is not None:
         configs[VAE_DECODER] = vae.config
+        if family.reads_images:
+            configs[VAE_ENCODER] = vae.config
     return LoadedModel(
         path=path,
         family=family,
@@ -290,6 +294,8 @@ def wrap_components(model: LoadedModel) -> dict[str, nn.Module]:
         modules[model.family.controlnet] = ControlNet(model.controlnet, spec)
     if model.vae is not None:
         modules[VAE_DECODER] = VaeDecoder(model.vae)
+        if model.family.reads_images:
+            modules[VAE_ENCODER] = VaeEncoder(model.vae)
     return {name: parameters_frozen(module) for name, module in modules.items()}
 
 

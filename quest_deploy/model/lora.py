@@ -41,6 +41,11 @@ def _pipeline(model: LoadedModel) -> Any:
     pipeline_class = getattr(diffusers, model.family.pipeline)
     if not hasattr(pipeline_class, "load_lora_weights"):
         raise ConfigError(f"{model.family.pipeline} takes no LoRA; leave --lora out")
+    if model.family.pipeline != "StableDiffusionPipeline":
+        raise ConfigError(
+            f"merging a LoRA into a {model.family.pipeline} is not supported yet; "
+            "merge it with diffusers (fuse_lora), save the model, and finetune that"
+        )
     return pipeline_class(
         unet=model.denoiser,
         vae=model.vae,

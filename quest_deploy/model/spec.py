@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from quest_deploy.model.denoisers import (
 from quest_deploy.model.families import (
     FAMILIES,
     VAE_DECODER,
+    VAE_ENCODER,
     Classes,
     Family,
     TextPart,
@@ -36,6 +38,7 @@ from quest_deploy.model.tensors import (
     TensorSpec,
     float_tensor,
     integer_tensor,
+    scaled_symbol,
 )
 
 __all__ = [
@@ -115,6 +118,8 @@ def config_paths(model_dir: Path) -> dict[str, Path]:
     if family.autoencoder is not None:
         exported = model_dir / VAE_DECODER / "config.json"
         paths[VAE_DECODER] = exported if exported.exists() else model_dir / family.autoencoder / "config.json"
+        if family.reads_images:
+            paths[VAE_ENCODER] = paths[VAE_DECODER]
     return paths
 
 
@@ -182,6 +187,19 @@ def _vae_decoder(config: Config) -> ComponentSpec:
     )
 
 
+def _vae_encoder(config: Config) -> ComponentSpec:
+    scale = Fraction(vae_scale_factor(config))
+    picture = (scaled_symbol(side, scale) for side in ("height", "width"))
+    return ComponentSpec(
+        name=VAE_ENCODER,
+        inputs=(float_tensor("sample", "batch", config["in_channels"], *picture),),
+        # Mean and logarithm of the variance.
+        outputs=(
+            float_tensor("latent_parameters", "batch", 2 * config["latent_channels"], "height", "width"),
+        ),
+    )
+
+
 def make_spec(family: Family, name: str, config: Config) -> ComponentSpec:
     """The specification of one component.
 
@@ -192,6 +210,8 @@ def make_spec(family: Family, name: str, config: Config) -> ComponentSpec:
     for part in family.text:
         if name == part.name:
             return _text_encoder(part, config)
+    if name == VAE_ENCODER:
+        return _vae_encoder(config)
     if name == family.controlnet:
         return controlnet_spec(family, config)
     return _vae_decoder(config) if name == VAE_DECODER else denoiser_spec(family, config)

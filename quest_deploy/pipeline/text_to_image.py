@@ -17,10 +17,10 @@ from torch import Tensor
 from quest_deploy import sampling
 from quest_deploy.engines.base import Closing, Engine
 from quest_deploy.errors import ConfigError
-from quest_deploy.model.components import Conditioning, denoiser_inputs, like_latents, unscaled
+from quest_deploy.model.components import Conditioning, denoiser_inputs, like_latents, scaled, unscaled
 from quest_deploy.model.conditioning import Conditioner, Outputs, TextEncoders, token_limit
 from quest_deploy.model.denoisers import CONTROL
-from quest_deploy.model.families import VAE_DECODER, Classes, Family
+from quest_deploy.model.families import REFINER, VAE_DECODER, VAE_ENCODER, Classes, Family
 from quest_deploy.model.spec import (
     ComponentSpec,
     is_resizable,
@@ -293,6 +293,21 @@ class Pipeline(Closing):
         if VAE_DECODER in self.engines:
             pixels = run_in_parts(self.engines[VAE_DECODER], latent_sample=self.unscaled(pixels))["sample"]
         return (pixels * 0.5 + 0.5).clamp(0, 1)
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Images float32 [n, 3, H, W] in [0, 1] -> their most likely latents, [n, c, h, w].
+
+        Raises:
+            ConfigError: the model has no component that reads images.
+        """
+        if VAE_ENCODER not in self.engines:
+            raise ConfigError(
+                f"a {self.family.pipeline} reads no images; give one of StableDiffusionInpaintPipeline or {REFINER}"
+            )
+        pixels = images.to(self.device) * 2 - 1
+        found = run_in_parts(self.engines[VAE_ENCODER], sample=pixels)["latent_parameters"]
+        return scaled(self.configs[VAE_DECODER], found.chunk(2, dim=1)[0])
 
     def unscaled(self, latents: Tensor) -> Tensor:
         """What the decoder is given for `latents`."""

@@ -13,6 +13,7 @@ import torch
 
 from quest_deploy import sampling
 from quest_deploy.config import GenerateConfig
+from quest_deploy.errors import ConfigError
 from quest_deploy.model.packing import unpack
 from quest_deploy.pipeline import Pipeline, generate, load_pipeline
 
@@ -20,6 +21,7 @@ SEEDS, STEPS = [5, 9], 3
 PROMPTS = ["a red heart", "Pizza 7"]
 # The refiner of diffusers starts from an image; nothing there tells a PixArt of this size about its size.
 KINDS = (
+    "sd2",
     "sdxl",
     "lcm",
     "inpaint",
@@ -197,3 +199,14 @@ def test_only_what_is_masked_is_drawn_anew_as_in_diffusers(model_of: Callable[[s
             generators=generators,
         )
     assert torch.equal(got, expected)
+
+
+def test_latents_of_an_image_are_those_of_diffusers(model_of: Callable[[str], Path]) -> None:
+    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(3))
+    vae = theirs(model_of("sdxl-refiner"), "sdxl-refiner").vae
+    with torch.no_grad():
+        expected = vae.encode(images * 2 - 1).latent_dist.mode() * vae.config.scaling_factor
+    with load_pipeline(model_of("sdxl-refiner")) as pipeline:
+        assert torch.equal(pipeline.encode_images(images), expected)
+    with load_pipeline(model_of("sdxl")) as pipeline, pytest.raises(ConfigError, match="reads no images"):
+        pipeline.encode_images(images)

@@ -21,6 +21,7 @@ FLUX = ({"x_embedder", "proj_out"}, NORMS)
 SANA = ({"patch_embed.proj", "proj_out"}, ("timestep_embedder.", "time_embed.linear"))
 # Both ends, what carries time, and what else that depends on.
 KINDS = {
+    "sd2": (*UNET, set()),
     "sdxl": (*UNET, {"text_embeds", "time_ids"}),
     "sdxl-refiner": (*UNET, {"text_embeds", "time_ids"}),
     "lcm": (*UNET, {"timestep_cond"}),

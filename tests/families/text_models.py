@@ -286,6 +286,25 @@ def flux(*, guidance: bool) -> Any:
     )
 
 
+def sd2() -> Any:
+    """As Stable Diffusion 2.x: linear projections, heads of one width, a velocity for prediction."""
+    from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+
+    heads = {"attention_head_dim": (2, 4), "use_linear_projection": True, "cross_attention_dim": HIDDEN}
+    return StableDiffusionPipeline(
+        text_encoder=clip(),
+        tokenizer=clip_tokenizer(),
+        unet=shaken(UNet2DConditionModel(**(UNET | heads))),
+        vae=vae(),
+        scheduler=DDIMScheduler(
+            beta_schedule="scaled_linear", clip_sample=False, steps_offset=1, prediction_type="v_prediction"
+        ),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
 def inpaint() -> Any:
     """A U-Net of nine channels: latents, a mask, and the latents of what is not masked."""
     from diffusers import DDIMScheduler, StableDiffusionInpaintPipeline, UNet2DConditionModel
@@ -388,6 +407,7 @@ def sana() -> Any:
 
 
 TEXT_MAKERS: dict[str, Callable[[], Any]] = {
+    "sd2": sd2,
     "sdxl": sdxl,
     "sdxl-refiner": sdxl_refiner,
     "lcm": lcm,
