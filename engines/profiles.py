@@ -13,19 +13,26 @@ from pathlib import Path
 
 from quest_deploy.config import BuildConfig, ShapeRange
 from quest_deploy.errors import ConfigError, EngineInputError
-from quest_deploy.model.families import TEXT_ENCODER, VAE_DECODER
+from quest_deploy.model.denoisers import SIDE, is_packed
+from quest_deploy.model.families import VAE_DECODER, VAE_ENCODER
 from quest_deploy.model.spec import (
     ComponentSpec,
     classes_of,
     component_configs,
     component_specs,
     family_of,
+    has_negative,
+    is_resizable,
     latent_granularity,
     latent_size,
+    token_count,
     vae_scale_factor,
 )
+from quest_deploy.model.tensors import base_of
 
 Shape = tuple[int, ...]
+# Tokens of a text encoder that takes any number of them: a negative prompt up to instructions and a prompt.
+LONG_TEXT = ShapeRange(min=1, opt=512, max=1024)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,12 +69,12 @@ def dimension_ranges(
     """The range of every symbolic dimension, by component: the same symbol means another range in each.
 
     The denoiser's batch starts at 1 (one image without guidance) and ends at twice the largest image batch, if the
-    model knows guidance; its optimum is the guided one. The text encoder takes prompts and negative ones in one call.
+    model knows guidance; its optimum is the guided one. A text encoder takes prompts and negative ones in one call.
     """
     family, classes = family_of(model_dir), classes_of(model_dir)
     latents = latent_ranges(model_dir, specs[family.denoiser], config)
     batch = config.batch
-    branches = 2 if family.has_text or (classes is not None and classes.null is not None) else 1
+    branches = 2 if has_negative(family, classes, specs[family.denoiser]) else 1
     ranges = {
         family.denoiser: {
             "batch": ShapeRange(min=batch.min, opt=branches * batch.opt, max=branches * batch.max),
@@ -76,19 +83,16 @@ def dimension_ranges(
             **latents,
         },
         VAE_DECODER: {"batch": batch, **latents},
+        VAE_ENCODER: {"batch": batch, **latents},
     }
+    for name in family.text_encoders:
+        ranges[name] = {"batch": ShapeRange(min=1, opt=batch.opt, max=2 * batch.max), "sequence": LONG_TEXT}
     if family.has_text:
-        tokens = _token_count(specs[TEXT_ENCODER])
-        ranges[TEXT_ENCODER] = {"batch": ShapeRange(min=1, opt=batch.opt, max=2 * batch.max)}
+        tokens = token_count(family, specs)
         ranges[family.denoiser]["sequence"] = ShapeRange(min=tokens, opt=tokens, max=tokens)
+    if family.controlnet is not None:
+        ranges[family.controlnet] = ranges[family.denoiser]
     return ranges
-
-
-def _token_count(text_encoder: ComponentSpec) -> int:
-    tokens = text_encoder.inputs[0].shape[1]
-    if not isinstance(tokens, int):
-        raise TypeError(f"text encoder takes a dynamic number of tokens ({tokens}), expected a fixed one")
-    return tokens
 
 
 def latent_ranges(model_dir: Path, denoiser: ComponentSpec, config: BuildConfig) -> dict[str, ShapeRange]:
@@ -102,7 +106,7 @@ def latent_ranges(model_dir: Path, denoiser: ComponentSpec, config: BuildConfig)
     scale = vae_scale_factor(configs.get(VAE_DECODER))
     # An exported U-Net doubles what it halved: latents that leave a remainder no longer fit their skip connections.
     step = scale * latent_granularity(denoiser_config)
-    resizable = isinstance(denoiser.inputs[0].shape[-1], str)
+    resizable = is_resizable(denoiser)
     ranges = {}
     for axis, own in zip(("height", "width"), latent_size(denoiser_config), strict=True):
         wanted: ShapeRange | None = getattr(config, axis)
@@ -113,6 +117,12 @@ def latent_ranges(model_dir: Path, denoiser: ComponentSpec, config: BuildConfig)
             )
         _check_multiple(axis, pixels, step)
         ranges[axis] = ShapeRange(min=pixels.min // scale, opt=pixels.opt // scale, max=pixels.max // scale)
+    if is_packed(denoiser_config):
+        edges = {
+            edge: math.prod(getattr(size, edge) // SIDE for size in ranges.values())
+            for edge in ("min", "opt", "max")
+        }
+        ranges["image_tokens"] = ShapeRange(**edges)
     return ranges
 
 
@@ -131,7 +141,11 @@ def profile_of(spec: ComponentSpec, ranges: Mapping[str, ShapeRange]) -> dict[st
     """The shapes of every input of `spec`, with `ranges` put in for its symbols."""
 
     def shape(dimensions: Sequence[int | str], edge: str) -> Shape:
-        return tuple(size if isinstance(size, int) else getattr(ranges[size], edge) for size in dimensions)
+        return tuple(size if isinstance(size, int) else length(size, edge) for size in dimensions)
+
+    def length(symbol: str, edge: str) -> int:
+        base, factor = base_of(symbol)
+        return int(getattr(ranges[base], edge) * factor)
 
     return {
         tensor.name: InputRange(

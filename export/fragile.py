@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnx
@@ -14,12 +15,12 @@ from onnx import helper, numpy_helper
 
 from quest_deploy.export.passes.lower_precision import DTYPES, FLOAT, narrowed, stays_float
 from quest_deploy.metrics import snr_db
-from quest_deploy.model.components import denoiser_inputs
-from quest_deploy.model.families import TEXT_ENCODER, VAE_DECODER, choose_prompts
+from quest_deploy.model.components import denoiser_inputs, unscaled
+from quest_deploy.model.conditioning.text import tokenize
+from quest_deploy.model.families import VAE_DECODER, choose_prompts
 from quest_deploy.model.load import LoadedModel
 from quest_deploy.prompts import load_prompts
 from quest_deploy.quantize import calibrate
-from quest_deploy.quantize.static import unscaled
 
 # What is left of normally distributed numbers after rounding to the type: 6 dB for each bit of the significand.
 ROUNDING_SNR_DB = {"fp16": 72.0, "bf16": 54.0}
@@ -32,7 +33,10 @@ Arrays = Mapping[str, np.ndarray]
 
 @torch.no_grad()
 def sample_inputs(model: LoadedModel) -> dict[str, list[dict[str, np.ndarray]]]:
-    """What the components are given while a few images are drawn, by component: a list of inputs by name."""
+    """What the components are given while a few images are drawn, by component: a list of inputs by name.
+
+    Components that do not run then (an encoder of images, a ControlNet) have none.
+    """
     default = load_prompts()[:PROMPTS]
     prompts = choose_prompts(model.family, model.classes, (), default=default, count=PROMPTS)
     data = calibrate.record_trajectories(
@@ -44,10 +48,12 @@ def sample_inputs(model: LoadedModel) -> dict[str, list[dict[str, np.ndarray]]]:
         sample, timestep, conditioning = data.inputs(every, torch.full_like(every, step))
         given = denoiser_inputs(model.denoiser_spec, sample, timestep, conditioning)
         inputs[model.family.denoiser].append({name: value.numpy() for name, value in given.items()})
-    if model.text_encoder is not None:
-        inputs[TEXT_ENCODER] = [{"input_ids": calibrate.tokenize(model.tokenizer, prompts).numpy()}]
+    for part in model.family.text:
+        tokens = tokenize(part, model.tokenizers[part.name], prompts)
+        inputs[part.name] = [{name: value.numpy() for name, value in tokens.items()}]
     if model.vae is not None:
-        inputs[VAE_DECODER] = [{"latent_sample": unscaled(model.vae, data.latents[:, -1]).numpy()}]
+        vae: Any = model.vae
+        inputs[VAE_DECODER] = [{"latent_sample": unscaled(vae.config, data.latents[:, -1]).numpy()}]
     return inputs
 
 

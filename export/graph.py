@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import onnx_ir as ir
@@ -26,9 +26,10 @@ from quest_deploy.export.passes.remove_no_ops import RemoveNoOps
 from quest_deploy.export.passes.strip_metadata import StripMetadata
 from quest_deploy.export.passes.unshare_dequantize import UnshareDequantize
 from quest_deploy.export.qdq import translation_table
-from quest_deploy.export.wrap import traceable
-from quest_deploy.model.components import Denoiser
+from quest_deploy.export.wrap import keep_tiny_addends, remove_idle_squeezes, traceable
+from quest_deploy.model.components import ControlNet, Denoiser
 from quest_deploy.model.spec import ComponentSpec, TensorSpec
+from quest_deploy.model.tensors import base_of
 
 logger = logging.getLogger(__name__)
 
@@ -79,9 +80,13 @@ def component_graph(
             program = torch.export.export(
                 module,
                 tuple(_example(tensor, granularity) for tensor in spec.inputs),
-                dynamic_shapes=_dynamic_shapes(spec, granularity, variadic=isinstance(module, Denoiser)),
+                dynamic_shapes=_dynamic_shapes(
+                    spec, granularity, variadic=isinstance(module, Denoiser | ControlNet)
+                ),
                 strict=False,
             )
+            remove_idle_squeezes(program.graph_module)
+            keep_tiny_addends(program.graph_module)
             exported = torch.onnx.export(
                 program,
                 dynamo=True,
@@ -153,9 +158,15 @@ def _example(tensor: TensorSpec, granularity: int) -> Tensor:
         "height": EXAMPLE_HEIGHT * granularity,
         "width": EXAMPLE_WIDTH * granularity,
         "sequence": 8,
+        "image_tokens": EXAMPLE_HEIGHT * EXAMPLE_WIDTH,
     }
-    shape = [size if isinstance(size, int) else sizes[size] for size in tensor.shape]
+    shape = [size if isinstance(size, int) else _scaled(size, sizes) for size in tensor.shape]
     return torch.zeros(shape, dtype=getattr(torch, tensor.dtype))
+
+
+def _scaled(symbol: str, sizes: Mapping[str, int]) -> int:
+    base, factor = base_of(symbol)
+    return int(sizes[base] * factor)
 
 
 def _dynamic_shapes(spec: ComponentSpec, granularity: int, *, variadic: bool) -> tuple[Any, ...]:
@@ -163,15 +174,23 @@ def _dynamic_shapes(spec: ComponentSpec, granularity: int, *, variadic: bool) ->
     symbols = {
         "batch": batch,
         "steps": batch,
-        "height": granularity * Dim("height_granules", max=MAX_GRANULES),
-        "width": granularity * Dim("width_granules", max=MAX_GRANULES),
         "sequence": Dim("sequence"),
+        "image_tokens": Dim("image_tokens"),
     }
+    granules = {
+        "height": Dim("height_granules", max=MAX_GRANULES),
+        "width": Dim("width_granules", max=MAX_GRANULES),
+    }
+
+    def dimension(size: str) -> Any:
+        base, factor = base_of(size)
+        return int(factor * granularity) * granules[base] if base in granules else symbols[base]
+
     shapes = tuple(
-        {axis: symbols[size] for axis, size in enumerate(tensor.shape) if isinstance(size, str)}
+        {axis: dimension(size) for axis, size in enumerate(tensor.shape) if isinstance(size, str)}
         for tensor in spec.inputs
     )
-    # A denoiser takes its inputs as one variadic argument.
+    # Denoisers and ControlNets take their inputs as one variadic argument.
     return (shapes,) if variadic else shapes
 
 

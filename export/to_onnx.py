@@ -19,8 +19,15 @@ from quest_deploy.errors import ExportError
 from quest_deploy.export.check import GraphSummary, check_file
 from quest_deploy.export.fragile import Arrays, fragile_nodes, sample_inputs
 from quest_deploy.export.graph import component_graph
+from quest_deploy.model.families import VAE_DECODER
 from quest_deploy.model.load import LoadedModel, load_model, wrap_components
-from quest_deploy.model.spec import ComponentSpec, config_paths, family_of, latent_granularity
+from quest_deploy.model.spec import (
+    ComponentSpec,
+    config_paths,
+    decoder_granularity,
+    family_of,
+    latent_granularity,
+)
 from quest_deploy.quantize.weight_only import drop_activation_quantizers
 
 logger = logging.getLogger(__name__)
@@ -68,7 +75,12 @@ def export(
             drop_activation_quantizers(model.denoiser)
         specs = model.specs
         modules = wrap_components(model)
-        denoiser_config: Any = model.denoiser.config
+        denoiser, vae = model.denoiser, model.vae
+        granularities = {model.family.denoiser: latent_granularity(config_of(denoiser))}
+        if model.family.controlnet is not None:
+            granularities[model.family.controlnet] = granularities[model.family.denoiser]
+        if vae is not None:
+            granularities[VAE_DECODER] = decoder_granularity(config_of(vae))
         components: dict[str, Any] = {}
         samples = {} if config.dtype == "fp32" else sample_inputs(model)
         for done, (name, spec) in enumerate(specs.items()):
@@ -82,7 +94,7 @@ def export(
                 spec,
                 writer.path / name / MODEL_FILE,
                 config,
-                granularity=latent_granularity(denoiser_config) if name == model.family.denoiser else 1,
+                granularity=granularities.get(name, 1),
                 quantized_layers=len(quantized),
                 weight_only_layers=len(weight_only),
                 samples=samples.get(name, ()),
@@ -104,6 +116,11 @@ def export(
         )
         _report(progress, len(specs), len(specs), "done")
     return read_artifact(output, stage=STAGE)
+
+
+def config_of(module: nn.Module) -> Any:
+    """The configuration of a module of diffusers."""
+    return module.config
 
 
 def export_component(
@@ -135,6 +152,8 @@ def export_component(
     fragile: dict[str, float] = {}
 
     def find_fragile(model: ir.Model) -> dict[str, float]:
+        if not samples:
+            logger.warning("%s: not run by sampling, so which operators need float32 is not known", spec.name)
         fragile.update(fragile_nodes(model, samples, config.dtype))
         return fragile
 

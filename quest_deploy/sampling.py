@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,6 +34,7 @@ SCHEDULERS = {
     "dpm++-single": "DPMSolverSinglestepScheduler",
     "deis": "DEISMultistepScheduler",
     "unipc": "UniPCMultistepScheduler",
+    "lcm": "LCMScheduler",
     "flow-euler": "FlowMatchEulerDiscreteScheduler",
 }
 """Short names; the diffusers class names are accepted as well."""
@@ -90,14 +92,62 @@ def is_flow(class_name: str) -> bool:
     return class_name.startswith("FlowMatch")
 
 
-def timesteps(scheduler: Any, steps: int, device: torch.device | None = None) -> Tensor:
+@dataclass(frozen=True, kw_only=True)
+class Flow:
+    """How a flow's noise levels follow from the number of steps and the size of the image.
+
+    Attributes:
+        patch: Latents along one side of an image token.
+        even_sigmas: Whether they are spread evenly from 1 to 1 / steps, and only then shifted.
+    """
+
+    patch: int = 1
+    even_sigmas: bool = False
+
+    def options(self, scheduler: Any, steps: int, size: Sequence[int]) -> dict[str, Any]:
+        """What `set_timesteps` is given; `size` is the latents' height and width."""
+        settings = scheduler.config
+        options: dict[str, Any] = {"num_inference_steps": steps}
+        if self.even_sigmas and not settings.get("use_flow_sigmas"):
+            options = {"sigmas": np.linspace(1.0, 1 / steps, steps)}
+        if settings.get("use_dynamic_shifting"):
+            tokens = (size[-2] // self.patch) * (size[-1] // self.patch)
+            options["mu"] = image_shift(settings, tokens)
+        return options
+
+
+PLAIN = Flow()
+
+
+def image_shift(settings: Any, tokens: int) -> float:
+    """mu, linear in the number of image tokens: larger images need more noise (arXiv 2403.03206, section 5.3.2)."""
+    few, many = settings["base_image_seq_len"], settings["max_image_seq_len"]
+    slope = (settings["max_shift"] - settings["base_shift"]) / (many - few)
+    return float(tokens * slope + (settings["base_shift"] - slope * few))
+
+
+def timesteps(
+    scheduler: Any,
+    steps: int,
+    device: torch.device | None = None,
+    *,
+    flow: Flow = PLAIN,
+    size: Sequence[int] = (1, 1),
+) -> Tensor:
     """Set a scheduler's timesteps and return them; some schedulers visit more than `steps`.
+
+    Args:
+        scheduler: A scheduler of diffusers.
+        steps: Number of denoising steps.
+        device: Where its tensors are put.
+        flow: How a flow's noise levels are made.
+        size: The latents' height and width, which some flows' noise levels depend on.
 
     Raises:
         ConfigError: the scheduler cannot do that many.
     """
     try:
-        scheduler.set_timesteps(steps, device=device)
+        scheduler.set_timesteps(**flow.options(scheduler, steps, size), device=device)
     except (ValueError, IndexError) as error:
         raise ConfigError(
             f"{type(scheduler).__name__} cannot make a schedule of {steps} steps ({str(error).strip()}); "
@@ -166,6 +216,7 @@ def denoise(
     *,
     steps: int,
     guidance_scale: float,
+    flow: Flow = PLAIN,
     generators: Sequence[torch.Generator] | None = None,
     callback: Callable[[Step], None] | None = None,
 ) -> Tensor:
@@ -179,13 +230,14 @@ def denoise(
         negative: What it is told for the negative branch; None where the model has none.
         steps: Number of denoising steps.
         guidance_scale: Up to 1 means no guidance.
+        flow: How a flow's noise levels are made.
         generators: One for each image, for schedulers that draw noise at every step.
         callback: Called once each step.
 
     Returns:
         Latents, [n, c, h, w].
     """
-    schedule = timesteps(scheduler, steps, noise.device)
+    schedule = timesteps(scheduler, steps, noise.device, flow=flow, size=noise.shape[-2:])
     extra = {}
     if generators is not None and "generator" in inspect.signature(scheduler.step).parameters:
         extra["generator"] = list(generators)

@@ -5,29 +5,81 @@ The exporter traces them and the torch backend runs them, so that both rungs of 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from quest_deploy.model.spec import TIMESTEP, ComponentSpec
+from quest_deploy.model.denoisers import DOWN_RESIDUAL, is_packed
+from quest_deploy.model.packing import pack, positions, unpack
+from quest_deploy.model.tensors import TIMESTEP, ComponentSpec
 
 Conditioning = Mapping[str, Tensor]
 """What a denoiser is told besides latents and timestep: [n, ...] by input name; empty where it is told nothing."""
 
 
-class TextEncoder(nn.Module):
-    """CLIP text model: token ids -> hidden states."""
+# Inputs that diffusers takes in one mapping, `added_cond_kwargs`.
+ADDED_CONDITIONS = ("text_embeds", "time_ids", "resolution", "aspect_ratio")
+# What an inpainting denoiser is told in channels beside the latents: a mask, and the latents of what is not masked.
+MASKED = "masked_latents"
+HIDDEN_STATES = "hidden_states."
+CLIP_OUTPUTS = ("last_hidden_state", "pooler_output")
 
-    def __init__(self, text_encoder: nn.Module) -> None:
+
+class TextEncoder(nn.Module):
+    """Text model of transformers: token ids -> hidden states.
+
+    Args:
+        text_encoder: The module.
+        outputs: Names of those of its outputs that are given; ``hidden_states.3`` is the output of the third layer.
+    """
+
+    def __init__(self, text_encoder: nn.Module, outputs: Sequence[str] = CLIP_OUTPUTS) -> None:
         super().__init__()
         self.text_encoder = text_encoder
+        self.outputs = tuple(outputs)
+        self.options: dict[str, Any] = {}
+        if any(map(_is_inner, outputs)):
+            self.options["output_hidden_states"] = True
+        if "use_cache" in inspect.signature(text_encoder.forward).parameters:
+            # Of a language model, which is not asked for a next token.
+            self.options["use_cache"] = False
 
-    def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """`input_ids` int64 [b, l] -> `last_hidden_state` [b, l, d], `pooler_output` [b, d]."""
-        output = self.text_encoder(input_ids)
-        return output.last_hidden_state, output.pooler_output
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, ...]:
+        """`input_ids` int64 [b, l], and where the model reads one its mask -> `outputs`, [b, l, d] or [b, d]."""
+        options: dict[str, Any] = dict(self.options)
+        if attention_mask is not None:
+            options["attention_mask"] = attention_mask
+        output = self.text_encoder(input_ids, **options)
+        return tuple(
+            output.hidden_states[int(name.removeprefix(HIDDEN_STATES))]
+            if _is_inner(name)
+            else getattr(output, name)
+            for name in self.outputs
+        )
+
+
+def _is_inner(name: str) -> bool:
+    return name.startswith(HIDDEN_STATES)
+
+
+def expanded(timestep: Tensor, sample: Tensor) -> Tensor:
+    """A timestep for each sample: one for a batch makes another product, in the last bits."""
+    return timestep if timestep.shape[0] == sample.shape[0] else timestep.expand(sample.shape[0])
+
+
+def diffusers_arguments(conditioning: Conditioning) -> dict[str, Any]:
+    """Tensors by input name as diffusers' modules take them: some in a mapping, residuals as a tuple."""
+    told: dict[str, Any] = dict(conditioning)
+    added = {name: told.pop(name) for name in ADDED_CONDITIONS if name in told}
+    if added:
+        told["added_cond_kwargs"] = added
+    residuals = [told.pop(name) for name in conditioning if name.startswith(DOWN_RESIDUAL)]
+    if residuals:
+        told[DOWN_RESIDUAL.rstrip(".")] = tuple(residuals)
+    return told
 
 
 def call_denoiser(
@@ -37,15 +89,44 @@ def call_denoiser(
 
     Args:
         denoiser: The module; may hold quantized layers.
-        sample: float32 [b, c, h, w].
+        sample: float32 [b, c, h, w]; or [b, tokens, c], where the denoiser takes packed latents.
         timestep: float32 [1] or [b].
-        conditioning: [b, ...] by input name.
+        conditioning: [b, ...] by input name; with the positions of all tokens for packed latents.
+
+    Returns:
+        Of the shape of `sample`, but for its channels.
     """
-    # One timestep for a batch makes another product than one for each sample, in the last bits.
-    if timestep.shape[0] != sample.shape[0]:
-        timestep = timestep.expand(sample.shape[0])
-    output: Tensor = denoiser(sample, timestep=timestep, **conditioning, return_dict=False)[0]
+    if MASKED in conditioning:
+        sample = torch.cat([sample, conditioning[MASKED]], dim=1)
+        conditioning = {name: value for name, value in conditioning.items() if name != MASKED}
+    if sample.ndim == 4 and is_packed(getattr(denoiser, "config", {})):
+        conditioning = {**conditioning, **positions(sample, conditioning["encoder_hidden_states"])}
+        tokens = call_denoiser(denoiser, pack(sample), timestep, conditioning)
+        return unpack(tokens, *sample.shape[-2:])
+    timestep, told = expanded(timestep, sample), diffusers_arguments(conditioning)
+    output: Tensor = denoiser(sample, timestep=timestep, **told, return_dict=False)[0]
     return output
+
+
+class ControlNet(nn.Module):
+    """What a picture adds to a U-Net's skip connections.
+
+    Args:
+        controlnet: The module of diffusers.
+        spec: Names its inputs.
+    """
+
+    def __init__(self, controlnet: nn.Module, spec: ComponentSpec) -> None:
+        super().__init__()
+        self.controlnet = controlnet
+        self.inputs = tuple(tensor.name for tensor in spec.inputs)
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """`inputs` of the specification, in its order -> the residuals, [b, c, h / 2^k, w / 2^k]."""
+        sample, timestep, *rest = inputs
+        told = diffusers_arguments(dict(zip(self.inputs[2:], rest, strict=True)))
+        down, mid = self.controlnet(sample, timestep=expanded(timestep, sample), **told, return_dict=False)
+        return (*down, mid)
 
 
 def predict(denoiser: nn.Module, sample: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
@@ -84,9 +165,20 @@ def denoiser_inputs(
     spec: ComponentSpec, sample: Tensor, timestep: Tensor, conditioning: Conditioning
 ) -> dict[str, Tensor]:
     """All inputs of a denoiser by name, in the order of its specification."""
-    given = {spec.inputs[0].name: sample, TIMESTEP: timestep, **conditioning}
     names = [tensor.name for tensor in spec.inputs]
+    given = {spec.inputs[0].name: sample, TIMESTEP: timestep, **conditioning}
+    if MASKED in given:
+        given[spec.inputs[0].name] = torch.cat([sample, given.pop(MASKED)], dim=1)
+    if len(spec.inputs[0].shape) < sample.ndim:
+        given |= {spec.inputs[0].name: pack(sample)}
+        given |= positions(sample, conditioning["encoder_hidden_states"])
     return {name: given[name] for name in (*(n for n in names if n in given), *(given.keys() - set(names)))}
+
+
+def like_latents(output: Tensor, latents: Tensor) -> Tensor:
+    """A denoiser's output as latents [b, c, h, w] are, without the variance that no sampler uses."""
+    unpacked = unpack(output, *latents.shape[-2:]) if output.ndim < latents.ndim else output
+    return without_variance(unpacked, latents.shape[1])
 
 
 class VaeDecoder(nn.Module):
@@ -99,6 +191,43 @@ class VaeDecoder(nn.Module):
     def forward(self, latent_sample: Tensor) -> tuple[Tensor]:
         """`latent_sample` [b, c, h, w] -> `sample` [b, 3, H, W]."""
         return (self.vae.decode(latent_sample, return_dict=False)[0],)
+
+
+class VaeEncoder(nn.Module):
+    """Autoencoder's encoder: pixels in [-1, 1] -> mean and logarithm of the variance of unscaled latents."""
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, sample: Tensor) -> tuple[Tensor]:
+        """`sample` [b, 3, H, W] -> `latent_parameters` [b, 2 c, h, w]."""
+        return (self.vae.encode(sample, return_dict=False)[0].parameters,)
+
+
+def scaled(config: Mapping[str, Any], latents: Tensor) -> Tensor:
+    """The inverse of :func:`unscaled`."""
+    mean, deviation = config.get("latents_mean"), config.get("latents_std")
+    if mean is not None and deviation is not None:
+        shape = (1, -1, 1, 1)
+        centred = latents - torch.tensor(mean).view(shape).to(latents)
+        return centred * config["scaling_factor"] / torch.tensor(deviation).view(shape).to(latents)
+    shift = config.get("shift_factor")
+    return (latents if shift is None else latents - shift) * config["scaling_factor"]
+
+
+def unscaled(config: Mapping[str, Any], latents: Tensor) -> Tensor:
+    """What the decoder of an autoencoder of that configuration is given for `latents` [b, c, h, w].
+
+    Operations and their order are those of diffusers' pipelines.
+    """
+    mean, deviation = config.get("latents_mean"), config.get("latents_std")
+    if mean is not None and deviation is not None:
+        shape = (1, -1, 1, 1)
+        spread = torch.tensor(deviation).view(shape).to(latents)
+        return latents * spread / config["scaling_factor"] + torch.tensor(mean).view(shape).to(latents)
+    result = latents / config["scaling_factor"]
+    return result if config.get("shift_factor") is None else result + config["shift_factor"]
 
 
 def join_conditioning(parts: Sequence[Conditioning]) -> dict[str, Tensor]:

@@ -5,25 +5,38 @@ from __future__ import annotations
 import contextlib
 import importlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from quest_deploy.artifacts import refuse_pickle
 from quest_deploy.errors import ModelLoadError
-from quest_deploy.model.components import Denoiser, TextEncoder, VaeDecoder, parameters_frozen
-from quest_deploy.model.families import (
-    FAMILIES,
-    TEXT_ENCODER,
-    VAE_DECODER,
-    Classes,
-    Family,
-    read_classes,
+from quest_deploy.model.components import (
+    ControlNet,
+    Denoiser,
+    TextEncoder,
+    VaeDecoder,
+    VaeEncoder,
+    first_device,
+    parameters_frozen,
 )
-from quest_deploy.model.spec import ComponentSpec, component_specs, family_of, make_spec, read_config
+from quest_deploy.model.conditioning import Conditioner, Outputs, TextEncoders
+from quest_deploy.model.families import FAMILIES, VAE_DECODER, VAE_ENCODER, Classes, Family, read_classes
+from quest_deploy.model.spec import (
+    ComponentSpec,
+    component_specs,
+    family_of,
+    latent_channels,
+    latent_granularity,
+    latent_size,
+    make_spec,
+    read_config,
+    vae_scale_factor,
+)
 
 SINGLE_FILE_SUFFIX = ".safetensors"
 SINGLE_FILE_FAMILY = FAMILIES["StableDiffusionPipeline"]
@@ -39,10 +52,12 @@ class LoadedModel:
         specs: Inputs and outputs of its components, by component name.
         denoiser: U-Net or transformer; in a quantized checkpoint its layers are quantized ones.
         scheduler: The model's own scheduler.
-        text_encoder: `CLIPTextModel`; None for a model that reads no text.
-        tokenizer: `CLIPTokenizer`, or None.
+        text_encoders: Models of transformers, by component name; none for a model that reads no text.
+        tokenizers: What goes with each, by the same names.
+        controlnet: `ControlNetModel`; None where no picture is looked at.
         vae: `AutoencoderKL` or `VQModel`; None where the denoiser draws pixels.
         classes: What a class-conditional model draws, else None.
+        index: Content of ``model_index.json``; empty for a single file.
     """
 
     path: Path
@@ -50,15 +65,65 @@ class LoadedModel:
     specs: dict[str, ComponentSpec]
     denoiser: nn.Module
     scheduler: Any
-    text_encoder: nn.Module | None = None
-    tokenizer: Any = None
+    text_encoders: Mapping[str, nn.Module] = field(default_factory=dict)
+    tokenizers: Mapping[str, Any] = field(default_factory=dict)
+    controlnet: nn.Module | None = None
     vae: nn.Module | None = None
     classes: Classes | None = None
+    index: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def denoiser_spec(self) -> ComponentSpec:
         """The denoiser's inputs and outputs."""
         return self.specs[self.family.denoiser]
+
+    @property
+    def text_encoder(self) -> nn.Module | None:
+        """The first text encoder; None for a model that reads no text."""
+        return next(iter(self.text_encoders.values()), None)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The first text encoder's, or None."""
+        return next(iter(self.tokenizers.values()), None)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of the latents of an image of the model's own size."""
+        config: Any = self.denoiser.config
+        return (latent_channels(config), *latent_size(config))
+
+    @property
+    def patch(self) -> int:
+        """Latents along one side of what the denoiser cuts them into."""
+        config: Any = self.denoiser.config
+        return latent_granularity(config)
+
+    def denoiser_time(self, timestep: Tensor) -> Tensor:
+        """The scheduler's timestep as the denoiser is told it, float32."""
+        return timestep.to(torch.float32) / self.family.timestep_divisor
+
+    @property
+    def conditioner(self) -> Conditioner:
+        """What tells the denoiser what to draw; the text encoders run on the CPU or wherever they are."""
+        vae: Any = self.vae
+        return Conditioner(
+            family=self.family,
+            classes=self.classes,
+            denoiser=self.denoiser_spec,
+            encoders=TextEncoders(
+                parts=self.family.text, tokenizers=self.tokenizers, run=self._run_text_encoder
+            ),
+            pixels_per_latent=vae_scale_factor(None if vae is None else vae.config),
+        )
+
+    @torch.no_grad()
+    def _run_text_encoder(self, name: str, inputs: Mapping[str, Tensor]) -> Outputs:
+        encoder = self.text_encoders[name]
+        names = [tensor.name for tensor in self.specs[name].outputs]
+        device = first_device(encoder)
+        outputs = TextEncoder(encoder, names)(*(value.to(device) for value in inputs.values()))
+        return dict(zip(names, outputs, strict=True))
 
 
 def load_model(source: str | Path) -> LoadedModel:
@@ -96,14 +161,15 @@ def load_directory(directory: Path, **components: Any) -> LoadedModel:
     with loading_errors(directory):
         for name in needed:
             components[name] = _load_component(directory / name, index.get(name))
-        if family.has_text:
+        if family.pipeline == SINGLE_FILE_FAMILY.pipeline:
+            # The pipeline of diffusers corrects the schedulers of its first models.
             pipeline = _pipeline_class(family).from_pretrained(
                 str(directory), use_safetensors=True, **_options(), **components
             )
         else:
-            # No pipeline of diffusers: those without text warn of the class names that they do not expect.
-            scheduler = _component_class(directory / "scheduler", index.get("scheduler"))
-            components["scheduler"] = scheduler.from_pretrained(directory / "scheduler")
+            for name in family.companions:
+                companion = _component_class(directory / name, index.get(name))
+                components[name] = companion.from_pretrained(directory / name)
             pipeline = SimpleNamespace(**components)
         return _loaded(directory, family, index, pipeline)
 
@@ -191,33 +257,45 @@ def loading_errors(source: Path) -> Iterator[None]:
 def _loaded(path: Path, family: Family, index: Mapping[str, Any], pipeline: Any) -> LoadedModel:
     denoiser = getattr(pipeline, family.denoiser)
     vae = None if family.autoencoder is None else getattr(pipeline, family.autoencoder)
-    text_encoder = pipeline.text_encoder if family.has_text else None
-    modules = {TEXT_ENCODER: text_encoder, family.denoiser: denoiser, VAE_DECODER: vae}
+    text_encoders = {name: getattr(pipeline, name) for name in family.text_encoders}
+    configs = {name: encoder.config.to_dict() for name, encoder in text_encoders.items()}
+    configs[family.denoiser] = denoiser.config
+    controlnet = None if family.controlnet is None else getattr(pipeline, family.controlnet)
+    if family.controlnet is not None and controlnet is not None:
+        configs[family.controlnet] = controlnet.config
+    if vae is not None:
+        configs[VAE_DECODER] = vae.config
+        if family.reads_images:
+            configs[VAE_ENCODER] = vae.config
     return LoadedModel(
         path=path,
         family=family,
-        specs={
-            name: make_spec(family, name, module.config.to_dict() if name == TEXT_ENCODER else module.config)
-            for name, module in modules.items()
-            if module is not None
-        },
+        specs={name: make_spec(family, name, config) for name, config in configs.items()},
         denoiser=parameters_frozen(denoiser),
         scheduler=pipeline.scheduler,
-        text_encoder=None if text_encoder is None else parameters_frozen(text_encoder),
-        tokenizer=pipeline.tokenizer if family.has_text else None,
+        text_encoders={name: parameters_frozen(encoder) for name, encoder in text_encoders.items()},
+        tokenizers={part.name: getattr(pipeline, part.tokenizer) for part in family.text},
+        controlnet=None if controlnet is None else parameters_frozen(controlnet),
         vae=None if vae is None else parameters_frozen(vae),
         classes=read_classes(index, denoiser.config),
+        index=index,
     )
 
 
 def wrap_components(model: LoadedModel) -> dict[str, nn.Module]:
     """The components with the signatures of :func:`quest_deploy.model.spec.component_specs`, by name."""
-    modules: dict[str, nn.Module] = {}
-    if model.text_encoder is not None:
-        modules[TEXT_ENCODER] = TextEncoder(model.text_encoder)
+    modules: dict[str, nn.Module] = {
+        name: TextEncoder(encoder, [tensor.name for tensor in model.specs[name].outputs])
+        for name, encoder in model.text_encoders.items()
+    }
     modules[model.family.denoiser] = Denoiser(model.denoiser, model.denoiser_spec)
+    if model.family.controlnet is not None and model.controlnet is not None:
+        spec = model.specs[model.family.controlnet]
+        modules[model.family.controlnet] = ControlNet(model.controlnet, spec)
     if model.vae is not None:
         modules[VAE_DECODER] = VaeDecoder(model.vae)
+        if model.family.reads_images:
+            modules[VAE_ENCODER] = VaeEncoder(model.vae)
     return {name: parameters_frozen(module) for name, module in modules.items()}
 
 

@@ -31,8 +31,8 @@ def merge_loras(model: LoadedModel, loras: Sequence[LoraConfig]) -> None:
     for lora in loras:
         _merge(pipeline, lora, model)
     parameters_frozen(model.denoiser)
-    if model.text_encoder is not None:
-        parameters_frozen(model.text_encoder)
+    for encoder in model.text_encoders.values():
+        parameters_frozen(encoder)
 
 
 def _pipeline(model: LoadedModel) -> Any:
@@ -41,6 +41,11 @@ def _pipeline(model: LoadedModel) -> Any:
     pipeline_class = getattr(diffusers, model.family.pipeline)
     if not hasattr(pipeline_class, "load_lora_weights"):
         raise ConfigError(f"{model.family.pipeline} takes no LoRA; leave --lora out")
+    if model.family.pipeline != "StableDiffusionPipeline":
+        raise ConfigError(
+            f"merging a LoRA into a {model.family.pipeline} is not supported yet; "
+            "merge it with diffusers (fuse_lora), save the model, and finetune that"
+        )
     return pipeline_class(
         unet=model.denoiser,
         vae=model.vae,

@@ -2,49 +2,65 @@
 
 Exporter, engine builder and runtimes never import each other: they agree through these specifications.
 Neither torch nor onnx is imported here.
-
-Symbols in shapes: ``batch`` (guidance doubles it for the denoiser), ``height`` and ``width`` (of the latents),
-``sequence`` (text tokens), ``steps`` (1 or batch), ``image_height`` and ``image_width`` (pixels).
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from quest_deploy.errors import ArtifactError, ModelLoadError
+from quest_deploy.model.denoisers import (
+    controlnet_spec,
+    denoiser_spec,
+    has_negative,
+    is_resizable,
+    latent_channels,
+    latent_granularity,
+    latent_size,
+)
 from quest_deploy.model.families import (
     FAMILIES,
-    TEXT_ENCODER,
     VAE_DECODER,
+    VAE_ENCODER,
     Classes,
     Family,
+    TextPart,
     read_classes,
 )
+from quest_deploy.model.tensors import (
+    TIMESTEP,
+    ComponentSpec,
+    Config,
+    TensorSpec,
+    float_tensor,
+    integer_tensor,
+    scaled_symbol,
+)
 
-TIMESTEP = "timestep"
-Config = Mapping[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TensorSpec:
-    """One named input or output; a string in `shape` is a dynamic dimension."""
-
-    name: str
-    dtype: str
-    shape: tuple[int | str, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ComponentSpec:
-    """The inputs (in positional order) and outputs of one component."""
-
-    name: str
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
+__all__ = [
+    "TIMESTEP",
+    "ComponentSpec",
+    "TensorSpec",
+    "classes_of",
+    "component_configs",
+    "component_specs",
+    "config_paths",
+    "decoder_granularity",
+    "family_of",
+    "has_negative",
+    "is_resizable",
+    "latent_channels",
+    "latent_granularity",
+    "latent_size",
+    "make_spec",
+    "read_config",
+    "token_count",
+    "vae_scale_factor",
+]
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -75,13 +91,14 @@ def family_of(model_dir: Path) -> Family:
         ArtifactError: ``model_index.json`` is missing or corrupt.
         ModelLoadError: the pipeline is of a kind that is not supported.
     """
-    kind = read_config(model_dir / "model_index.json").get("_class_name")
+    index = read_config(model_dir / "model_index.json")
+    kind = index.get("_class_name")
     if kind not in FAMILIES:
         known = ", ".join(FAMILIES)
         raise ModelLoadError(
             f"{model_dir}: got a {kind}, expected one of {known}; other families are not supported yet"
         )
-    return FAMILIES[kind]
+    return FAMILIES[kind].of_index(index)
 
 
 def classes_of(model_dir: Path) -> Classes | None:
@@ -96,12 +113,34 @@ def config_paths(model_dir: Path) -> dict[str, Path]:
     The decoder's lies in ``vae/`` (or ``vqvae/``) in models and checkpoints, in ``vae_decoder/`` once exported.
     """
     family = family_of(model_dir)
-    names = [TEXT_ENCODER] if family.has_text else []
-    paths = {name: model_dir / name / "config.json" for name in (*names, family.denoiser)}
+    names = [*family.text_encoders, family.denoiser, *([family.controlnet] if family.controlnet else [])]
+    paths = {name: model_dir / name / "config.json" for name in names}
     if family.autoencoder is not None:
         exported = model_dir / VAE_DECODER / "config.json"
         paths[VAE_DECODER] = exported if exported.exists() else model_dir / family.autoencoder / "config.json"
+        if family.reads_images:
+            paths[VAE_ENCODER] = paths[VAE_DECODER]
     return paths
+
+
+def vae_scale_factor(vae_config: Config | None) -> int:
+    """Pixels per latent along one axis; 1 without an autoencoder."""
+    if vae_config is None:
+        return 1
+    # AutoencoderDC names its encoder's.
+    levels = vae_config.get("encoder_block_out_channels") or vae_config["block_out_channels"]
+    return int(2 ** (len(levels) - 1))
+
+
+def decoder_granularity(vae_config: Config) -> int:
+    """What the latents' sides are multiples of while a decoder is traced.
+
+    The attention of an AutoencoderDC is another graph for fewer latents than a head has channels.
+    """
+    side = 1
+    while side**2 <= vae_config.get("attention_head_dim", 0):
+        side *= 2
+    return side
 
 
 def component_configs(model_dir: Path) -> dict[str, dict[str, Any]]:
@@ -113,114 +152,50 @@ def component_configs(model_dir: Path) -> dict[str, dict[str, Any]]:
     return {name: read_config(path) for name, path in config_paths(model_dir).items()}
 
 
-def vae_scale_factor(vae_config: Config | None) -> int:
-    """Pixels per latent along one axis; 1 without an autoencoder."""
-    return 1 if vae_config is None else int(2 ** (len(vae_config["block_out_channels"]) - 1))
-
-
-def latent_size(config: Config) -> tuple[int, int]:
-    """Height and width of the latents that a denoiser of this configuration was trained for."""
-    size = config["sample_size"]
-    height, width = (size, size) if isinstance(size, int) else size
-    return int(height), int(width)
-
-
-def latent_granularity(config: Config) -> int:
-    """What the latents' height and width are multiples of: a patch, or one pixel of a U-Net's lowest level.
-
-    For other sizes a U-Net of diffusers resizes by a size computed at run time, which is another graph.
-    """
-    if "patch_size" in config:
-        return int(config["patch_size"])
-    return int(2 ** (len(config.get("block_out_channels", [0])) - 1))
-
-
-def _text_encoder(config: Config) -> ComponentSpec:
-    tokens, hidden = config["max_position_embeddings"], config["hidden_size"]
-    return ComponentSpec(
-        name=TEXT_ENCODER,
-        inputs=(TensorSpec(name="input_ids", dtype="int64", shape=("batch", tokens)),),
-        outputs=(
-            TensorSpec(name="last_hidden_state", dtype="float32", shape=("batch", tokens, hidden)),
-            TensorSpec(name="pooler_output", dtype="float32", shape=("batch", hidden)),
-        ),
-    )
-
-
-def _denoiser(
-    name: str, sample: str, channels: tuple[int, int], size: tuple[int | str, ...], *conditioning: TensorSpec
-) -> ComponentSpec:
-    """A denoiser of `channels` in and out that calls its latents `sample`."""
-    return ComponentSpec(
-        name=name,
-        inputs=(
-            TensorSpec(name=sample, dtype="float32", shape=("batch", channels[0], *size)),
-            TensorSpec(name=TIMESTEP, dtype="float32", shape=("steps",)),
-            *conditioning,
-        ),
-        outputs=(TensorSpec(name=f"out_{sample}", dtype="float32", shape=("batch", channels[1], *size)),),
-    )
-
-
-CLASS_LABELS = TensorSpec(name="class_labels", dtype="int64", shape=("batch",))
-
-
-def _conditional_unet(name: str, config: Config) -> ComponentSpec:
-    text = TensorSpec(
-        name="encoder_hidden_states",
-        dtype="float32",
-        shape=("batch", "sequence", config["cross_attention_dim"]),
-    )
-    channels = (config["in_channels"], config["out_channels"])
-    return _denoiser(name, "sample", channels, ("height", "width"), text)
-
-
-def _unet(name: str, config: Config) -> ComponentSpec:
-    labels = () if config.get("num_class_embeds") is None else (CLASS_LABELS,)
-    if config.get("class_embed_type") is not None:
-        raise ModelLoadError(
-            f"{name}: class_embed_type is {config['class_embed_type']!r}, expected num_class_embeds or no classes"
-        )
-    channels = (config["in_channels"], config["out_channels"])
-    if channels[0] != channels[1]:
-        raise ModelLoadError(
-            f"{name}: gives {channels[1]} channels for {channels[0]}; a U-Net that learns its variance is not supported"
-        )
-    return _denoiser(name, "sample", channels, ("height", "width"), *labels)
-
-
-def _dit(name: str, config: Config) -> ComponentSpec:
-    if config.get("norm_type") != "ada_norm_zero":
-        raise ModelLoadError(
-            f"{name}: norm_type is {config.get('norm_type')!r}, expected 'ada_norm_zero' of a DiT"
-        )
-    channels = (config["in_channels"], config.get("out_channels") or config["in_channels"])
-    # diffusers takes the root of the number of patches for both sides.
-    return _denoiser(name, "hidden_states", channels, latent_size(config), CLASS_LABELS)
-
-
-DENOISERS = {
-    "UNet2DConditionModel": _conditional_unet,
-    "UNet2DModel": _unet,
-    "DiTTransformer2DModel": _dit,
-    # What a DiT was called at first; models on the hub still are.
-    "Transformer2DModel": _dit,
-}
+def _text_encoder(part: TextPart, config: Config) -> ComponentSpec:
+    tokens: int | str
+    if part.kind == "t5":
+        tokens, hidden = part.max_tokens or "sequence", config["d_model"]
+    elif part.kind == "gemma":
+        tokens, hidden = "sequence", config["hidden_size"]
+    else:
+        tokens, hidden = config["max_position_embeddings"], config["hidden_size"]
+    inputs = [integer_tensor("input_ids", "batch", tokens)]
+    if part.masked:
+        inputs.append(integer_tensor("attention_mask", "batch", tokens))
+    last = float_tensor("last_hidden_state", "batch", tokens, hidden)
+    outputs = {
+        "clip": lambda: [last, float_tensor("pooler_output", "batch", hidden)],
+        "clip-projection": lambda: [float_tensor("text_embeds", "batch", config["projection_dim"]), last],
+        "t5": lambda: [last],
+        "gemma": lambda: [last],
+    }[part.kind]()
+    if part.hidden_states:
+        layers = range(config["num_hidden_layers"] + 1)
+        outputs += [float_tensor(f"hidden_states.{layer}", "batch", tokens, hidden) for layer in layers]
+    return ComponentSpec(name=part.name, inputs=tuple(inputs), outputs=tuple(outputs))
 
 
 def _vae_decoder(config: Config) -> ComponentSpec:
     channels = config.get("vq_embed_dim") or config["latent_channels"]
+    # AutoencoderDC gives what it takes.
+    pixels = config["out_channels"] if "out_channels" in config else config["in_channels"]
     return ComponentSpec(
         name=VAE_DECODER,
-        inputs=(
-            TensorSpec(name="latent_sample", dtype="float32", shape=("batch", channels, "height", "width")),
-        ),
+        inputs=(float_tensor("latent_sample", "batch", channels, "height", "width"),),
+        outputs=(float_tensor("sample", "batch", pixels, "image_height", "image_width"),),
+    )
+
+
+def _vae_encoder(config: Config) -> ComponentSpec:
+    scale = Fraction(vae_scale_factor(config))
+    picture = (scaled_symbol(side, scale) for side in ("height", "width"))
+    return ComponentSpec(
+        name=VAE_ENCODER,
+        inputs=(float_tensor("sample", "batch", config["in_channels"], *picture),),
+        # Mean and logarithm of the variance.
         outputs=(
-            TensorSpec(
-                name="sample",
-                dtype="float32",
-                shape=("batch", config["out_channels"], "image_height", "image_width"),
-            ),
+            float_tensor("latent_parameters", "batch", 2 * config["latent_channels"], "height", "width"),
         ),
     )
 
@@ -232,14 +207,14 @@ def make_spec(family: Family, name: str, config: Config) -> ComponentSpec:
         KeyError: the configuration lacks a field.
         ModelLoadError: the component is of a kind that is not supported.
     """
-    if name == TEXT_ENCODER:
-        return _text_encoder(config)
-    if name == VAE_DECODER:
-        return _vae_decoder(config)
-    kind = config.get("_class_name", family.denoiser_class)
-    if kind not in DENOISERS:
-        raise ModelLoadError(f"{name}: got a {kind}, expected one of {', '.join(DENOISERS)}")
-    return DENOISERS[kind](name, config)
+    for part in family.text:
+        if name == part.name:
+            return _text_encoder(part, config)
+    if name == VAE_ENCODER:
+        return _vae_encoder(config)
+    if name == family.controlnet:
+        return controlnet_spec(family, config)
+    return _vae_decoder(config) if name == VAE_DECODER else denoiser_spec(family, config)
 
 
 def component_specs(model_dir: Path) -> dict[str, ComponentSpec]:
@@ -259,3 +234,18 @@ def component_specs(model_dir: Path) -> dict[str, ComponentSpec]:
                 f"{path}: has no {error}; is it a {name} configuration of diffusers?"
             ) from error
     return specs
+
+
+def token_count(family: Family, specs: Mapping[str, ComponentSpec]) -> int:
+    """How many text tokens the denoiser of a family that reads text is told of.
+
+    Raises:
+        TypeError: a text encoder takes any number of tokens.
+    """
+    count = 0
+    for source in family.sequence or (family.text_encoders[-1],):
+        tokens = source if isinstance(source, int) else specs[source].inputs[0].shape[1]
+        if not isinstance(tokens, int):
+            raise TypeError(f"{source} takes a dynamic number of tokens ({tokens}), expected a fixed one")
+        count += tokens
+    return count

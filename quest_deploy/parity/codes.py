@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from quest_deploy.metrics import CodeFlips, code_flips, snr_db
-from quest_deploy.model.components import denoiser_inputs, first_device, without_variance
-from quest_deploy.model.families import TEXT_ENCODER, VAE_DECODER
+from quest_deploy.model.components import first_device, without_variance
+from quest_deploy.model.families import VAE_DECODER
 from quest_deploy.parity.measure import Trace
 from quest_deploy.quantize.grid import dequantize
 from quest_deploy.quantize.layers import ActivationQuantizer
@@ -101,13 +101,14 @@ def make_probes(pipeline: Pipeline, trace: Trace, prompts: Sequence[str]) -> tup
     told = {name: value[:CODE_PROMPTS] for name, value in trace.positive.items()}
     probes = []
     for step in sorted({0, last // 2, last}):
-        timestep = trace.timesteps[step].reshape(1).float()
-        latents = trace.latents[step][:CODE_PROMPTS]
-        inputs = denoiser_inputs(pipeline.denoiser_spec, latents, timestep, told)
+        latents, timestep = trace.latents[step][:CODE_PROMPTS], trace.timesteps[step].reshape(1)
+        inputs = pipeline.denoiser_inputs(
+            latents, timestep, pipeline.complete(told, latents, trace.guidance_scale)
+        )
         probes.append(Probe(component="", inputs=inputs))
-    if TEXT_ENCODER in pipeline.engines:
-        tokens = pipeline.tokenize(prompts[:CODE_PROMPTS])
-        probes.append(Probe(component=TEXT_ENCODER, inputs={"input_ids": tokens}))
+    for part in pipeline.family.text:
+        tokens = pipeline.text_encoders.tokens(part, prompts[:CODE_PROMPTS])
+        probes.append(Probe(component=part.name, inputs=tokens))
     if VAE_DECODER in pipeline.engines:
         scaled = pipeline.unscaled(trace.final[:CODE_PROMPTS])
         probes.append(Probe(component=VAE_DECODER, inputs={"latent_sample": scaled}))

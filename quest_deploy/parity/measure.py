@@ -60,6 +60,7 @@ class Trace:
         timesteps: One 0-d tensor a step.
         latents: The denoiser's input at each step, [n, c, h, w].
         noise_pred: The guided prediction at each step, [n, c, h, w].
+        guidance_scale: That the images were drawn with.
         final: Latents after the last step, [n, c, h, w].
         images: float32 [n, 3, H, W] in [0, 1].
         problem: Names the first tensor with a NaN or Inf; None if all are finite.
@@ -70,6 +71,7 @@ class Trace:
     timesteps: tuple[Tensor, ...]
     latents: tuple[Tensor, ...]
     noise_pred: tuple[Tensor, ...]
+    guidance_scale: float
     final: Tensor
     images: Tensor
     problem: str | None
@@ -128,6 +130,7 @@ def draw(pipeline: Pipeline, request: Request, tick: Tick) -> Trace:
         images.append(pipeline.decode(final).cpu())
     positives, negatives = zip(*embeddings, strict=True)
     trace = Trace(
+        guidance_scale=config.guidance_scale,
         positive=join_conditioning(positives),
         negative=None if None in negatives else join_conditioning(negatives),
         timesteps=tuple(recordings[0].timesteps),

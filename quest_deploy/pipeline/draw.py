@@ -89,7 +89,8 @@ def draw_images(
         QuestDeployError: a component gave a NaN or an infinity.
     """
     jobs = make_jobs(config)
-    total = len(jobs) * len(sampling.timesteps(scheduler, config.steps))
+    size = pipeline.latent_shape(config.height, config.width)[-2:]
+    total = len(jobs) * len(sampling.timesteps(scheduler, config.steps, flow=pipeline.flow, size=size))
     completed = 0
 
     def count(images: int) -> None:
@@ -117,7 +118,7 @@ def draw_batch(
     """
     positive = pipeline.encode([job.prompt for job in batch])
     negative = pipeline.encode_negative(len(batch), config.negative_prompt)
-    check_finite("text_encoder", *positive.values(), *(negative or {}).values())
+    check_finite(" or ".join(pipeline.family.text_encoders), *positive.values(), *(negative or {}).values())
     shape = pipeline.latent_shape(config.height, config.width)
     generators = sampling.generators_of([job.seed for job in batch])
 

@@ -13,11 +13,18 @@ from quest_deploy.config import TENSORRT_BACKENDS
 from quest_deploy.engines import load_engines, resolve_backend
 from quest_deploy.engines.torch_runtime import TorchEngine, load_torch_model, torch_engines
 from quest_deploy.errors import ArtifactError, ConfigError
+from quest_deploy.model.families import TextKind, TextPart
 from quest_deploy.model.load import LoadedModel
 from quest_deploy.model.spec import classes_of, component_configs, component_specs, family_of, read_config
 from quest_deploy.pipeline.text_to_image import Pipeline
 
-TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
+CLIP_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
+TOKENIZERS: dict[TextKind, tuple[str, ...]] = {
+    "clip": CLIP_TOKENIZERS,
+    "clip-projection": CLIP_TOKENIZERS,
+    "t5": ("T5Tokenizer", "T5TokenizerFast"),
+    "gemma": ("GemmaTokenizer", "GemmaTokenizerFast"),
+}
 
 
 def load_pipeline(
@@ -58,7 +65,7 @@ def load_pipeline(
         family=family_of(path),
         classes=classes_of(path),
         engines=engines,
-        tokenizer=_load_tokenizer(path) if family_of(path).has_text else None,
+        tokenizers={part.name: _load_tokenizer(path, part) for part in family_of(path).text},
         scheduler=_load_scheduler(path),
         configs=component_configs(path),
     )
@@ -76,23 +83,23 @@ def _torch_pipeline(path: Path, model: LoadedModel, threads: int | None) -> Pipe
         family=model.family,
         classes=model.classes,
         engines=engines,
-        tokenizer=model.tokenizer,
+        tokenizers=model.tokenizers,
         scheduler=model.scheduler,
         configs=component_configs(model.path),
     )
 
 
-def _load_tokenizer(path: Path) -> Any:
+def _load_tokenizer(path: Path, part: TextPart) -> Any:
     import transformers
 
-    kind = _class_in_index(path, "tokenizer")
-    if kind not in TOKENIZERS:
-        raise ArtifactError(f"'{path}': the tokenizer is a {kind}, expected one of {', '.join(TOKENIZERS)}")
+    kind, known = _class_in_index(path, part.tokenizer), TOKENIZERS[part.kind]
+    if kind not in known:
+        raise ArtifactError(f"'{path}': the {part.tokenizer} is a {kind}, expected one of {', '.join(known)}")
     try:
-        return getattr(transformers, kind).from_pretrained(path / "tokenizer")
+        return getattr(transformers, kind).from_pretrained(path / part.tokenizer)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArtifactError(
-            f"'{path / 'tokenizer'}' cannot be loaded ({error}); restore the directory from its source"
+            f"'{path / part.tokenizer}' cannot be loaded ({error}); restore the directory from its source"
         ) from error
 
 

@@ -23,7 +23,12 @@ def run_in_parts(engine: Engine, **inputs: Tensor) -> dict[str, Tensor]:
         return engine(**inputs)
     count = math.ceil(batch / largest)
     # A timestep of one value belongs to every part.
-    split = {name: value.tensor_split(count) for name, value in inputs.items() if value.shape[0] == batch}
+    along = {tensor.name for tensor in engine.spec.inputs if tensor.shape[0] in ("batch", "steps")}
+    split = {
+        name: value.tensor_split(count)
+        for name, value in inputs.items()
+        if name in along and value.shape[0] == batch
+    }
     parts = [
         engine(**{name: split[name][index] if name in split else value for name, value in inputs.items()})
         for index in range(count)

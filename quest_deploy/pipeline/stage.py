@@ -17,6 +17,7 @@ from quest_deploy.artifacts import (
     write_artifact,
 )
 from quest_deploy.config import GenerateConfig, to_dict
+from quest_deploy.model.denoisers import takes_guidance
 from quest_deploy.pipeline.draw import Drawn, Progress, check_prompts, draw_images
 from quest_deploy.pipeline.images import MAX_CELLS, MAX_COLUMNS, Cell, contact_sheet, save_png, thumbnail
 from quest_deploy.pipeline.load import load_pipeline
@@ -60,7 +61,8 @@ def generate(
         digest = hash_directory(path) if pipeline.stage == "model" else read_artifact(path).digest
         check_prompts(pipeline, config)
         pipeline.latent_shape(config.height, config.width)
-        if config.guidance_scale > 1 and not pipeline.has_negative:
+        guided = pipeline.has_negative or takes_guidance(pipeline.denoiser_spec)
+        if config.guidance_scale > 1 and not guided:
             logger.info("the model has no negative branch, so the guidance scale has no effect")
         with write_artifact(
             output, stage=STAGE, config=to_dict(config), inputs={"source": digest}, overwrite=overwrite

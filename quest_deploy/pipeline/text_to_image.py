@@ -17,11 +17,21 @@ from torch import Tensor
 from quest_deploy import sampling
 from quest_deploy.engines.base import Closing, Engine
 from quest_deploy.errors import ConfigError
-from quest_deploy.model.components import Conditioning, denoiser_inputs, without_variance
-from quest_deploy.model.families import TEXT_ENCODER, VAE_DECODER, Classes, Family
-from quest_deploy.model.spec import ComponentSpec, latent_size, vae_scale_factor
+from quest_deploy.model.components import Conditioning, denoiser_inputs, like_latents, scaled, unscaled
+from quest_deploy.model.conditioning import Conditioner, Outputs, TextEncoders, token_limit
+from quest_deploy.model.denoisers import CONTROL
+from quest_deploy.model.families import REFINER, VAE_DECODER, VAE_ENCODER, Classes, Family
+from quest_deploy.model.spec import (
+    ComponentSpec,
+    is_resizable,
+    latent_channels,
+    latent_granularity,
+    latent_size,
+    vae_scale_factor,
+)
+from quest_deploy.pipeline.control import black_picture, controlled
 from quest_deploy.pipeline.parts import run_in_parts
-from quest_deploy.sampling import Step
+from quest_deploy.sampling import Flow, Step
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +50,7 @@ class Pipeline(Closing):
         family: Which components there are, and what the denoiser is called.
         classes: What a class-conditional model draws, else None.
         engines: By component name.
-        tokenizer: `CLIPTokenizer`; None for a model that reads no text.
+        tokenizers: By name of the text encoder; none for a model that reads no text.
         scheduler: The model's own scheduler; never stepped, only copied.
         configs: The configuration of each component, by its name.
     """
@@ -52,7 +62,7 @@ class Pipeline(Closing):
     family: Family
     classes: Classes | None = None
     engines: dict[str, Engine]
-    tokenizer: Any
+    tokenizers: Mapping[str, Any]
     scheduler: Any
     configs: Mapping[str, Mapping[str, Any]]
     _told: set[str] = field(default_factory=set, repr=False)
@@ -63,14 +73,45 @@ class Pipeline(Closing):
         return self.engines[self.family.denoiser].spec
 
     @property
+    def tokenizer(self) -> Any:
+        """The first text encoder's; None for a model that reads no text."""
+        return next(iter(self.tokenizers.values()), None)
+
+    @property
+    def text_encoders(self) -> TextEncoders:
+        """The text encoders, run by their engines."""
+
+        def run(name: str, inputs: Mapping[str, Tensor]) -> Outputs:
+            return run_in_parts(self.engines[name], **self._here(inputs))
+
+        return TextEncoders(parts=self.family.text, tokenizers=self.tokenizers, run=run)
+
+    @property
+    def conditioner(self) -> Conditioner:
+        """What tells the denoiser what to draw."""
+        return Conditioner(
+            family=self.family,
+            classes=self.classes,
+            denoiser=self.denoiser_spec,
+            encoders=self.text_encoders,
+            pixels_per_latent=self.pixels_per_latent,
+        )
+
+    @property
     def has_negative(self) -> bool:
         """Whether the model knows the absence of a prompt, which guidance starts from."""
-        return self.family.has_text or (self.classes is not None and self.classes.null is not None)
+        return self.conditioner.has_negative
 
     @property
     def pixels_per_latent(self) -> int:
         """Along one axis; 1 where the denoiser draws pixels."""
         return vae_scale_factor(self.configs.get(VAE_DECODER))
+
+    @property
+    def flow(self) -> Flow:
+        """How a flow's noise levels are made."""
+        config = self.configs[self.family.denoiser]
+        return Flow(patch=latent_granularity(config), even_sigmas=self.family.even_sigmas)
 
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
         """Channels, height and width of the latents of an image of the given pixels (None: the model's own size).
@@ -79,7 +120,7 @@ class Pipeline(Closing):
             ConfigError: the size is not a multiple of the pixels of one latent, or the model has one size only.
         """
         config, scale = self.configs[self.family.denoiser], self.pixels_per_latent
-        resizable = isinstance(self.denoiser_spec.inputs[0].shape[-1], str)
+        resizable = is_resizable(self.denoiser_spec)
         sides = []
         for name, pixels, side in zip(("height", "width"), (height, width), latent_size(config), strict=True):
             if pixels is not None and not resizable and pixels != side * scale:
@@ -92,7 +133,7 @@ class Pipeline(Closing):
                     f"use {max(1, round(pixels / scale)) * scale}"
                 )
             sides.append(side if pixels is None else pixels // scale)
-        return (int(config["in_channels"]), sides[0], sides[1])
+        return (latent_channels(config), sides[0], sides[1])
 
     def encode(self, prompts: str | Sequence[str]) -> dict[str, Tensor]:
         """What the denoiser is told for `prompts`, [n, ...] by input name.
@@ -104,42 +145,40 @@ class Pipeline(Closing):
             ConfigError: a prompt is no class of a class-conditional model.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        if self.classes is not None:
-            numbers = [self.classes.number(prompt) for prompt in prompts]
-            return {"class_labels": torch.tensor(numbers, device=self.device)}
-        if not self.family.has_text:
-            return {}
-        outputs = run_in_parts(self.engines[TEXT_ENCODER], input_ids=self.tokenize(prompts).to(self.device))
-        return {"encoder_hidden_states": outputs["last_hidden_state"]}
-
-    def tokenize(self, prompts: Sequence[str]) -> Tensor:
-        """What the text encoder is given for `prompts`, int64 [n, sequence]."""
-        for prompt in prompts:
+        for prompt in prompts if self.family.has_text else ():
             self._tell_if_cut(prompt)
-        tokens: Tensor = self.tokenizer(
-            list(prompts),
-            padding="max_length",
-            max_length=self.tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        ).input_ids
-        return tokens
+        return self._here(self.conditioner.encode(prompts))
 
     def encode_negative(self, count: int, prompt: str = "") -> dict[str, Tensor] | None:
         """What the denoiser is told for the negative branch of `count` images; None where the model has none."""
-        return self.encode([prompt] * count) if self.has_negative else None
+        told = self.conditioner.encode_negative(count, prompt)
+        return None if told is None else self._here(told)
+
+    def complete(
+        self, conditioning: Conditioning, latents: Tensor, guidance_scale: float, *, negative: bool = False
+    ) -> dict[str, Tensor]:
+        """`conditioning` and what the denoiser is told of the image's size and the guidance scale, on `device`."""
+        told = self.conditioner.complete(conditioning, latents, guidance_scale, negative=negative)
+        controlnet = self.engines.get(str(self.family.controlnet))
+        if controlnet is not None:
+            told.setdefault(CONTROL, black_picture(controlnet.spec, latents, told))
+        return self._here(told)
 
     def _tell_if_cut(self, prompt: str) -> None:
         if prompt in self._told:
             return
         self._told.add(prompt)
-        limit = self.tokenizer.model_max_length
-        tokens = self.tokenizer([prompt], truncation=False, verbose=False).input_ids[0]
+        # The longest reader: what it does not see, no other does.
+        part = max(self.family.text, key=lambda part: token_limit(part, self.tokenizers[part.name]))
+        tokenizer = self.tokenizers[part.name]
+        limit = token_limit(part, tokenizer)
+        tokens = tokenizer([prompt], truncation=False, verbose=False).input_ids[0]
         if len(tokens) > limit:
-            dropped = self.tokenizer.decode(tokens[limit - 1 : -1]).strip()
+            special = tokenizer.num_special_tokens_to_add()
+            dropped = tokenizer.decode(tokens[limit - 1 : -1]).strip()
             logger.warning(
                 "prompt %r has %d tokens, the model reads %d: it does not see %r",
-                prompt, len(tokens) - 2, limit - 2, dropped,
+                prompt, len(tokens) - special, limit - special, dropped,
             )  # fmt: skip
 
     def initial_noise(
@@ -194,10 +233,11 @@ class Pipeline(Closing):
             self._denoiser,
             self.make_scheduler(scheduler),
             noise.to(self.device),
-            self._here(positive),
-            None if negative is None else self._here(negative),
+            self.complete(positive, noise, guidance_scale),
+            None if negative is None else self.complete(negative, noise, guidance_scale, negative=True),
             steps=steps,
             guidance_scale=guidance_scale,
+            flow=self.flow,
             generators=generators,
             callback=callback,
         )
@@ -217,19 +257,34 @@ class Pipeline(Closing):
             self._denoiser,
             latents.to(self.device),
             timestep.to(self.device),
-            self._here(positive),
-            None if negative is None else self._here(negative),
+            self.complete(positive, latents, guidance_scale),
+            None if negative is None else self.complete(negative, latents, guidance_scale, negative=True),
             guidance_scale,
         )
 
-    def _here(self, conditioning: Conditioning) -> dict[str, Tensor]:
-        return {name: value.to(self.device) for name, value in conditioning.items()}
+    def _here(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: value.to(self.device) for name, value in tensors.items()}
+
+    def denoiser_inputs(
+        self, sample: Tensor, timestep: Tensor, conditioning: Conditioning
+    ) -> dict[str, Tensor]:
+        """All inputs of the denoiser by name.
+
+        Args:
+            sample: Latents scaled for the timestep, [n, c, h, w].
+            timestep: Of the scheduler, [1] or [n].
+            conditioning: What :meth:`complete` gave.
+        """
+        time = timestep.float() / self.family.timestep_divisor
+        controlnet = self.engines.get(str(self.family.controlnet))
+        if controlnet is not None:
+            conditioning = controlled(controlnet, sample, time, conditioning)
+        return denoiser_inputs(self.denoiser_spec, sample, time, conditioning)
 
     def _denoiser(self, sample: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
-        spec = self.denoiser_spec
-        inputs = denoiser_inputs(spec, sample, timestep.float(), conditioning)
+        spec, inputs = self.denoiser_spec, self.denoiser_inputs(sample, timestep, conditioning)
         output = run_in_parts(self.engines[spec.name], **inputs)[spec.outputs[0].name]
-        return without_variance(output, sample.shape[1])
+        return like_latents(output, sample)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -239,13 +294,24 @@ class Pipeline(Closing):
             pixels = run_in_parts(self.engines[VAE_DECODER], latent_sample=self.unscaled(pixels))["sample"]
         return (pixels * 0.5 + 0.5).clamp(0, 1)
 
+    @torch.no_grad()
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Images float32 [n, 3, H, W] in [0, 1] -> their most likely latents, [n, c, h, w].
+
+        Raises:
+            ConfigError: the model has no component that reads images.
+        """
+        if VAE_ENCODER not in self.engines:
+            raise ConfigError(
+                f"a {self.family.pipeline} reads no images; give one of StableDiffusionInpaintPipeline or {REFINER}"
+            )
+        pixels = images.to(self.device) * 2 - 1
+        found = run_in_parts(self.engines[VAE_ENCODER], sample=pixels)["latent_parameters"]
+        return scaled(self.configs[VAE_DECODER], found.chunk(2, dim=1)[0])
+
     def unscaled(self, latents: Tensor) -> Tensor:
         """What the decoder is given for `latents`."""
-        config = self.configs[VAE_DECODER]
-        unscaled = latents / config["scaling_factor"]
-        if config.get("shift_factor") is not None:
-            unscaled = unscaled + config["shift_factor"]
-        return unscaled
+        return unscaled(self.configs[VAE_DECODER], latents)
 
     def as_diffusers(self) -> Any:
         """A `diffusers.StableDiffusionPipeline` around the same engines, for code that expects one.
@@ -256,7 +322,7 @@ class Pipeline(Closing):
         Raises:
             ConfigError: the pipeline is of another kind.
         """
-        if not self.family.has_text:
+        if self.family.pipeline != "StableDiffusionPipeline":
             raise ConfigError(
                 f"a {self.family.pipeline} has no diffusers stand-in yet; call encode, denoise and decode instead"
             )

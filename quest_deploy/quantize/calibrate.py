@@ -16,13 +16,11 @@ from quest_deploy import sampling
 from quest_deploy.errors import CalibrationError
 from quest_deploy.model.components import (
     Conditioning,
-    TextEncoder,
     first_device,
     join_conditioning,
     predict,
 )
 from quest_deploy.model.load import LoadedModel
-from quest_deploy.model.spec import latent_size
 from quest_deploy.quantize.insert import channel_axis, quantizable_layers
 from quest_deploy.quantize.recomputed import CPU, RECOMPUTED_AT_ONCE, Recomputed, conditioning_of
 from quest_deploy.quantize.resume import GENERATOR, Throttle, WorkDirectory
@@ -39,7 +37,7 @@ class CalibrationSet:
     """Trajectories of the full-precision model, both guidance branches where it has two.
 
     Attributes:
-        timesteps: float32 [T], descending, as the scheduler visits them.
+        timesteps: float32 [T], descending, as the denoiser is told them.
         latents: float32 [P, T, c, h, w], scaled for the denoiser.
         targets: float32 [P, T, B, c, h, w]: its output for the negative and the positive branch (B = 2), or its only
             one (B = 1).
@@ -130,36 +128,33 @@ def from_tensors(
     return CalibrationSet(**kept, targets=Recomputed(teacher=teacher, **kept))
 
 
-def tokenize(tokenizer: Any, prompts: Sequence[str]) -> Tensor:
-    """int64 [n, l] token ids, padded and truncated to the model's length."""
-    encoded = tokenizer(
-        list(prompts),
-        padding="max_length",
-        truncation=True,
-        max_length=tokenizer.model_max_length,
-        return_tensors="pt",
-    )
-    return torch.as_tensor(encoded.input_ids)
+def flow_of(model: LoadedModel) -> sampling.Flow:
+    """How a flow's noise levels are made for the model."""
+    return sampling.Flow(patch=model.patch, even_sigmas=model.family.even_sigmas)
 
 
-@torch.no_grad()
-def encode(model: LoadedModel, prompts: Sequence[str]) -> dict[str, Tensor]:
-    """What the denoiser is told for `prompts`, [n, ...] by input name.
+def told_to(
+    model: LoadedModel, prompts: Sequence[str], guidance_scale: float
+) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
+    """What the denoiser is told for images of the model's own size.
+
+    Args:
+        model: Full precision.
+        prompts: n texts or classes.
+        guidance_scale: For models with an input for it.
+
+    Returns:
+        [n, ...] by input name; and [1, ...] for the negative branch, None where the model has none.
 
     Raises:
         ConfigError: a prompt is no class of a class-conditional model.
     """
-    if model.text_encoder is not None:
-        hidden = TextEncoder(model.text_encoder)(tokenize(model.tokenizer, prompts))[0]
-        return {"encoder_hidden_states": hidden}
-    if model.classes is not None:
-        return {"class_labels": torch.tensor([model.classes.number(prompt) for prompt in prompts])}
-    return {}
-
-
-def has_negative(model: LoadedModel) -> bool:
-    """Whether the model knows the absence of a prompt, which guidance starts from."""
-    return model.text_encoder is not None or (model.classes is not None and model.classes.null is not None)
+    conditioner, latents = model.conditioner, torch.empty(1, *model.latent_shape, device="meta")
+    positive = conditioner.complete(conditioner.encode(prompts), latents, guidance_scale)
+    negative = conditioner.encode_negative(1)
+    if negative is not None:
+        negative = conditioner.complete(negative, latents, guidance_scale, negative=True)
+    return positive, negative
 
 
 @torch.no_grad()
@@ -188,32 +183,29 @@ def record_trajectories(
         CalibrationError: the scheduler visits a timestep twice, or a NaN or infinity appears.
         ConfigError: a prompt is no class of a class-conditional model.
     """
-    config: Any = model.denoiser.config
-    shape = (config.in_channels, *latent_size(config))
-    negative = encode(model, [""]) if has_negative(model) else None
     device = first_device(model.denoiser)
     parts = []
     for start in range(0, len(prompts), batch_size):
         chunk = prompts[start : start + batch_size]
-        positive = encode(model, chunk)
+        positive, negative = told_to(model, chunk, guidance_scale)
+        branches = 1 if negative is None else 2
         seeds = range(seed + start, seed + start + len(chunk))
         seen, answered, visited = [], [], []
 
         def all_branches(sample: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
-            output = predict(model.denoiser, sample, timestep.to(torch.float32), conditioning)
-            branches = 1 if negative is None else 2
+            output = predict(model.denoiser, sample, model.denoiser_time(timestep), conditioning)
             answered.append(torch.stack(output.chunk(branches), dim=1).to(CPU))  # noqa: B023
             return output
 
         def keep(step: sampling.Step) -> None:
             seen.append(step.latents.to(CPU))  # noqa: B023
-            visited.append(float(step.timestep))  # noqa: B023
+            visited.append(float(model.denoiser_time(step.timestep)))  # noqa: B023
 
         generators = sampling.generators_of(seeds)
         sampling.denoise(
             all_branches,
             sampling.make_scheduler(None, model.scheduler.config),
-            sampling.draw_noise(generators, shape).to(device),
+            sampling.draw_noise(generators, model.latent_shape).to(device),
             {name: value.to(device) for name, value in positive.items()},
             None
             if negative is None
@@ -224,6 +216,7 @@ def record_trajectories(
             steps=steps,
             # A guidance scale of 1 or less would skip the negative branch, whose answers are needed as well.
             guidance_scale=max(guidance_scale, 1.0 + 1e-6),
+            flow=flow_of(model),
             generators=generators,
             callback=keep,
         )

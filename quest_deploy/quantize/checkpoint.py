@@ -26,7 +26,6 @@ from quest_deploy.config import Recipe, to_dict
 from quest_deploy.errors import ArtifactError, CalibrationError, StaleArtifactError
 from quest_deploy.files import read_json, write_json
 from quest_deploy.model.components import parameters_frozen
-from quest_deploy.model.families import TEXT_ENCODER
 from quest_deploy.model.load import LoadedModel, load_directory
 from quest_deploy.model.spec import family_of
 from quest_deploy.quantize.attention import OperandQParams, insert_attention, operand_quantizers
@@ -195,23 +194,34 @@ def parts(model: LoadedModel) -> dict[str, Any]:
     """Everything of a pipeline that has a folder of its own, by folder."""
     family = model.family
     found = {family.denoiser: model.denoiser, "scheduler": model.scheduler}
+    if family.controlnet is not None:
+        found[family.controlnet] = model.controlnet
     if family.autoencoder is not None:
         found[family.autoencoder] = model.vae
-    if family.has_text:
-        found |= {TEXT_ENCODER: model.text_encoder, "tokenizer": model.tokenizer}
+    for part in family.text:
+        found |= {part.name: model.text_encoders[part.name], part.tokenizer: model.tokenizers[part.name]}
     return found
 
 
 def model_index(model: LoadedModel) -> dict[str, Any]:
     """``model_index.json`` of a pipeline with the model's components and no safety checker."""
-    index: dict[str, Any] = {"_class_name": model.family.pipeline}
+    family = model.family
+    index: dict[str, Any] = {"_class_name": family.pipeline}
+    text = {name for part in family.text for name in (part.name, part.tokenizer)}
     for name, part in parts(model).items():
-        # transformers has the text encoder and its tokenizer.
-        library = "transformers" if name in (TEXT_ENCODER, "tokenizer") else "diffusers"
-        index[name] = [library, type(part).__name__]
-    if model.family.has_text:
+        # transformers has the text encoders and their tokenizers.
+        index[name] = ["transformers" if name in text else "diffusers", type(part).__name__]
+    if family.pipeline == "StableDiffusionPipeline":
         index |= dict.fromkeys(("feature_extractor", "image_encoder", "safety_checker"), [None, None])
         index["requires_safety_checker"] = False
+    elif family.has_text:
+        # Settings of the pipeline, and text encoders that this model does without.
+        left_out = {
+            name: value
+            for name, value in model.index.items()
+            if name not in index and (not isinstance(value, list) or value == [None, None])
+        }
+        index |= left_out
     if model.classes is not None and model.classes.names:
         labels: dict[str, str] = {}
         for label, number in model.classes.names.items():

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from quest_deploy.config import FinetuneConfig, PhaseConfig
 from quest_deploy.model.components import predict
 from quest_deploy.model.load import LoadedModel
-from quest_deploy.model.spec import classes_of, family_of, latent_size
+from quest_deploy.model.spec import classes_of, family_of
 from quest_deploy.quantize import auto_layers, calibrate, gptq, losses, parts, train
 from quest_deploy.quantize.calibrate import CalibrationSet
 from quest_deploy.quantize.finetune import make_student, prepare, with_prompts
@@ -96,7 +96,7 @@ def estimate(model: str | Path, config: FinetuneConfig) -> tuple[list[PartEstima
     speed = measure_speed(loaded, student, data, context)
     weights = sum(
         size_bytes([*module.parameters(), *module.buffers()])
-        for module in (loaded.denoiser, loaded.text_encoder, loaded.vae)
+        for module in (loaded.denoiser, *loaded.text_encoders.values(), loaded.vae)
         if module is not None
     )
     pairs = data.num_prompts * data.timesteps.numel()
@@ -177,17 +177,17 @@ def placeholder(model: LoadedModel, config: FinetuneConfig) -> CalibrationSet:
     """A calibration set of the shapes that recording would give, whose tensors take no memory."""
     recipe = config.recipe
     prompts, steps = recipe.calibration_prompts, recipe.calibration_steps
-    denoiser: Any = model.denoiser
-    shape = (denoiser.config.in_channels, *latent_size(denoiser.config))
-    guided = calibrate.has_negative(model)
-    positive = calibrate.encode(model, config.prompts[:1])
+    shape = model.latent_shape
+    positive, negative = calibrate.told_to(model, config.prompts[:1], recipe.guidance_scale)
     one = torch.zeros(())
     return CalibrationSet(
-        timesteps=torch.linspace(model.scheduler.config.num_train_timesteps - 1, 0, steps),
+        timesteps=model.denoiser_time(
+            torch.linspace(model.scheduler.config.num_train_timesteps - 1, 0, steps)
+        ),
         latents=one.expand(prompts, steps, *shape),
-        targets=one.expand(prompts, steps, 2 if guided else 1, *shape),
+        targets=one.expand(prompts, steps, 1 if negative is None else 2, *shape),
         positive={name: value.expand(prompts, *value.shape[1:]) for name, value in positive.items()},
-        negative=calibrate.encode(model, [""]) if guided else {},
+        negative=negative or {},
     )
 
 

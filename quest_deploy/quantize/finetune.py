@@ -27,7 +27,7 @@ from quest_deploy.artifacts import (
     write_artifact,
 )
 from quest_deploy.config import FinetuneConfig, ProgressEvent, to_dict
-from quest_deploy.model.families import TEXT_ENCODER, Classes, Family, choose_prompts
+from quest_deploy.model.families import Classes, Family, choose_prompts
 from quest_deploy.model.load import LoadedModel, load_model
 from quest_deploy.model.lora import merge_loras
 from quest_deploy.model.spec import classes_of, family_of
@@ -109,10 +109,11 @@ def finetune(
                         history=history,
                         companions=quantize_companions(loaded, config),
                     )
-                    text_encoder: Any = loaded.text_encoder
-                    if config.loras and text_encoder is not None and not config.recipe.text_encoder:
-                        # Components are copied as they lie on disk, and a LoRA may have changed this one.
-                        text_encoder.save_pretrained(writer.path / TEXT_ENCODER)
+                    if config.loras and not config.recipe.text_encoder:
+                        # Components are copied as they lie on disk, and a LoRA may have changed these.
+                        for name, encoder in loaded.text_encoders.items():
+                            transformer: Any = encoder
+                            transformer.save_pretrained(writer.path / name)
                     writer.details.update(history)
                 work.remove()
         return read_artifact(output, stage="checkpoint")
@@ -203,7 +204,7 @@ def _quantize(
     # The others find every part finished, and only read it.
     with workers.main_first():
         data = record(model, config, work, progress)
-        qparams = find_scales(model, data, bits, config, work, progress)
+        qparams = find_scales(model, data, bits, config, work, progress, timeless=trace.timeless)
         report = reporter(progress, "collect attention operands")
         operands = find_operands(model.denoiser, data, recipe, work, seed=config.seed, report=report)
         rounded, history = round_weights(model, data, qparams, config, work, progress)

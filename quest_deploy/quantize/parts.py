@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -76,8 +77,13 @@ def find_scales(
     config: FinetuneConfig,
     work: WorkDirectory,
     progress: Progress,
+    *,
+    timeless: Collection[str] = (),
 ) -> dict[str, LayerQParams]:
-    """Starting scales of every layer with `bits`, from what it is given on the recorded trajectories."""
+    """Starting scales of every layer with `bits`, from what it is given on the recorded trajectories.
+
+    The `timeless` ones have one scale for all timesteps.
+    """
     recipe = config.recipe
     saved = work.load("inputs")
     if saved is None:
@@ -101,7 +107,10 @@ def find_scales(
     layers = quantizable_layers(model.denoiser)
     for done, name in enumerate(inputs, start=1):
         if name not in qparams:
-            qparams[name] = initialize_one(layers[name], inputs[name], bits[name], recipe)
+            time_aware = recipe.time_aware and name not in timeless
+            qparams[name] = initialize_one(
+                layers[name], inputs[name], bits[name], replace(recipe, time_aware=time_aware)
+            )
             if throttle.due() or done == len(inputs):
                 tensors, facts = flatten_qparams(qparams)
                 work.save("scales", tensors, **facts)

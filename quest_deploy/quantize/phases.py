@@ -136,7 +136,7 @@ def phase_memory(
     learned = size_bytes(train.learned(groups))
     held = sum(
         size_bytes([*module.parameters(), *module.buffers()])
-        for module in (student, model.denoiser, model.text_encoder, model.vae)
+        for module in (student, model.denoiser, *model.text_encoders.values(), model.vae)
         if module is not None
     )
     if recipe.targets == "memory":

@@ -1,4 +1,4 @@
-"""Quantization of what runs once an image: the text encoder, and the autoencoder's decoder.
+"""Quantization of what runs once an image: the text encoders, and the autoencoder's decoder.
 
 They see no timestep, so a layer has one activation scale (G = 1), and nothing learns: 8 bits, per output channel for
 weights, calibrated on the recipe's prompts and on the latents that they lead to. "int8-weight-only" leaves activations
@@ -25,12 +25,13 @@ from quest_deploy.model.components import (
     first_device,
     parameters_frozen,
     predict,
+    unscaled,
 )
-from quest_deploy.model.families import TEXT_ENCODER
+from quest_deploy.model.conditioning import tokenize
+from quest_deploy.model.families import TextPart
 from quest_deploy.model.load import LoadedModel
-from quest_deploy.model.spec import latent_size
 from quest_deploy.quantize import affine
-from quest_deploy.quantize.calibrate import encode, has_negative, tokenize
+from quest_deploy.quantize.calibrate import flow_of, told_to
 from quest_deploy.quantize.initialize import initialize_layer
 from quest_deploy.quantize.insert import (
     LayerQParams,
@@ -55,7 +56,7 @@ def static_context() -> TimestepContext:
 
 
 def quantize_companions(model: LoadedModel, config: FinetuneConfig) -> dict[str, nn.Module]:
-    """The text encoder and the autoencoder as the recipe wants them, by folder; without those that stay in float.
+    """The text encoders and the autoencoder as the recipe wants them, by folder; without those that stay in float.
 
     Args:
         model: Full precision; left as it is.
@@ -68,13 +69,14 @@ def quantize_companions(model: LoadedModel, config: FinetuneConfig) -> dict[str,
     prompts = config.prompts[: recipe.calibration_prompts]
     result: dict[str, nn.Module] = {}
     if recipe.text_encoder is not None:
-        if model.text_encoder is None:
+        if not model.text_encoders:
             raise ConfigError("the model has no text encoder; set text_encoder to null in the recipe")
-        encoder = copy.deepcopy(model.text_encoder).to("cpu")
-        runs = _encoding(encoder, model, prompts)
-        result[TEXT_ENCODER] = quantize_static(
-            encoder, list(quantizable_layers(encoder)), recipe.text_encoder, runs, config
-        )
+        for part in model.family.text:
+            encoder = copy.deepcopy(model.text_encoders[part.name]).to("cpu")
+            runs = _encoding(encoder, part, model, prompts)
+            result[part.name] = quantize_static(
+                encoder, list(quantizable_layers(encoder)), recipe.text_encoder, runs, config
+            )
     if recipe.vae_decoder is not None:
         if model.vae is None or model.family.autoencoder is None:
             raise ConfigError("the model has no autoencoder; set vae_decoder to null in the recipe")
@@ -161,34 +163,26 @@ def _collect(layers: Mapping[str, nn.Module], runs: Iterator[Run], seed: int) ->
     return result
 
 
-def _encoding(encoder: nn.Module, model: LoadedModel, prompts: Sequence[str]) -> Iterator[Run]:
-    module = TextEncoder(encoder)
+def _encoding(
+    encoder: nn.Module, part: TextPart, model: LoadedModel, prompts: Sequence[str]
+) -> Iterator[Run]:
+    module = TextEncoder(encoder, [tensor.name for tensor in model.specs[part.name].outputs])
     everything = ["", *prompts]
     for start in range(0, len(everything), BATCH_PROMPTS):
-        ids = tokenize(model.tokenizer, everything[start : start + BATCH_PROMPTS])
-        yield functools.partial(module, ids)
-
-
-def unscaled(vae: Any, latents: Tensor) -> Tensor:
-    """What the decoder is given for `latents`, [n, c, h, w]."""
-    shift = getattr(vae.config, "shift_factor", None)
-    values = latents / vae.config.scaling_factor
-    return values if shift is None else values + shift
+        tokens = tokenize(part, model.tokenizers[part.name], everything[start : start + BATCH_PROMPTS])
+        yield functools.partial(module, **tokens)
 
 
 def _decoding(vae: Any, latents: Tensor) -> Iterator[Run]:
     module = VaeDecoder(vae)
-    for chunk in unscaled(vae, latents).split(BATCH_PROMPTS):
+    for chunk in unscaled(vae.config, latents).split(BATCH_PROMPTS):
         yield functools.partial(module, chunk)
 
 
 @torch.no_grad()
 def final_latents(model: LoadedModel, prompts: Sequence[str], config: FinetuneConfig) -> Tensor:
     """What the autoencoder is given for `prompts`, [n, c, h, w]: drawn as the trajectories are recorded."""
-    settings: Any = model.denoiser.config
-    shape = (settings.in_channels, *latent_size(settings))
     device = first_device(model.denoiser)
-    negative = encode(model, [""]) if has_negative(model) else None
 
     def told(conditioning: Conditioning, count: int) -> dict[str, Tensor]:
         return {
@@ -198,18 +192,20 @@ def final_latents(model: LoadedModel, prompts: Sequence[str], config: FinetuneCo
     parts = []
     for start in range(0, len(prompts), BATCH_PROMPTS):
         chunk = prompts[start : start + BATCH_PROMPTS]
+        positive, negative = told_to(model, chunk, config.recipe.guidance_scale)
         generators = sampling.generators_of(range(config.seed + start, config.seed + start + len(chunk)))
         parts.append(
             sampling.denoise(
                 lambda sample, timestep, conditioning: predict(
-                    model.denoiser, sample, timestep.to(torch.float32), conditioning
+                    model.denoiser, sample, model.denoiser_time(timestep), conditioning
                 ),
                 sampling.make_scheduler(None, model.scheduler.config),
-                sampling.draw_noise(generators, shape).to(device),
-                told(encode(model, chunk), len(chunk)),
+                sampling.draw_noise(generators, model.latent_shape).to(device),
+                told(positive, len(chunk)),
                 None if negative is None else told(negative, len(chunk)),
                 steps=config.recipe.calibration_steps,
                 guidance_scale=config.recipe.guidance_scale,
+                flow=flow_of(model),
                 generators=generators,
             )
         )

@@ -1,9 +1,10 @@
 """What each layer of a denoiser is fed by, found by running it once, not by the names of one family.
 
 The denoiser runs on tiny inputs while every torch function is written down (a tape), together with the inputs that each
-tensor comes from. A layer carries time if its input comes from the timestep and not from the latents; it is a boundary
-if nothing quantizable lies between it and the latents, or between it and the output. The part of the tape that leads to
-the layers that carry time can be played again for any timesteps, without the rest of the network.
+tensor comes from. A layer carries time if its input comes from the timestep and from no stream (the latents, and text
+tokens, which time only modulates); it is a boundary if nothing quantizable lies between it and the latents, or between
+it and the output. The part of the tape that leads to the layers that carry time can be played again for any timesteps,
+without the rest of the network.
 """
 
 from __future__ import annotations
@@ -20,14 +21,17 @@ from torch.overrides import TorchFunctionMode
 
 from quest_deploy.model.components import Conditioning, call_denoiser
 from quest_deploy.model.load import LoadedModel
-from quest_deploy.model.spec import TIMESTEP, ComponentSpec, latent_granularity, latent_size
+from quest_deploy.model.spec import TIMESTEP, ComponentSpec, TensorSpec, latent_granularity, latent_size
+from quest_deploy.model.tensors import base_of
 from quest_deploy.quantize.insert import Role, quantizable_layers
 from quest_deploy.quantize.layers import TimestepContext
 
 # A number that no model has for a width, so that it stands for the batch wherever it appears in the tape.
 BATCH = 7
 TOKENS = 3
+IMAGE_TOKENS = 5
 GRANULES = 2
+STREAM_AXES = ("sequence", "image_tokens", "height")
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ Source: TypeAlias = "tuple[str, str] | Tensor | tuple[Step, int]"
 
 @dataclass
 class Tape:
-    """Everything that was computed from parameters, constants and inputs other than the latents."""
+    """Everything that was computed from parameters, constants and inputs other than the streams."""
 
     sources: list[Source] = field(default_factory=list)
 
@@ -93,10 +97,10 @@ def _same(a: tuple[Any, Any], b: tuple[Any, Any]) -> bool:
 class Recorder(TorchFunctionMode):
     """Writes the tape while the denoiser runs. Inside a layer nothing is written but the call of the layer."""
 
-    def __init__(self, denoiser: nn.Module, layers: Mapping[str, nn.Module], latents: str) -> None:
+    def __init__(self, denoiser: nn.Module, layers: Mapping[str, nn.Module], streams: frozenset[str]) -> None:
         super().__init__()
         self.tape = Tape()
-        self.latents = latents
+        self.streams = streams
         self.origins: dict[int, Origin] = {}
         self.kept: list[Any] = []  # an identity is reused once its tensor is freed
         self.inside = 0
@@ -131,17 +135,17 @@ class Recorder(TorchFunctionMode):
         given = [self.origin_of(tensor) for tensor in tensors_in((args, tuple(kwargs.values())))]
         inputs = frozenset[str]().union(*(origin.inputs for origin in given))
         after = frozenset[str]().union(*(origin.after for origin in given))
-        if self.latents in inputs or call is Tensor.__setitem__:
+        if self.streams & inputs or call is Tensor.__setitem__:
             for origin in given:
-                if TIMESTEP in origin.inputs and self.latents not in origin.inputs:
+                if TIMESTEP in origin.inputs and not self.streams & origin.inputs:
                     self.joined |= origin.after
         if call is Tensor.__setitem__:
-            self.origins[id(args[0])] = Origin(Slot(-1), inputs | {self.latents}, after)
+            self.origins[id(args[0])] = Origin(Slot(-1), inputs | self.streams, after)
             return
         outputs = list(tensors_in(result))
         if not outputs:
             return
-        if self.latents in inputs:
+        if self.streams & inputs:
             for output in outputs:
                 self.remember(output, Origin(Slot(-1), inputs, after))
             return
@@ -165,7 +169,7 @@ class Recorder(TorchFunctionMode):
         self.inside -= 1
         origin = self.origin_of(x)
         slot = Slot(-1)
-        if self.latents not in origin.inputs:
+        if not self.streams & origin.inputs:
             slot = self.tape.add((Step(name, (origin.slot,), ()), 0))
         self.remember(output, Origin(slot, origin.inputs, frozenset({name})))
 
@@ -189,15 +193,17 @@ class Trace:
         roles: The part that each quantizable layer plays, in module order.
         ends: Layers that carry time, but for those that only feed another one of the same module; in module order.
         conditions: Other inputs of the denoiser that these layers depend on, for example class labels.
+        timeless: Layers that neither the timestep nor a stream reaches: what they give depends on conditions alone.
         tape: How their outputs follow from timestep and conditions.
         slots: Where on the tape those outputs are.
-        outlets: Layers that carry time and whose output meets the latents, with no other layer between; where on the
+        outlets: Layers that carry time and whose output meets a stream, with no other layer between; where on the
             tape their outputs are, by name in module order.
     """
 
     roles: dict[str, Role]
     ends: tuple[str, ...]
     conditions: frozenset[str]
+    timeless: frozenset[str]
     tape: Tape
     slots: tuple[Slot, ...]
     outlets: dict[str, Slot]
@@ -291,16 +297,20 @@ def trace_denoiser(denoiser: nn.Module, spec: ComponentSpec) -> Trace:
     layers = quantizable_layers(denoiser)
     inputs = example_inputs(spec, denoiser.config)
     sample, timestep, *rest = (tensor.name for tensor in spec.inputs)
-    recorder = Recorder(denoiser, layers, sample)
-    recorder.remember(inputs[sample], Origin(Slot(-1), frozenset({sample})))
+    streams = frozenset({sample, *(tensor.name for tensor in spec.inputs if _is_stream(tensor))})
+    recorder = Recorder(denoiser, layers, streams)
+    for name in streams:
+        recorder.remember(inputs[name], Origin(Slot(-1), frozenset({name})))
     for name in (timestep, *rest):
+        if name in streams:
+            continue
         recorder.remember(inputs[name], Origin(recorder.tape.add(("input", name)), frozenset({name})))
     with _hooked(layers, recorder), recorder:
         output = call_denoiser(
             denoiser, inputs[sample], inputs[timestep], {name: inputs[name] for name in rest}
         )
         last = recorder.origin_of(output).after
-    roles = {name: _role(name, fed, sample, last) for name, fed in recorder.fed.items()}
+    roles = {name: _role(name, fed, sample, streams, last) for name, fed in recorder.fed.items()}
     temporal = [name for name, role in roles.items() if role == "temporal"]
     fed = {name: recorder.fed[name][0] for name in temporal}
     ends = tuple(name for name in temporal if not _is_inner(name, fed))
@@ -310,17 +320,29 @@ def trace_denoiser(denoiser: nn.Module, spec: ComponentSpec) -> Trace:
         roles=roles,
         ends=ends,
         conditions=conditions,
+        timeless=frozenset(
+            name
+            for name, fed in recorder.fed.items()
+            if not any((streams | {timestep}) & origin.inputs for origin in fed)
+        ),
         tape=recorder.tape,
         slots=tuple(outputs[name] for name in ends),
         outlets={name: slot for name, slot in outputs.items() if name in recorder.joined},
     )
 
 
-def _role(name: str, fed: Iterable[Origin], sample: str, last: frozenset[str]) -> Role:
+def _is_stream(tensor: TensorSpec) -> bool:
+    """Whether an input is a sequence of tokens or a map of features."""
+    return any(isinstance(size, str) and base_of(size)[0] in STREAM_AXES for size in tensor.shape)
+
+
+def _role(
+    name: str, fed: Iterable[Origin], sample: str, streams: frozenset[str], last: frozenset[str]
+) -> Role:
     for origin in fed:
         if sample in origin.inputs and (not origin.after or name in last):
             return "boundary"
-        if TIMESTEP in origin.inputs and sample not in origin.inputs:
+        if TIMESTEP in origin.inputs and not streams & origin.inputs:
             return "temporal"
     return "other"
 
@@ -336,11 +358,16 @@ def example_inputs(spec: ComponentSpec, config: Any) -> dict[str, Tensor]:
     granularity = latent_granularity(config)
     height, width = (min(size, GRANULES * granularity) for size in latent_size(config))
     sizes = {"batch": BATCH, "steps": BATCH, "sequence": TOKENS, "height": height, "width": width}
+    sizes["image_tokens"] = IMAGE_TOKENS
+
+    def length(size: int | str) -> int:
+        if isinstance(size, int):
+            return size
+        base, factor = base_of(size)
+        return int(sizes[base] * factor)
+
     return {
-        tensor.name: torch.zeros(
-            [sizes[size] if isinstance(size, str) else size for size in tensor.shape],
-            dtype=getattr(torch, tensor.dtype),
-        )
+        tensor.name: torch.zeros([length(size) for size in tensor.shape], dtype=getattr(torch, tensor.dtype))
         for tensor in spec.inputs
     }
 

@@ -27,9 +27,10 @@ RECIPE = Recipe(
 )
 
 
-def _models() -> ModuleType:
+def _module(name: str) -> ModuleType:
     # Tests are imported by path, so a module beside them has no name of its own.
-    spec = importlib.util.spec_from_file_location("family_models", Path(__file__).with_name("models.py"))
+    path = Path(__file__).with_name(f"{name}.py")
+    spec = importlib.util.spec_from_file_location(f"family_{name}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -38,18 +39,28 @@ def _models() -> ModuleType:
 
 @pytest.fixture(scope="session")
 def models() -> ModuleType:
-    """Makers of tiny models."""
-    return _models()
+    """Makers of tiny models that read no text."""
+    return _module("models")
 
 
 @pytest.fixture(scope="session")
-def model_of(tmp_path_factory: pytest.TempPathFactory, models: ModuleType) -> Callable[[str], Path]:
+def text_models() -> ModuleType:
+    """Makers of tiny models that read text."""
+    return _module("text_models")
+
+
+@pytest.fixture(scope="session")
+def model_of(
+    tmp_path_factory: pytest.TempPathFactory, models: ModuleType, text_models: ModuleType
+) -> Callable[[str], Path]:
     """The diffusers directory of each kind."""
     made: dict[str, Path] = {}
 
     def get(kind: str) -> Path:
         if kind not in made:
-            made[kind] = models.save_model(kind, tmp_path_factory.mktemp(kind) / "model")
+            path = tmp_path_factory.mktemp(kind) / "model"
+            save = text_models.save_text_model if kind in text_models.TEXT_MAKERS else models.save_model
+            made[kind] = save(kind, path)
         return made[kind]
 
     return get

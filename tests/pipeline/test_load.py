@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from quest_deploy.errors import ArtifactError, ConfigError
+from quest_deploy.model.families import TextPart
 from quest_deploy.pipeline import load_pipeline
 from quest_deploy.pipeline.load import _load_scheduler, _load_tokenizer
 
@@ -67,19 +68,19 @@ def rewrite(file: Path, **changes: object) -> None:
 def test_a_tokenizer_of_another_kind_is_refused(model: Path) -> None:
     rewrite(model / "model_index.json", tokenizer=["transformers", "T5Tokenizer"])
     with pytest.raises(ArtifactError, match="the tokenizer is a T5Tokenizer, expected one of CLIPTokenizer"):
-        _load_tokenizer(model)
+        _load_tokenizer(model, TextPart())
 
 
 def test_an_index_without_a_tokenizer_is_refused(model: Path) -> None:
     rewrite(model / "model_index.json", tokenizer=None)
     with pytest.raises(ArtifactError, match="'tokenizer' is None, expected a library and a class"):
-        _load_tokenizer(model)
+        _load_tokenizer(model, TextPart())
 
 
 def test_a_damaged_tokenizer_is_refused(model: Path) -> None:
     shutil.rmtree(model / "tokenizer")
     with pytest.raises(ArtifactError, match="tokenizer' cannot be loaded"):
-        _load_tokenizer(model)
+        _load_tokenizer(model, TextPart())
 
 
 def test_a_scheduler_that_diffusers_does_not_have_is_refused(model: Path) -> None:

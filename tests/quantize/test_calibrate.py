@@ -13,6 +13,8 @@ from torch import nn
 from quest_deploy import sampling
 from quest_deploy.errors import CalibrationError
 from quest_deploy.model.components import TextEncoder, predict
+from quest_deploy.model.conditioning import tokenize
+from quest_deploy.model.families import TextPart
 from quest_deploy.model.load import LoadedModel
 from quest_deploy.quantize.calibrate import (
     EXTREME_ROWS,
@@ -20,7 +22,6 @@ from quest_deploy.quantize.calibrate import (
     collect_inputs,
     join,
     record_trajectories,
-    tokenize,
 )
 from quest_deploy.quantize.insert import quantizable_layers
 
@@ -37,7 +38,7 @@ def test_the_trajectory_is_that_of_the_denoising_loop(float_model: LoadedModel) 
     data = record_trajectories(float_model, ["the moon"], seed=5, batch_size=1, **SETTINGS)
     encoder = TextEncoder(float_model.text_encoder)
     positive, negative = (
-        {"encoder_hidden_states": encoder(tokenize(float_model.tokenizer, [text]))[0]}
+        {"encoder_hidden_states": encoder(**tokenize(TextPart(), float_model.tokenizer, [text]))[0]}
         for text in ("the moon", "")
     )
     latents: list[torch.Tensor] = []

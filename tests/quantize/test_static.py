@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +15,9 @@ from quest_deploy.artifacts import write_artifact
 from quest_deploy.config import FinetuneConfig, StaticMode
 from quest_deploy.errors import ConfigError
 from quest_deploy.model.components import TextEncoder, VaeDecoder
+from quest_deploy.model.conditioning import tokenize
+from quest_deploy.model.families import TextPart
 from quest_deploy.model.load import LoadedModel
-from quest_deploy.quantize.calibrate import tokenize
 from quest_deploy.quantize.checkpoint import freeze, load_checkpoint, save_checkpoint
 from quest_deploy.quantize.insert import quantizable_layers, quantized_layers
 from quest_deploy.quantize.recipe import load_recipe
@@ -46,7 +48,7 @@ def w8a8(float_model: LoadedModel) -> dict[str, nn.Module]:
 @pytest.fixture(scope="module")
 def answers(float_model: LoadedModel) -> Answers:
     """What both components make of prompts and latents like those that they were calibrated on."""
-    ids = tokenize(float_model.tokenizer, ["a red moon", "the blue cat"])
+    ids = tokenize(TextPart(), float_model.tokenizer, ["a red moon", "the blue cat"])["input_ids"]
     latents = final_latents(float_model, PROMPTS[:2], config()) / float_model.vae.config.scaling_factor
 
     def run(text_encoder: nn.Module, vae: nn.Module) -> dict[str, Tensor]:
@@ -124,10 +126,10 @@ def test_latents_are_those_that_the_pipeline_draws(float_model: LoadedModel) -> 
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("missing", ["text_encoder", "vae"])
-def test_a_component_that_is_not_there_is_refused(float_model: LoadedModel, missing: str) -> None:
+@pytest.mark.parametrize("missing", [{"text_encoders": {}}, {"vae": None}], ids=str)
+def test_a_component_that_is_not_there_is_refused(float_model: LoadedModel, missing: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="to null in the recipe"):
-        quantize_companions(dataclasses.replace(float_model, **{missing: None}), config("w8a8", "w8a8"))
+        quantize_companions(dataclasses.replace(float_model, **missing), config("w8a8", "w8a8"))
 
 
 @pytest.mark.parametrize("mode", ["w8a8", "int8-weight-only"])

@@ -1,0 +1,68 @@
+"""Tokenizers and text encoders, whatever runs them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quest_deploy.model.families import TextPart
+
+Outputs = Mapping[str, Tensor]
+"""What one component gives, by output name."""
+Run = Callable[[str, Mapping[str, Tensor]], Outputs]
+"""(name of a component, its inputs by name) -> its outputs by name."""
+
+
+def token_limit(part: TextPart, tokenizer: Any) -> int:
+    """How many tokens an encoder reads, special ones included."""
+    return int(tokenizer.model_max_length) if part.max_tokens is None else part.max_tokens
+
+
+def tokenize(
+    part: TextPart, tokenizer: Any, prompts: Sequence[str], limit: int | None = None
+) -> dict[str, Tensor]:
+    """What a text encoder is given: `input_ids`, and `attention_mask` where it takes one, int64 [n, tokens].
+
+    Args:
+        part: The text encoder.
+        tokenizer: Its own.
+        prompts: n texts.
+        limit: What they are padded and cut to; None is the encoder's length.
+    """
+    encoded = tokenizer(
+        list(prompts),
+        padding="max_length",
+        truncation=True,
+        max_length=limit or token_limit(part, tokenizer),
+        padding_side="right",
+        return_tensors="pt",
+    )
+    names = ("input_ids", "attention_mask") if part.masked else ("input_ids",)
+    return {name: torch.as_tensor(encoded[name]) for name in names}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextEncoders:
+    """The text encoders of one model.
+
+    Attributes:
+        parts: In the order of their numbers.
+        tokenizers: By name of the encoder.
+        run: Runs one of them.
+    """
+
+    parts: tuple[TextPart, ...]
+    tokenizers: Mapping[str, Any]
+    run: Run
+
+    def tokens(self, part: TextPart, prompts: Sequence[str], limit: int | None = None) -> dict[str, Tensor]:
+        """What one of them is given for `prompts`, padded and cut to `limit`, or to its own length."""
+        return tokenize(part, self.tokenizers[part.name], prompts, limit)
+
+    def __call__(self, part: TextPart, prompts: Sequence[str]) -> Outputs:
+        """What one of them gives for `prompts`, [n, ...] by output name."""
+        return self.run(part.name, self.tokens(part, prompts))
