@@ -105,7 +105,10 @@ class Flow:
     even_sigmas: bool = False
 
     def options(self, scheduler: Any, steps: int, size: Sequence[int]) -> dict[str, Any]:
-        """What `set_timesteps` is given; `sigmas` stand for the number of steps. `size` is the latents' height and width."""
+        """What `set_timesteps` is given besides the number of steps, for which `sigmas` stand.
+
+        `size` is the latents' height and width.
+        """
         settings = scheduler.config
         options: dict[str, Any] = {}
         if self.even_sigmas and not settings.get("use_flow_sigmas"):
