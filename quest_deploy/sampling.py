@@ -105,9 +105,12 @@ class Flow:
     even_sigmas: bool = False
 
     def options(self, scheduler: Any, steps: int, size: Sequence[int]) -> dict[str, Any]:
-        """What `set_timesteps` is given; `size` is the latents' height and width."""
+        """What `set_timesteps` is given besides the number of steps, for which `sigmas` stand.
+
+        `size` is the latents' height and width.
+        """
         settings = scheduler.config
-        options: dict[str, Any] = {"num_inference_steps": steps}
+        options: dict[str, Any] = {}
         if self.even_sigmas and not settings.get("use_flow_sigmas"):
             options = {"sigmas": np.linspace(1.0, 1 / steps, steps)}
         if settings.get("use_dynamic_shifting"):
@@ -147,7 +150,9 @@ def timesteps(
         ConfigError: the scheduler cannot do that many.
     """
     try:
-        scheduler.set_timesteps(**flow.options(scheduler, steps, size), device=device)
+        options = flow.options(scheduler, steps, size)
+        count = () if "sigmas" in options else (steps,)
+        scheduler.set_timesteps(*count, device=device, **options)
     except (ValueError, IndexError) as error:
         raise ConfigError(
             f"{type(scheduler).__name__} cannot make a schedule of {steps} steps ({str(error).strip()}); "

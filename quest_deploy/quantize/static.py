@@ -8,6 +8,7 @@ in float; "w8a8" is the grid of the denoiser's layers.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -20,14 +21,12 @@ from quest_deploy.config import FinetuneConfig, StaticMode
 from quest_deploy.errors import ConfigError
 from quest_deploy.model.components import (
     Conditioning,
-    TextEncoder,
     VaeDecoder,
     first_device,
     parameters_frozen,
     predict,
     unscaled,
 )
-from quest_deploy.model.conditioning import tokenize
 from quest_deploy.model.families import TextPart
 from quest_deploy.model.load import LoadedModel
 from quest_deploy.quantize import affine
@@ -166,11 +165,11 @@ def _collect(layers: Mapping[str, nn.Module], runs: Iterator[Run], seed: int) ->
 def _encoding(
     encoder: nn.Module, part: TextPart, model: LoadedModel, prompts: Sequence[str]
 ) -> Iterator[Run]:
-    module = TextEncoder(encoder, [tensor.name for tensor in model.specs[part.name].outputs])
+    encoders = {**model.text_encoders, part.name: encoder}
+    conditioner = dataclasses.replace(model, text_encoders=encoders).conditioner
     everything = ["", *prompts]
     for start in range(0, len(everything), BATCH_PROMPTS):
-        tokens = tokenize(part, model.tokenizers[part.name], everything[start : start + BATCH_PROMPTS])
-        yield functools.partial(module, **tokens)
+        yield functools.partial(conditioner.encode, everything[start : start + BATCH_PROMPTS])
 
 
 def _decoding(vae: Any, latents: Tensor) -> Iterator[Run]:

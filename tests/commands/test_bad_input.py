@@ -129,8 +129,8 @@ MODEL_DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty directory": (lambda m: [shutil.rmtree(m), m.mkdir()], "model_index.json"),
     "corrupt index": (lambda m: (m / "model_index.json").write_text("{]"), "model_index.json"),
     "other pipeline": (
-        lambda m: (m / "model_index.json").write_text('{"_class_name": "FluxPipeline"}'),
-        "got a FluxPipeline, expected one of StableDiffusionPipeline",
+        lambda m: (m / "model_index.json").write_text('{"_class_name": "KandinskyPipeline"}'),
+        "got a KandinskyPipeline, expected one of StableDiffusionPipeline",
     ),
     "missing configuration": (lambda m: (m / "unet" / "config.json").unlink(), "unet/config.json"),
     "truncated configuration": (lambda m: truncate(m / "unet" / "config.json"), "unet/config.json"),

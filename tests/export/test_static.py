@@ -39,8 +39,9 @@ def models(tiny_model: Path) -> dict[str, LoadedModel]:
             load_recipe("w8a8"), calibration_steps=2, text_encoder=mode, vae_decoder=mode
         )
         prompts = tuple(f"a cat and {number} moons" for number in range(recipe.calibration_prompts))
+        companions = quantize_companions(model, FinetuneConfig(recipe=recipe, prompts=prompts))
         found[mode] = dataclasses.replace(
-            model, **quantize_companions(model, FinetuneConfig(recipe=recipe, prompts=prompts))
+            model, text_encoders={"text_encoder": companions["text_encoder"]}, vae=companions["vae"]
         )
     return found
 

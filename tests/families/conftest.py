@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -33,6 +34,7 @@ def _module(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"family_{name}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
 
@@ -46,6 +48,7 @@ def models() -> ModuleType:
 @pytest.fixture(scope="session")
 def text_models() -> ModuleType:
     """Makers of tiny models that read text."""
+    _module("text_parts")
     return _module("text_models")
 
 
