@@ -92,7 +92,12 @@ def _intermediate(
 ) -> Iterator[dict[str, np.ndarray]]:
     """Every value that `nodes` read or write, by name, for each of `inputs`."""
     proto = ir.to_proto(model)
-    names = {value.name for node in nodes for value in (*node.inputs, *node.outputs) if value is not None}
+    names = {
+        value.name
+        for node in nodes
+        for value in (*node.inputs, *node.outputs)
+        if value is not None and value.name is not None
+    }
     made = {name for node in proto.graph.node for name in node.output}
     constants = {one.name: numpy_helper.to_array(one) for one in proto.graph.initializer if one.name in names}
     proto.graph.output.extend(
@@ -117,10 +122,12 @@ def _session(proto: onnx.ModelProto) -> onnxruntime.InferenceSession:
 
 def _alone(node: ir.Node) -> onnxruntime.InferenceSession:
     """A graph of this node."""
-    given = [value for value in node.inputs if value is not None]
-    inputs = {
-        value.name: value.dtype if value.const_value is None else value.const_value.dtype for value in given
-    }
+    inputs: dict[str, ir.DataType] = {}
+    for value in node.inputs:
+        if value is not None and value.name is not None:
+            dtype = value.dtype if value.const_value is None else value.const_value.dtype
+            assert dtype is not None
+            inputs[value.name] = dtype
     graph = helper.make_graph(
         [ir.to_proto(node)],
         "alone",

@@ -37,19 +37,16 @@ def block_of(dequantize: ir.Node) -> int | None:
     codes, scale = dequantize.inputs[0], dequantize.inputs[1]
     if codes is None or scale is None or scale.const_value is None or not is_packable(codes):
         return None
-    if (
-        len(codes.const_value.shape) != 2
-        or len(codes.uses()) != 1
-        or dequantize.attributes.get_int("axis", 1) % 2 != 1
-    ):
+    assert codes.const_value is not None
+    shape = codes.const_value.shape.numpy()
+    if len(shape) != 2 or len(codes.uses()) != 1 or dequantize.attributes.get_int("axis", 1) % 2 != 1:
         return None
     uses = dequantize.outputs[0].uses()
     if not uses or not all(
         use.node.op_type == "MatMul" and use.idx == 1 and _is_float(use.node) for use in uses
     ):
         return None
-    inputs = int(codes.const_value.shape[0])
-    return next((block for block in BLOCKS if inputs % block == 0), None)
+    return next((block for block in BLOCKS if shape[0] % block == 0), None)
 
 
 def _is_float(product: ir.Node) -> bool:

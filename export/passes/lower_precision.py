@@ -166,8 +166,9 @@ def _constant(graph: ir.Graph, value: ir.Value, wanted: ir.DataType) -> ir.Value
     def converted() -> ir.Tensor:
         return ir.Tensor(narrowed(source.numpy(), wanted), dtype=wanted, name=name)
 
-    tensor = ir.LazyTensor(converted, dtype=wanted, shape=ir.Shape(source.shape), name=name)
-    output = ir.Value(name=name, type=ir.TensorType(wanted), shape=ir.Shape(source.shape), const_value=tensor)
+    shape = ir.Shape(source.shape.numpy())
+    tensor = ir.LazyTensor(converted, dtype=wanted, shape=shape, name=name)
+    output = ir.Value(name=name, type=ir.TensorType(wanted), shape=shape, const_value=tensor)
     graph.register_initializer(output)
     return output
 

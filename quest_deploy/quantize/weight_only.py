@@ -40,7 +40,8 @@ def drop_activation_quantizers(denoiser: nn.Module) -> None:
         if quantizer is None:
             continue
         row = quantizer.inverse_row
-        layer.quantizer = None if row is None else ChannelRow(row, quantizer.channel_axis)
+        left = None if row is None else ChannelRow(row, quantizer.channel_axis)
+        layer.register_module("quantizer", left)
     for attention in quantized_attentions(denoiser).values():
         for operand in OPERANDS:
             setattr(attention, operand, None)
