@@ -7,6 +7,7 @@ from typing import Literal, get_args
 
 from quest_deploy.checks import at_least, one_of, raise_if_any
 
+ErrorMean = Literal["arithmetic", "geometric"]
 Precision = Literal["float32", "bfloat16"]
 Targets = Literal["memory", "disk", "recompute"]
 StaticMode = Literal["int8-weight-only", "w8a8"]
@@ -120,6 +121,8 @@ class Recipe:
         walk_share: Weight of what the student's errors grow into over a few steps of its own, beside its errors on
             recorded latents; 0 leaves walks out.
         walk_length: Steps of such a walk.
+        error_mean: Which mean of errors over prompts, steps and walks is made small: the "arithmetic" one, which the
+            worst of them decide, or the "geometric" one, which is a signal-to-noise ratio in dB.
         precision: Of the float operations while training. Grids and scales are float32 in any case, and codes are
             exact in bfloat16.
         gradient_checkpointing: Whether a pass keeps the inputs of blocks alone, and computes the rest again for the
@@ -153,6 +156,7 @@ class Recipe:
     vae_decoder: StaticMode | None = None
     walk_share: float = 1.0
     walk_length: int = 4
+    error_mean: ErrorMean = "arithmetic"
     precision: Precision = "float32"
     gradient_checkpointing: bool = False
     memory_limit_gb: float | None = None
@@ -177,6 +181,7 @@ class Recipe:
         for name in ("text_encoder", "vae_decoder"):
             if getattr(self, name) is not None:
                 one_of(problems, name, getattr(self, name), get_args(StaticMode))
+        one_of(problems, "error_mean", self.error_mean, get_args(ErrorMean))
         one_of(problems, "initializer", self.initializer, ("nearest", "gptq", "adaround"))
         calibration = {name: getattr(self, name) for name in ("calibration_prompts", "calibration_steps")}
         at_least(problems, 2, **calibration)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -23,10 +24,10 @@ Errors = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Objective:
-    """How errors of the network are weighed: by their logarithms, relative to the weights that training starts from.
+    """How errors of the network are weighed: relative to the weights and scales that training starts from.
 
-    Squared errors differ by orders of magnitude between prompts, and a walk may end anywhere: in a mean of them, few
-    decide all. The mean of their logarithms is a signal-to-noise ratio in dB, which is what is measured in the end.
+    Squared errors differ by orders of magnitude between prompts, and a walk may end anywhere: few decide their mean.
+    The mean of their logarithms is a signal-to-noise ratio in dB.
 
     Attributes:
         raw: float32 [T], in the order of the calibration set's steps: one over the error that rounding left there.
@@ -37,6 +38,7 @@ class Objective:
         guidance_scale: That the trajectories were recorded with.
         max_pairs: How many pairs the denoiser is given at once; None for all.
         max_walks: How many walks it is taken on at once; None for all.
+        geometric: Whether the logarithms of errors are averaged.
     """
 
     raw: Tensor
@@ -47,6 +49,15 @@ class Objective:
     guidance_scale: float
     max_pairs: int | None = None
     max_walks: int | None = None
+    geometric: bool = False
+
+    def term(self, errors: Tensor) -> Tensor:
+        """What relative errors, float32 [n], contribute to a mean."""
+        return errors.clamp_min(LEAST_ERROR).log() if self.geometric else errors
+
+    def mean(self, loss: float) -> float:
+        """The mean of errors that a mean of terms stands for: 1 at the start."""
+        return math.exp(loss) if self.geometric else loss
 
     @property
     def walking(self) -> bool:
@@ -119,17 +130,17 @@ def raw_errors(denoiser: nn.Module, data: CalibrationSet, prompt: Tensor, step: 
 def weighed_pairs(
     denoiser: nn.Module, data: CalibrationSet, objective: Objective, prompt: Tensor, step: Tensor
 ) -> Tensor:
-    """float32 [n]: logarithms of the errors of pairs, relative to those at the start."""
+    """float32 [n]: terms of the errors of pairs, relative to those at the start."""
     errors = raw_errors(denoiser, data, prompt, step)
-    return (objective.raw[step].to(errors.device) * errors.clamp_min(LEAST_ERROR)).log()
+    return objective.term(objective.raw[step].to(errors.device) * errors)
 
 
 def weighed_walks(
     denoiser: nn.Module, data: CalibrationSet, objective: Objective, prompt: Tensor, start: Tensor
 ) -> Tensor:
-    """float32 [n]: logarithms of what walks end in, relative to the start of training."""
+    """float32 [n]: terms of what walks end in, relative to the start of training."""
     errors = walks(denoiser, data, objective, prompt, start)
-    return (objective.walks[start].to(errors.device) * errors.clamp_min(LEAST_ERROR)).log()
+    return objective.term(objective.walks[start].to(errors.device) * errors)
 
 
 def in_slices(errors: Errors, prompt: Tensor, step: Tensor, size: int | None) -> Tensor:
@@ -167,8 +178,9 @@ def make_objective(
     guidance_scale: float,
     max_pairs: int | None = None,
     max_walks: int | None = None,
+    geometric: bool = False,
 ) -> Objective:
-    """The objective under which both terms are 0 for `denoiser` on the given prompts."""
+    """The objective under which the mean of errors is 1 in both terms for `denoiser` on the given prompts."""
     count = data.timesteps.numel()
     bare = Objective(
         raw=torch.ones(count),
@@ -179,12 +191,13 @@ def make_objective(
         guidance_scale=guidance_scale,
         max_pairs=max_pairs,
         max_walks=max_walks,
+        geometric=geometric,
     )
     raw_of = functools.partial(raw_errors, denoiser, data)
     everything = torch.stack(
         [in_slices(raw_of, p.expand(count), torch.arange(count), max_pairs) for p in prompts]
     )
-    raw = one_over(everything)
+    raw = one_over(everything, geometric=geometric)
     objective = dataclasses.replace(bare, raw=raw)
     starts = 0 if steps is None or not walk_share else steps.starts(walk_length)
     if not starts:
@@ -193,19 +206,21 @@ def make_objective(
     ends = torch.stack(
         [in_slices(walks_of, p.expand(starts), torch.arange(starts), max_walks) for p in prompts]
     )
-    return dataclasses.replace(objective, walks=one_over(ends))
+    return dataclasses.replace(objective, walks=one_over(ends, geometric=geometric))
 
 
-def one_over(errors: Tensor) -> Tensor:
-    """float32 [T]: one over the geometric mean over prompts of errors [P, T]."""
-    return errors.clamp_min(LEAST_ERROR).log().mean(dim=0).neg().exp().cpu()
+def one_over(errors: Tensor, *, geometric: bool) -> Tensor:
+    """float32 [T]: one over the mean over prompts of errors [P, T]."""
+    if geometric:
+        return 1 / errors.clamp_min(LEAST_ERROR).log().mean(dim=0).exp().cpu()
+    return 1 / errors.mean(dim=0).clamp_min(LEAST_ERROR).cpu()
 
 
 @torch.no_grad()
 def total_loss(denoiser: nn.Module, data: CalibrationSet, prompts: Tensor, objective: Objective) -> float:
     """The sum over prompts of the loss over whole trajectories: every step, and walks that follow one another.
 
-    0 for the denoiser of the objective, on its prompts.
+    :meth:`Objective.mean` of it over prompts is 1 for the denoiser of the objective.
     """
     step = torch.arange(data.timesteps.numel())
     start = torch.arange(0, objective.walks.numel(), objective.walk_length)
@@ -244,7 +259,7 @@ def draw(
 
 
 def network_loss(denoiser: nn.Module, data: CalibrationSet, objective: Objective, drawn: Draw) -> Tensor:
-    """The part that `drawn` has in the loss of its update, a scalar: 0 is the start, -1 errors e times as small."""
+    """The part that `drawn` has in the loss of its update, a scalar."""
     raw = walked = torch.zeros((), device=data.device)
     if drawn.prompt.numel():
         raw = weighed_pairs(denoiser, data, objective, drawn.prompt, drawn.step).sum() / drawn.num_pairs

@@ -110,6 +110,7 @@ def make_task(inputs: Inputs) -> train.Task:
             guidance_scale=recipe.guidance_scale,
             max_pairs=max_pairs,
             max_walks=max_walks,
+            geometric=recipe.error_mean == "geometric",
         )
     return train.Task(
         student=inputs.student,

@@ -139,11 +139,11 @@ class Task:
     workers: Workers = ALONE
 
     def validation_loss(self) -> float:
-        """The geometric mean of errors, relative to those of rounding alone: 1 is the start."""
+        """The mean of errors, relative to those of rounding alone: 1 is the start."""
         mine = self.validation[self.workers.index :: self.workers.count]
         with autocast(self.data.device, self.precision):
             total = losses.total_loss(self.student, self.data, mine, self.objective)
-        return math.exp(self.workers.sum(total) / self.validation.numel())
+        return self.objective.mean(self.workers.sum(total) / self.validation.numel())
 
 
 def autocast(device: torch.device, precision: Precision) -> torch.autocast:

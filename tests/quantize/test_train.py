@@ -90,6 +90,30 @@ def test_the_start_costs_one(task: train.Task) -> None:
     assert task.validation_loss() == pytest.approx(1.0, rel=1e-4)
 
 
+def test_the_start_costs_one_in_the_geometric_mean_too(task: train.Task) -> None:
+    objective = losses.make_objective(
+        task.student,
+        task.data,
+        task.validation,
+        task.objective.steps,
+        walk_length=2,
+        walk_share=1.0,
+        guidance_scale=GUIDANCE,
+        geometric=True,
+    )
+    geometric = dataclasses.replace(task, objective=objective)
+    # Steps count alike in both terms, but walks of a whole trajectory are fewer than those that were averaged.
+    assert geometric.validation_loss() == pytest.approx(1.0, rel=1e-4)
+    run(geometric, phase(steps=3))
+    assert geometric.validation_loss() < 1.0
+
+
+def test_one_bad_error_decides_the_arithmetic_mean_alone() -> None:
+    errors = torch.tensor([[1.0], [1.0], [1.0], [1e4]])
+    assert float(1 / losses.one_over(errors, geometric=False)) == pytest.approx(2500.75)
+    assert float(1 / losses.one_over(errors, geometric=True)) == pytest.approx(10.0)
+
+
 @pytest.mark.parametrize(
     ("temporal", "low_rank"),
     [(True, None), (False, None), (False, 2)],
@@ -297,10 +321,10 @@ def plain(task: train.Task, plan: PhaseConfig) -> None:
                 task.training, data.timesteps.numel(), plan.batch_size, generator
             )
             errors = losses.raw_errors(task.student, data, prompt, step)
-            raw = (objective.raw[step] * errors.clamp_min(losses.LEAST_ERROR)).log().mean()
+            raw = (objective.raw[step] * errors).mean()
             prompt, step = losses.draw_pairs(task.training, objective.walks.numel(), plan.walks, generator)
             ends = losses.walks(task.student, data, objective, prompt, step)
-            walked = (objective.walks[step] * ends.clamp_min(losses.LEAST_ERROR)).log().mean()
+            walked = (objective.walks[step] * ends).mean()
             loss = (raw + objective.walk_share * walked) / (1 + objective.walk_share)
             loss.backward()
         optimizer.step()
