@@ -154,6 +154,7 @@ def export_component(
     def find_fragile(model: ir.Model) -> dict[str, float]:
         if not samples:
             logger.warning("%s: not run by sampling, so which operators need float32 is not known", spec.name)
+            return fragile
         fragile.update(fragile_nodes(model, samples, config.dtype))
         return fragile
 
@@ -191,12 +192,13 @@ def save(model: ir.Model, path: Path, *, inline_limit_bytes: int = INLINE_LIMIT_
 def quantized_layer_names(module: nn.Module) -> list[str]:
     """Paths of the layers of a component with weights and activations quantized, and of its quantized attentions."""
     from quest_deploy.quantize.attention import quantized_attentions
-    from quest_deploy.quantize.layers import ActivationQuantizer, QuantizedLayer
+    from quest_deploy.quantize.insert import quantized_layers
+    from quest_deploy.quantize.layers import ActivationQuantizer
 
     layers = [
         name
-        for name, layer in module.named_modules()
-        if isinstance(layer, QuantizedLayer) and isinstance(layer.quantizer, ActivationQuantizer)
+        for name, layer in quantized_layers(module).items()
+        if isinstance(layer.quantizer, ActivationQuantizer)
     ]
     return layers + [
         f"{name}.{product}"
@@ -207,12 +209,13 @@ def quantized_layer_names(module: nn.Module) -> list[str]:
 
 def weight_only_layer_names(module: nn.Module) -> list[str]:
     """Paths of the layers of a component with quantized weights and float activations."""
-    from quest_deploy.quantize.layers import ActivationQuantizer, QuantizedLayer
+    from quest_deploy.quantize.insert import quantized_layers
+    from quest_deploy.quantize.layers import ActivationQuantizer
 
     return [
         name
-        for name, layer in module.named_modules()
-        if isinstance(layer, QuantizedLayer) and not isinstance(layer.quantizer, ActivationQuantizer)
+        for name, layer in quantized_layers(module).items()
+        if not isinstance(layer.quantizer, ActivationQuantizer)
     ]
 
 

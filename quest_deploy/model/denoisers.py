@@ -98,6 +98,11 @@ def _denoiser(
     )
 
 
+def _channels(config: Config) -> tuple[int, int]:
+    """In and out, of a transformer that need not say that both are the same."""
+    return config["in_channels"], config.get("out_channels") or config["in_channels"]
+
+
 CLASS_LABELS = integer_tensor("class_labels", "batch")
 
 
@@ -183,9 +188,8 @@ def _dit(family: Family, config: Config) -> ComponentSpec:
         raise ModelLoadError(
             f"{family.denoiser}: norm_type is {config.get('norm_type')!r}, expected 'ada_norm_zero' of a DiT"
         )
-    channels = (config["in_channels"], config.get("out_channels") or config["in_channels"])
     # diffusers takes the root of the number of patches for both sides.
-    return _denoiser(family.denoiser, "hidden_states", channels, latent_size(config), CLASS_LABELS)
+    return _denoiser(family.denoiser, "hidden_states", _channels(config), latent_size(config), CLASS_LABELS)
 
 
 def _pixart(family: Family, config: Config) -> ComponentSpec:
@@ -197,17 +201,15 @@ def _pixart(family: Family, config: Config) -> ComponentSpec:
     sized = config.get("use_additional_conditions")
     if sized or (sized is None and config["sample_size"] == PIXART_SIZED):
         told += [float_tensor("resolution", "batch", 2), float_tensor("aspect_ratio", "batch", 1)]
-    channels = (config["in_channels"], config.get("out_channels") or config["in_channels"])
     # Positions of another size are computed anew, outside of torch.
-    return _denoiser(family.denoiser, "hidden_states", channels, latent_size(config), *told)
+    return _denoiser(family.denoiser, "hidden_states", _channels(config), latent_size(config), *told)
 
 
 def _sd3(family: Family, config: Config) -> ComponentSpec:
-    channels = (config["in_channels"], config.get("out_channels") or config["in_channels"])
     return _denoiser(
         family.denoiser,
         "hidden_states",
-        channels,
+        _channels(config),
         SIZE,
         float_tensor("encoder_hidden_states", "batch", "sequence", config["joint_attention_dim"]),
         float_tensor("pooled_projections", "batch", config["pooled_projection_dim"]),
@@ -220,13 +222,12 @@ def _sana(family: Family, config: Config) -> ComponentSpec:
             f"{family.denoiser}: is a Sana-Sprint (guidance_embeds, timestep_scale), which is not supported; "
             "expected a Sana"
         )
-    channels = (config["in_channels"], config.get("out_channels") or config["in_channels"])
     # Sine positions of another size are computed anew, outside of torch.
     size = SIZE if config.get("interpolation_scale") is None else latent_size(config)
     return _denoiser(
         family.denoiser,
         "hidden_states",
-        channels,
+        _channels(config),
         size,
         float_tensor("encoder_hidden_states", "batch", "sequence", config["caption_channels"]),
         integer_tensor("encoder_attention_mask", "batch", "sequence"),

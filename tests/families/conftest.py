@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from torch import Tensor
 
-from quest_deploy.config import ExportConfig, FinetuneConfig, PhaseConfig, Recipe
+from quest_deploy.config import ExportConfig, FinetuneConfig, ParityConfig, PhaseConfig, Recipe
 from quest_deploy.model.load import LoadedModel, load_model
+from quest_deploy.parity import compare
+from quest_deploy.parity.gates import Gate
+from quest_deploy.quantize.insert import quantizable_layers
 
+Watch = Callable[[LoadedModel, Iterable[str]], contextlib.AbstractContextManager[dict[str, Tensor]]]
 KINDS = ("dit", "class-unet", "ldm", "ddpm")
 PHASE = {"steps": 1, "batch_size": 2}
 RECIPE = Recipe(
@@ -92,6 +98,50 @@ def checkpoint_of(model_of: Callable[[str], Path]) -> Callable[[str], Path]:
         if not path.exists():
             finetune(model_of(kind), path, FinetuneConfig(recipe=RECIPE))
         return path
+
+    return get
+
+
+@pytest.fixture
+def outputs_at() -> Watch:
+    """What layers of a denoiser answer while the body runs, by name."""
+
+    @contextlib.contextmanager
+    def watch(model: LoadedModel, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
+        seen: dict[str, Tensor] = {}
+
+        def keep(name: str) -> Callable[..., None]:
+            return lambda module, args, output: seen.update({name: output})
+
+        layers = quantizable_layers(model.denoiser)
+        handles = [layers[name].register_forward_hook(keep(name)) for name in names]
+        try:
+            yield seen
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    return watch
+
+
+@pytest.fixture
+def deployment_gates(
+    model_of: Callable[[str], Path],
+    checkpoint_of: Callable[[str], Path],
+    onnx_of: Callable[[str, str], Path],
+    tmp_path: Path,
+) -> Callable[[str], dict[str, Gate]]:
+    """The gates of each kind in ONNX Runtime against torch, by quantity."""
+
+    def get(kind: str) -> dict[str, Gate]:
+        result = compare(
+            model_of(kind),
+            onnx_of(kind, "onnxruntime"),
+            tmp_path / "parity",
+            ParityConfig(num_prompts=2, steps=2, guidance_scale=3.0),
+            via=(checkpoint_of(kind),),
+        )
+        return {gate.quantity: gate for gate in result.gates if gate.rung == "onnx"}
 
     return get
 

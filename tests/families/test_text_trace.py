@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import pytest
 import torch
@@ -10,7 +11,6 @@ from torch import Tensor
 
 from quest_deploy.model.components import call_denoiser
 from quest_deploy.model.load import LoadedModel
-from quest_deploy.quantize.insert import quantizable_layers
 from quest_deploy.quantize.trace import BATCH, example_inputs, trace
 
 UNET = ({"conv_in", "conv_out"}, ("time_embedding.linear", "time_emb_proj"))
@@ -50,25 +50,20 @@ def test_ends_carriers_and_conditions_are_found(kind: str, loaded: Callable[[str
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["sdxl", "lcm", "pixart-sized", "sd3", "flux-dev", "sana"])
 def test_the_temporal_path_alone_gives_what_the_whole_network_computes(
-    kind: str, loaded: Callable[[str], LoadedModel]
+    kind: str,
+    loaded: Callable[[str], LoadedModel],
+    outputs_at: Callable[..., AbstractContextManager[dict[str, Tensor]]],
 ) -> None:
     model = loaded(kind)
-    found, seen = trace(model), {}
-
-    def keep(name: str) -> Callable[..., None]:
-        return lambda module, args, output: seen.update({name: output})
-
-    layers = quantizable_layers(model.denoiser)
-    handles = [layers[name].register_forward_hook(keep(name)) for name in found.ends]
+    found = trace(model)
     inputs: dict[str, Tensor] = {
         name: torch.rand(value.shape).to(value.dtype)
         for name, value in example_inputs(model.denoiser_spec, model.denoiser.config).items()
     }
     sample, timestep, *rest = inputs
     inputs[timestep] = torch.linspace(0, 1, BATCH) * (1 if kind.startswith("flux") else 999)
-    call_denoiser(model.denoiser, inputs[sample], inputs[timestep], {name: inputs[name] for name in rest})
-    for handle in handles:
-        handle.remove()
+    with outputs_at(model, found.ends) as seen:
+        call_denoiser(model.denoiser, inputs[sample], inputs[timestep], {name: inputs[name] for name in rest})
     conditions = {name: inputs[name] for name in found.conditions}
     alone = found.temporal_outputs(model.denoiser, inputs[timestep], conditions, None)
     assert len(alone) > 1

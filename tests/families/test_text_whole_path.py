@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from quest_deploy.config import BuildConfig, ExportConfig, GenerateConfig, ParityConfig, ShapeRange
+from quest_deploy.config import BuildConfig, ExportConfig, GenerateConfig, ShapeRange
 from quest_deploy.engines.profiles import component_profiles
 from quest_deploy.export.to_onnx import export
 from quest_deploy.metrics import snr_db
 from quest_deploy.model.spec import component_specs, family_of
-from quest_deploy.parity import compare
+from quest_deploy.parity.gates import Gate
 from quest_deploy.pipeline import generate, load_pipeline
 from quest_deploy.quantize.checkpoint import load_checkpoint
 from quest_deploy.quantize.insert import quantizable_layers, quantized_layers
@@ -80,20 +80,9 @@ def test_onnx_runtime_keeps_full_precision(
 
 @pytest.mark.parametrize("kind", SLOW)
 def test_onnx_runtime_computes_the_codes_of_torch(
-    kind: str,
-    model_of: Callable[[str], Path],
-    checkpoint_of: Callable[[str], Path],
-    onnx_of: Callable[[str, str], Path],
-    tmp_path: Path,
+    kind: str, deployment_gates: Callable[[str], dict[str, Gate]]
 ) -> None:
-    result = compare(
-        model_of(kind),
-        onnx_of(kind, "onnxruntime"),
-        tmp_path / "parity",
-        ParityConfig(num_prompts=2, steps=2, guidance_scale=3.0),
-        via=(checkpoint_of(kind),),
-    )
-    gates = {gate.quantity: gate for gate in result.gates if gate.rung == "onnx"}
+    gates = deployment_gates(kind)
     for quantity in (
         "int8 codes that differ",
         "noise SNR, same codes",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import pytest
 import torch
@@ -50,23 +51,18 @@ def test_what_else_they_depend_on_is_found(
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["dit", "class-unet", "ddpm"])
 def test_the_temporal_path_alone_gives_what_the_whole_network_computes(
-    kind: str, loaded: Callable[[str], LoadedModel]
+    kind: str,
+    loaded: Callable[[str], LoadedModel],
+    outputs_at: Callable[..., AbstractContextManager[dict[str, Tensor]]],
 ) -> None:
     model = loaded(kind)
-    found, seen = trace(model), {}
-
-    def keep(name: str) -> Callable[..., None]:
-        return lambda module, args, output: seen.update({name: output})
-
-    layers = quantizable_layers(model.denoiser)
-    handles = [layers[name].register_forward_hook(keep(name)) for name in found.ends]
+    found = trace(model)
     config = model.denoiser.config
     sample: Tensor = torch.randn(4, config.in_channels, config.sample_size, config.sample_size)
     timestep = torch.tensor([3.0, 500.5, 501.0, 999.0])
     conditioning = {"class_labels": torch.tensor([0, 2, 1, 3])} if found.conditions else {}
-    predict(model.denoiser, sample, timestep, conditioning)
-    for handle in handles:
-        handle.remove()
+    with outputs_at(model, found.ends) as seen:
+        predict(model.denoiser, sample, timestep, conditioning)
     alone = found.temporal_outputs(model.denoiser, timestep, conditioning, None)
     assert len(alone) > 2
     for name, output in zip(found.ends, alone, strict=True):

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from quest_deploy.artifacts import read_artifact
-from quest_deploy.config import BuildConfig, FinetuneConfig, GenerateConfig, ParityConfig, ShapeRange
+from quest_deploy.config import BuildConfig, FinetuneConfig, GenerateConfig, ShapeRange
 from quest_deploy.engines.profiles import component_profiles
 from quest_deploy.errors import ConfigError
-from quest_deploy.parity import compare
+from quest_deploy.parity.gates import Gate
 from quest_deploy.pipeline import generate
 from quest_deploy.quantize.checkpoint import load_checkpoint
 from quest_deploy.quantize.finetune import finetune
@@ -38,20 +38,9 @@ EXPORTED = ["dit", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("cl
 
 @pytest.mark.parametrize("kind", EXPORTED)
 def test_onnx_runtime_computes_the_codes_of_torch(
-    kind: str,
-    model_of: Callable[[str], Path],
-    checkpoint_of: Callable[[str], Path],
-    onnx_of: Callable[[str, str], Path],
-    tmp_path: Path,
+    kind: str, deployment_gates: Callable[[str], dict[str, Gate]]
 ) -> None:
-    result = compare(
-        model_of(kind),
-        onnx_of(kind, "onnxruntime"),
-        tmp_path / "parity",
-        ParityConfig(num_prompts=2, steps=2, guidance_scale=3.0),
-        via=(checkpoint_of(kind),),
-    )
-    gates = {gate.quantity: gate for gate in result.gates if gate.rung == "onnx"}
+    gates = deployment_gates(kind)
     assert gates["int8 codes that differ"].passed and gates["noise SNR, same codes"].passed
     # Nothing is said about a part that there is not.
     assert "text encoder SNR" not in gates

@@ -165,12 +165,15 @@ class TestFragile:
         y = Mul(centred, two)
     }"""
 
-    def found(self, offset: float, dtype: str = "fp16", size: float = 1.0) -> set[str]:
+    def model(self) -> ir.Model:
         model = graph(self.TEXT, axes=np.array([1]), two=np.array(2.0, dtype=np.float32))
         for node in model.graph:
             node.name, node.outputs[0].dtype = node.op_type, ir.DataType.FLOAT
+        return model
+
+    def found(self, offset: float, dtype: str = "fp16", size: float = 1.0) -> set[str]:
         x = np.random.default_rng(0).normal(size=(8, 64)).astype(np.float32) * size + np.float32(offset)
-        return set(fragile_nodes(model, [{"x": x}], dtype))
+        return set(fragile_nodes(self.model(), [{"x": x}], dtype))
 
     def test_cancellation_is_found(self) -> None:
         assert self.found(0.0) == set()
@@ -185,10 +188,7 @@ class TestFragile:
         assert self.found(0.0, "bf16", size=1e5) == set()
 
     def test_the_worst_input_counts(self) -> None:
-        model = graph(self.TEXT, axes=np.array([1]), two=np.array(2.0, dtype=np.float32))
-        for node in model.graph:
-            node.name, node.outputs[0].dtype = node.op_type, ir.DataType.FLOAT
         noise = np.random.default_rng(0).normal(size=(8, 64)).astype(np.float32)
-        found = fragile_nodes(model, [{"x": noise}, {"x": noise + 500}], "fp16")
+        found = fragile_nodes(self.model(), [{"x": noise}, {"x": noise + 500}], "fp16")
         assert "Sub" in found
         assert found["Sub"] < 42
