@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,12 +12,13 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import torch
-from onnx import helper, numpy_helper
+from onnx import helper
 
 from quest_deploy.export.passes.lower_precision import DTYPES, FLOAT, narrowed, stays_float
 from quest_deploy.metrics import snr_db
 from quest_deploy.model.components import denoiser_inputs, unscaled
 from quest_deploy.model.conditioning.text import tokenize
+from quest_deploy.model.deferred import streamed
 from quest_deploy.model.families import VAE_DECODER, choose_prompts
 from quest_deploy.model.load import LoadedModel
 from quest_deploy.prompts import load_prompts
@@ -28,20 +30,33 @@ ROUNDING_SNR_DB = {"fp16": 72.0, "bf16": 54.0}
 LOSS_DB = 30.0
 IR_VERSION = 10
 PROMPTS, STEPS, GUIDANCE_SCALE, SEED = 2, 4, 5.0, 0
+# A denoiser of more parameters is tried on small images; how much an operator loses hardly depends on their size.
+LARGE, SMALL_LATENTS = 500_000_000, 32
 Arrays = Mapping[str, np.ndarray]
+Report = Callable[[int, int], None]
 
 
 @torch.no_grad()
 def sample_inputs(model: LoadedModel) -> dict[str, list[dict[str, np.ndarray]]]:
     """What the components are given while a few images are drawn, by component: a list of inputs by name.
 
-    Components that do not run then (an encoder of images, a ControlNet) have none.
+    Components that do not run then (an encoder of images, a ControlNet) have none. Weights that were left in their
+    files are read layer by layer; a denoiser of more than :data:`LARGE` parameters draws small images.
     """
     default = load_prompts()[:PROMPTS]
     prompts = choose_prompts(model.family, model.classes, (), default=default, count=PROMPTS)
-    data = calibrate.record_trajectories(
-        model, prompts, steps=STEPS, guidance_scale=GUIDANCE_SCALE, seed=SEED, batch_size=PROMPTS
-    )
+    vae: Any = model.vae
+    components = [model.denoiser, *model.text_encoders.values(), *([] if vae is None else [vae])]
+    with streamed(*components):
+        data = calibrate.record_trajectories(
+            model,
+            prompts,
+            steps=STEPS,
+            guidance_scale=GUIDANCE_SCALE,
+            seed=SEED,
+            batch_size=PROMPTS,
+            latent_shape=_sampled_shape(model),
+        )
     every = torch.arange(data.num_prompts)
     inputs: dict[str, list[dict[str, np.ndarray]]] = {model.family.denoiser: []}
     for step in range(data.timesteps.numel()):
@@ -52,32 +67,59 @@ def sample_inputs(model: LoadedModel) -> dict[str, list[dict[str, np.ndarray]]]:
         tokens = tokenize(part, model.tokenizers[part.name], prompts)
         inputs[part.name] = [{name: value.numpy() for name, value in tokens.items()}]
     if model.vae is not None:
-        vae: Any = model.vae
         inputs[VAE_DECODER] = [{"latent_sample": unscaled(vae.config, data.latents[:, -1]).numpy()}]
     return inputs
 
 
-def fragile_nodes(model: ir.Model, inputs: Sequence[Arrays], dtype: str) -> dict[str, float]:
+def _sampled_shape(model: LoadedModel) -> tuple[int, int, int]:
+    channels, height, width = model.latent_shape
+    parameters = sum(tensor.numel() for tensor in model.denoiser.parameters())
+    _, _, *sizes = model.denoiser_spec.inputs[0].shape
+    if parameters <= LARGE or not all(isinstance(size, str) for size in sizes):
+        return channels, height, width
+    return channels, min(height, SMALL_LATENTS), min(width, SMALL_LATENTS)
+
+
+def fragile_nodes(
+    model: ir.Model, inputs: Sequence[Arrays], dtype: str, *, report: Report = lambda done, total: None
+) -> dict[str, float]:
     """The nodes that stay in float32, with the signal-to-noise ratio in dB that each would have in `dtype`.
 
-    A node is given its inputs as the float32 graph has them, rounded to `dtype`, and computes in ONNX Runtime, which
-    rounds what it answers. What overflows has -inf.
+    Node after node computes in ONNX Runtime: once as the float32 graph has it, and once with its inputs rounded to
+    `dtype` and its answer too. What overflows has -inf. Values are let go after their last reader, and a weight is in
+    memory while its node computes, so that this takes little more memory than the activations.
 
     Args:
         model: A float32 graph with canonical names.
         inputs: What it is given, by name; the worst of them counts.
         dtype: "fp16" or "bf16".
+        report: Called with the nodes done and their number.
     """
     limit = ROUNDING_SNR_DB[dtype] - LOSS_DB
-    exact = stays_float(model.graph)
-    nodes = [node for node in model.graph if node not in exact and _computes_floats(node)]
+    graph = model.graph
+    exact = stays_float(graph)
+    live = [dict(given) for given in inputs]
+    readers = Counter(name for node in graph for name in {*_names(node.inputs)})
+    readers.update(_names(graph.outputs))
     worst: dict[str, float] = {}
-    alone = {node: _alone(node) for node in nodes}
-    for values in _intermediate(model, nodes, inputs):
-        for node, session in alone.items():
-            assert node.name is not None
-            found = _snr_alone(node, session, values, dtype)
-            worst[node.name] = min(found, worst.get(node.name, math.inf))
+    for done, node in enumerate(graph):
+        report(done, len(graph))
+        session, constants = _alone(node)
+        outputs = _names(node.outputs)
+        for values in live:
+            given = {name: values[name] for name in _names(node.inputs) if name in values} | constants
+            computed = dict(zip(outputs, session.run(outputs, _fed(session, given)), strict=True))
+            if node not in exact and _computes_floats(node):
+                assert node.name is not None
+                found = _snr_alone(node, session, given, computed[outputs[0]], dtype)
+                worst[node.name] = min(found, worst.get(node.name, math.inf))
+            values.update(computed)
+        for name in {*_names(node.inputs)}:
+            readers[name] -= 1
+        for values in live:
+            for name in (*_names(node.inputs), *outputs):
+                if not readers[name]:
+                    values.pop(name, None)
     return {name: found for name, found in worst.items() if not found >= limit}
 
 
@@ -87,27 +129,12 @@ def _computes_floats(node: ir.Node) -> bool:
     return FLOAT in kinds and node.outputs[0].dtype == FLOAT and not moves
 
 
-def _intermediate(
-    model: ir.Model, nodes: Sequence[ir.Node], inputs: Sequence[Arrays]
-) -> Iterator[dict[str, np.ndarray]]:
-    """Every value that `nodes` read or write, by name, for each of `inputs`."""
-    proto = ir.to_proto(model)
-    names = {
-        value.name
-        for node in nodes
-        for value in (*node.inputs, *node.outputs)
-        if value is not None and value.name is not None
-    }
-    made = {name for node in proto.graph.node for name in node.output}
-    constants = {one.name: numpy_helper.to_array(one) for one in proto.graph.initializer if one.name in names}
-    proto.graph.output.extend(
-        onnx.ValueInfoProto(name=name)
-        for name in sorted((names & made) - {one.name for one in proto.graph.output})
-    )
-    session = _session(proto)
-    wanted = [one.name for one in session.get_outputs()]
-    for given in inputs:
-        yield {**constants, **given, **dict(zip(wanted, session.run(wanted, dict(given)), strict=True))}
+def _names(values: Iterable[ir.Value | None]) -> list[str]:
+    return [value.name for value in values if value is not None and value.name]
+
+
+def _fed(session: onnxruntime.InferenceSession, values: Arrays) -> dict[str, np.ndarray]:
+    return {one.name: values[one.name] for one in session.get_inputs()}
 
 
 def _session(proto: onnx.ModelProto) -> onnxruntime.InferenceSession:
@@ -115,47 +142,64 @@ def _session(proto: onnx.ModelProto) -> onnxruntime.InferenceSession:
     # Fused operators would not show what is inside them.
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 3
+    options.enable_cpu_mem_arena = False
     return onnxruntime.InferenceSession(
         proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
 
 
-def _alone(node: ir.Node) -> onnxruntime.InferenceSession:
-    """A graph of this node."""
+def _alone(node: ir.Node) -> tuple[onnxruntime.InferenceSession, dict[str, np.ndarray]]:
+    """A graph of this node, and the constants that it is fed; those of 4 bits, which numpy lacks, are inside it."""
     inputs: dict[str, ir.DataType] = {}
+    constants: dict[str, np.ndarray] = {}
+    inside: list[onnx.TensorProto] = []
     for value in node.inputs:
-        if value is not None and value.name is not None:
-            dtype = value.dtype if value.const_value is None else value.const_value.dtype
-            assert dtype is not None
-            inputs[value.name] = dtype
+        if value is None or not value.name:
+            continue
+        constant = value.const_value if value.is_initializer() else None
+        dtype = value.dtype if constant is None else constant.dtype
+        assert dtype is not None
+        if constant is not None and dtype == ir.DataType.INT4:
+            inside.append(ir.to_proto(constant))
+            inside[-1].name = value.name
+            continue
+        inputs[value.name] = dtype
+        if constant is not None:
+            constants[value.name] = constant.numpy()
     graph = helper.make_graph(
         [ir.to_proto(node)],
         "alone",
         [helper.make_tensor_value_info(name, kind, None) for name, kind in inputs.items()],
-        [onnx.ValueInfoProto(name=node.outputs[0].name)],
+        [onnx.ValueInfoProto(name=name) for name in _names(node.outputs)],
+        initializer=inside,
     )
     assert node.graph is not None
     proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", node.graph.opset_imports[""])])
     proto.ir_version = IR_VERSION
-    return _session(proto)
+    return _session(proto), constants
 
 
-def _snr_alone(node: ir.Node, session: onnxruntime.InferenceSession, values: Arrays, dtype: str) -> float:
+def _snr_alone(
+    node: ir.Node,
+    session: onnxruntime.InferenceSession,
+    given: Arrays,
+    expected: np.ndarray,
+    dtype: str,
+) -> float:
     """dB of the node's first output, its float inputs rounded to `dtype` and its output too."""
     kind = DTYPES[dtype]
     feeds = {}
     for value in node.inputs:
-        if value is not None and value.name is not None:
-            given = values[value.name]
-            if given.dtype == np.float32:
-                # Constants are kept in the type's range when they are converted.
-                narrow = narrowed if value.is_initializer() else rounded
-                given = narrow(given, kind).astype(np.float32)
-            feeds[value.name] = given
-    output = node.outputs[0].name
-    assert output is not None
-    (got,) = session.run([output], feeds)
-    return _snr_db(values[output], rounded(got, kind))
+        if value is None or value.name not in given:
+            continue
+        values = given[value.name]
+        if values.dtype == np.float32:
+            # Constants are kept in the type's range when they are converted.
+            narrow = narrowed if value.is_initializer() else rounded
+            values = narrow(values, kind).astype(np.float32)
+        feeds[value.name] = values
+    (got,) = session.run(_names(node.outputs[:1]), _fed(session, feeds))
+    return _snr_db(expected, rounded(got, kind))
 
 
 def _snr_db(expected: np.ndarray, got: np.ndarray) -> float:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from quest_deploy.errors import ExportError
+from quest_deploy.export.lazy import read_when_written
 from quest_deploy.export.passes.block_int4 import BlockInt4
 from quest_deploy.export.passes.canonical_names import CanonicalNames
 from quest_deploy.export.passes.expand_timestep import ExpandTimestep
@@ -24,10 +25,12 @@ from quest_deploy.export.passes.name_dimensions import NameDimensions
 from quest_deploy.export.passes.pack_int4 import PackInt4
 from quest_deploy.export.passes.remove_no_ops import RemoveNoOps
 from quest_deploy.export.passes.strip_metadata import StripMetadata
+from quest_deploy.export.passes.transpose_weights import TransposeWeights
 from quest_deploy.export.passes.unshare_dequantize import UnshareDequantize
 from quest_deploy.export.qdq import translation_table
 from quest_deploy.export.wrap import keep_tiny_addends, remove_idle_squeezes, traceable
 from quest_deploy.model.components import ControlNet, Denoiser
+from quest_deploy.model.deferred import stood_in
 from quest_deploy.model.spec import ComponentSpec, TensorSpec
 from quest_deploy.model.tensors import base_of
 
@@ -75,7 +78,7 @@ def component_graph(
     Raises:
         ExportError: torch cannot trace or translate the module.
     """
-    with quiet_torch(), traceable(module):
+    with quiet_torch(), traceable(module), stood_in(module) as readers:
         try:
             program = torch.export.export(
                 module,
@@ -94,16 +97,19 @@ def component_graph(
                 input_names=[tensor.name for tensor in spec.inputs],
                 output_names=[tensor.name for tensor in spec.outputs],
                 custom_translation_table=translation_table(),
-                optimize=True,
+                optimize=False,
                 verbose=False,
             )
+            if exported is None:
+                raise ExportError(f"{spec.name}: torch returned no ONNX program; expected one, report this")
+            read_when_written(exported.model, readers)
+            TransposeWeights()(exported.model)
+            exported.optimize()
         except (RuntimeError, TypeError, ValueError, torch.onnx.OnnxExporterError) as error:
             raise ExportError(
                 f"{spec.name}: torch cannot export it ({_summary(error)}); "
                 "run with --verbose for the full message, and report it with the model's configuration"
             ) from error
-    if exported is None:
-        raise ExportError(f"{spec.name}: torch returned no ONNX program; expected one, report this")
     model = clean(exported.model, spec, target)
     if dtype != "fp32":
         model = lower_precision(model, dtype, fragile(model))

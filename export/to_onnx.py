@@ -256,10 +256,10 @@ def _check_mode(source: Path, config: ExportConfig) -> str:
 
 def _load(source: Path, stage: str) -> LoadedModel:
     if stage == "model":
-        return load_model(source)
+        return load_model(source, deferred=True)
     from quest_deploy.quantize.checkpoint import load_checkpoint
 
-    return load_checkpoint(source)
+    return load_checkpoint(source, deferred=True)
 
 
 def _report(progress: Progress | None, completed: int, total: int, message: str) -> None:

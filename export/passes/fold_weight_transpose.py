@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import numpy as np
 import onnx_ir as ir
+
+from quest_deploy.export.lazy import transposed
 
 DEQUANTIZE = "DequantizeLinear"
 
@@ -65,10 +66,9 @@ def _transpose_codes(dequantize: ir.Node, perm: list[int]) -> None:
     """Permute the codes of a DequantizeLinear, and its axis with them."""
     codes = dequantize.inputs[0]
     assert codes is not None and codes.const_value is not None
-    values = np.ascontiguousarray(codes.const_value.numpy().transpose(perm))
-    codes.const_value = ir.tensor(values, name=codes.name)
-    codes.shape = ir.Shape(values.shape)
-    axis = dequantize.attributes.get_int("axis", 1) % values.ndim
+    codes.const_value = transposed(codes.const_value, perm)
+    codes.shape = ir.Shape(codes.const_value.shape.numpy())
+    axis = dequantize.attributes.get_int("axis", 1) % len(perm)
     dequantize.attributes["axis"] = ir.AttrInt64("axis", perm.index(axis))
 
 

@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
+from quest_deploy.export.lazy import mapped
 from quest_deploy.model.spec import TIMESTEP
 
 FLOAT = ir.DataType.FLOAT
@@ -163,12 +164,9 @@ def _constant(graph: ir.Graph, value: ir.Value, wanted: ir.DataType) -> ir.Value
     assert source is not None
     name = f"{value.name}_{wanted.name.lower()}"
 
-    def converted() -> ir.Tensor:
-        return ir.Tensor(narrowed(source.numpy(), wanted), dtype=wanted, name=name)
-
-    shape = ir.Shape(source.shape.numpy())
-    tensor = ir.LazyTensor(converted, dtype=wanted, shape=shape, name=name)
-    output = ir.Value(name=name, type=ir.TensorType(wanted), shape=shape, const_value=tensor)
+    shape = tuple(int(size) for size in source.shape)
+    tensor = mapped(source, lambda values: narrowed(values, wanted), shape=shape, dtype=wanted, name=name)
+    output = ir.Value(name=name, type=ir.TensorType(wanted), shape=ir.Shape(shape), const_value=tensor)
     graph.register_initializer(output)
     return output
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import numpy as np
 import onnx_ir as ir
+
+from quest_deploy.export.lazy import mapped
 
 INT4_MIN, INT4_MAX = -8, 7
 
@@ -41,14 +42,21 @@ def is_packable(codes: ir.Value) -> bool:
     return values.size > 1 and bool(values.min() >= INT4_MIN and values.max() <= INT4_MAX)
 
 
+def as_int4(codes: ir.Value) -> ir.TensorProtocol:
+    """The codes of an int8 initializer, stored two to a byte."""
+    assert codes.const_value is not None
+    shape = tuple(int(size) for size in codes.const_value.shape)
+    return mapped(
+        codes.const_value, lambda values: values, shape=shape, dtype=ir.DataType.INT4, name=codes.name
+    )
+
+
 def _pack(graph: ir.Graph, codes: ir.Value) -> None:
     assert codes.const_value is not None
-    values = np.ascontiguousarray(codes.const_value.numpy())
     users = codes.uses()
     # Copied, since adding the Cast below adds a use.
     nodes = [use.node for use in users]
-    packed = ir.Tensor(values, dtype=ir.DataType.INT4, shape=ir.Shape(values.shape), name=codes.name)
-    codes.const_value = packed
+    codes.const_value = as_int4(codes)
     codes.dtype = ir.DataType.INT4
     cast = ir.node("Cast", [codes], attributes={"to": ir.DataType.INT8})
     cast.metadata_props.update(nodes[0].metadata_props)

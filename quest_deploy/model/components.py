@@ -241,7 +241,8 @@ def parameters_frozen(module: nn.Module) -> nn.Module:
 
 
 def first_device(module: nn.Module) -> torch.device:
-    """The device of the module's first parameter or buffer (CPU for a module that has none)."""
+    """The device of the module's first parameter or buffer that is in memory (CPU for a module that has none)."""
     for tensor in (*module.parameters(), *module.buffers()):
-        return tensor.device
+        if tensor.device.type != "meta":
+            return tensor.device
     return torch.device("cpu")

@@ -25,6 +25,7 @@ from quest_deploy.model.components import (
     parameters_frozen,
 )
 from quest_deploy.model.conditioning import Conditioner, Outputs, TextEncoders
+from quest_deploy.model.deferred import fill, matching, stored_tensors
 from quest_deploy.model.families import FAMILIES, VAE_DECODER, VAE_ENCODER, Classes, Family, read_classes
 from quest_deploy.model.spec import (
     ComponentSpec,
@@ -126,8 +127,13 @@ class LoadedModel:
         return dict(zip(names, outputs, strict=True))
 
 
-def load_model(source: str | Path) -> LoadedModel:
+def load_model(source: str | Path, *, deferred: bool = False) -> LoadedModel:
     """Load a diffusers directory, a single-file ``.safetensors`` checkpoint, or a hub id.
+
+    Args:
+        source: Which.
+        deferred: Leave large weights in their files (:mod:`quest_deploy.model.deferred`), where the names in them are
+            the model's own; those of single files are not.
 
     Raises:
         ModelLoadError: the source is missing, corrupt, pickled, or of an unsupported family.
@@ -140,14 +146,15 @@ def load_model(source: str | Path) -> LoadedModel:
             return _loaded(path, SINGLE_FILE_FAMILY, {}, pipeline)
     directory = path if path.is_dir() else _snapshot(str(source))
     component_specs(directory)
-    return load_directory(directory)
+    return load_directory(directory, deferred=deferred)
 
 
-def load_directory(directory: Path, **components: Any) -> LoadedModel:
+def load_directory(directory: Path, *, deferred: bool = False, **components: Any) -> LoadedModel:
     """Load a diffusers directory.
 
     Args:
         directory: Holds ``model_index.json``.
+        deferred: As for :func:`load_model`.
         components: Parts that are there already, by name, and not looked for in the directory.
 
     Raises:
@@ -160,7 +167,9 @@ def load_directory(directory: Path, **components: Any) -> LoadedModel:
     index = read_config(directory / "model_index.json")
     with loading_errors(directory):
         for name in needed:
-            components[name] = _load_component(directory / name, index.get(name))
+            folder, entry = directory / name, index.get(name)
+            component = _load_deferred(folder, entry) if deferred else None
+            components[name] = _load_component(folder, entry) if component is None else component
         if family.pipeline == SINGLE_FILE_FAMILY.pipeline:
             # The pipeline of diffusers corrects the schedulers of its first models.
             pipeline = _pipeline_class(family).from_pretrained(
@@ -188,6 +197,23 @@ def _component_class(folder: Path, entry: object) -> Any:
             f"{folder}: the installed {library} has no class {class_name!r}; upgrade {library}"
         )
     return component_class
+
+
+def _load_deferred(folder: Path, entry: object) -> nn.Module | None:
+    """One part with its large weights left in their files; None where that cannot be."""
+    from accelerate import init_empty_weights
+
+    component_class = _component_class(folder, entry)
+    with init_empty_weights(include_buffers=False):
+        if component_class.__module__.startswith("transformers."):
+            component: nn.Module = component_class(component_class.config_class.from_pretrained(folder))
+        else:
+            component = component_class.from_config(component_class.load_config(folder))
+    stored = matching(component, stored_tensors(folder))
+    if stored is None:
+        return None
+    fill(component, stored)
+    return component.eval()
 
 
 def _load_component(folder: Path, entry: object) -> nn.Module:

@@ -134,14 +134,18 @@ def flow_of(model: LoadedModel) -> sampling.Flow:
 
 
 def told_to(
-    model: LoadedModel, prompts: Sequence[str], guidance_scale: float
+    model: LoadedModel,
+    prompts: Sequence[str],
+    guidance_scale: float,
+    latent_shape: tuple[int, int, int] | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
-    """What the denoiser is told for images of the model's own size.
+    """What the denoiser is told.
 
     Args:
         model: Full precision.
         prompts: n texts or classes.
         guidance_scale: For models with an input for it.
+        latent_shape: Channels, height and width of the latents; None for those of the model's own size.
 
     Returns:
         [n, ...] by input name; and [1, ...] for the negative branch, None where the model has none.
@@ -149,7 +153,10 @@ def told_to(
     Raises:
         ConfigError: a prompt is no class of a class-conditional model.
     """
-    conditioner, latents = model.conditioner, torch.empty(1, *model.latent_shape, device="meta")
+    conditioner, latents = (
+        model.conditioner,
+        torch.empty(1, *(latent_shape or model.latent_shape), device="meta"),
+    )
     positive = conditioner.complete(conditioner.encode(prompts), latents, guidance_scale)
     negative = conditioner.encode_negative(1)
     if negative is not None:
@@ -166,6 +173,7 @@ def record_trajectories(
     guidance_scale: float,
     seed: int,
     batch_size: int,
+    latent_shape: tuple[int, int, int] | None = None,
     report: Report = lambda completed, total: None,
 ) -> CalibrationSet:
     """Run the full-precision loop and keep what the denoiser was given and what it answered.
@@ -177,6 +185,7 @@ def record_trajectories(
         guidance_scale: At least 1; both branches are recorded in any case, where the model has two.
         seed: Prompt `i` starts from the noise of seed `seed + i`.
         batch_size: Prompts at a time.
+        latent_shape: Channels, height and width of the latents; None for those of the model's own size.
         report: Called after each batch.
 
     Raises:
@@ -187,7 +196,7 @@ def record_trajectories(
     parts = []
     for start in range(0, len(prompts), batch_size):
         chunk = prompts[start : start + batch_size]
-        positive, negative = told_to(model, chunk, guidance_scale)
+        positive, negative = told_to(model, chunk, guidance_scale, latent_shape)
         branches = 1 if negative is None else 2
         seeds = range(seed + start, seed + start + len(chunk))
         seen, answered, visited = [], [], []
@@ -205,7 +214,7 @@ def record_trajectories(
         sampling.denoise(
             all_branches,
             sampling.make_scheduler(None, model.scheduler.config),
-            sampling.draw_noise(generators, model.latent_shape).to(device),
+            sampling.draw_noise(generators, latent_shape or model.latent_shape).to(device),
             {name: value.to(device) for name, value in positive.items()},
             None
             if negative is None

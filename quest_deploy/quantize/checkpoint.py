@@ -10,6 +10,7 @@ encoder or autoencoder that is quantized is stored in the same way.
 from __future__ import annotations
 
 import importlib
+import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,6 +27,7 @@ from quest_deploy.config import Recipe, to_dict
 from quest_deploy.errors import ArtifactError, CalibrationError, StaleArtifactError
 from quest_deploy.files import read_json, write_json
 from quest_deploy.model.components import parameters_frozen
+from quest_deploy.model.deferred import DEFERRED_BYTES, META, StoredFile, defer, fill
 from quest_deploy.model.load import LoadedModel, load_directory
 from quest_deploy.model.spec import family_of
 from quest_deploy.quantize.attention import OperandQParams, insert_attention, operand_quantizers
@@ -42,6 +44,7 @@ SCHEMA_VERSION = 3
 READABLE_VERSIONS = (1, 2, SCHEMA_VERSION)
 SUMMARY = "quest.json"
 WEIGHTS = "quest.safetensors"
+REST = "rest."
 MALFORMED = (AttributeError, RuntimeError, TypeError, ValueError)
 LIBRARIES = ("diffusers", "transformers")
 CARRIED = ("README.md", "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE")
@@ -158,7 +161,7 @@ def write_component(folder: Path, module: nn.Module) -> None:
     inside = tuple(f"{name}." for name in (*layers, *operands))
     for name, value in module.state_dict().items():
         if not name.startswith(inside):
-            tensors[f"rest.{name}"] = value
+            tensors[f"{REST}{name}"] = value
     settings: Any = module.config
     config = settings.to_dict() if hasattr(settings, "to_dict") else settings
     folder.mkdir()
@@ -231,8 +234,12 @@ def model_index(model: LoadedModel) -> dict[str, Any]:
     return index
 
 
-def load_checkpoint(path: str | Path) -> LoadedModel:
+def load_checkpoint(path: str | Path, *, deferred: bool = False) -> LoadedModel:
     """A checkpoint as a model whose denoiser has frozen quantized layers.
+
+    Args:
+        path: The checkpoint.
+        deferred: Leave large weights in their files (:mod:`quest_deploy.model.deferred`).
 
     Raises:
         ArtifactError: the checkpoint is missing or corrupt.
@@ -249,21 +256,23 @@ def load_checkpoint(path: str | Path) -> LoadedModel:
         )
     try:
         home = folder / family_of(folder).denoiser
-        components = {home.name: _denoiser(home, summary, load_file(home / WEIGHTS))}
+        components = {home.name: _denoiser(home, summary, deferred)}
         for name, part in summary.get("companions", {}).items():
-            components[name] = _companion(folder, name, part["layers"])
+            components[name] = _companion(folder, name, part["layers"], deferred)
     except (OSError, SafetensorError, CalibrationError, KeyError, *MALFORMED) as error:
         raise ArtifactError(
             f"{folder}: is not a complete checkpoint ({type(error).__name__}: {error}); finetune the model again"
         ) from error
-    return load_directory(folder, **components)
+    return load_directory(folder, deferred=deferred, **components)
 
 
-def _denoiser(home: Path, summary: dict[str, Any], tensors: dict[str, Tensor]) -> nn.Module:
+def _denoiser(home: Path, summary: dict[str, Any], deferred: bool) -> nn.Module:
     import diffusers
+    from accelerate import init_empty_weights
 
-    config = read_json(home / "config.json")
-    denoiser: nn.Module = getattr(diffusers, config["_class_name"]).from_config(config)
+    config, tensors = read_json(home / "config.json"), _stored(home, deferred)
+    with init_empty_weights(include_buffers=False):
+        denoiser: nn.Module = getattr(diffusers, config["_class_name"]).from_config(config)
     knots = summary.get("knots")
     context = TimestepContext(
         torch.tensor(summary["boundaries"], dtype=torch.float32),
@@ -281,47 +290,83 @@ def _denoiser(home: Path, summary: dict[str, Any], tensors: dict[str, Tensor]) -
     return _filled(denoiser, entries, tensors)
 
 
-def _companion(folder: Path, name: str, entries: dict[str, Any]) -> nn.Module:
+def _companion(folder: Path, name: str, entries: dict[str, Any], deferred: bool) -> nn.Module:
     """A quantized text encoder or autoencoder."""
+    from accelerate import init_empty_weights
+
     library, class_name = read_json(folder / "model_index.json")[name]
     if library not in LIBRARIES:
         raise ValueError(f"{name!r} is a class of {library!r}, expected one of {' or '.join(LIBRARIES)}")
     kind: Any = getattr(importlib.import_module(library), class_name)
     config = read_json(folder / name / "config.json")
-    if library == "transformers":
-        module: nn.Module = kind(kind.config_class.from_dict(config))
-    else:
-        module = kind.from_config(config)
-    tensors = load_file(folder / name / WEIGHTS)
+    with init_empty_weights(include_buffers=False):
+        if library == "transformers":
+            module: nn.Module = kind(kind.config_class.from_dict(config))
+        else:
+            module = kind.from_config(config)
+    tensors = _stored(folder / name, deferred)
     qparams = {layer: _qparams(entry, tensors, layer) for layer, entry in entries.items()}
     replace_layers(module, qparams, static_context())
     return _filled(module, entries, tensors)
 
 
-def _filled(module: nn.Module, entries: dict[str, Any], tensors: dict[str, Tensor]) -> nn.Module:
-    """`module`, whose quantizers are in place, with the stored codes, scales and other tensors."""
-    for name, layer in quantized_layers(module).items():
-        codes = tensors[f"{name}.codes"]
-        if layer.weight_bits == 4:
-            codes = unpack_int4(codes, entries[name]["shape"])
-        if codes.shape != layer.weight.shape:
-            raise ValueError(f"{name!r} has codes {list(codes.shape)}, expected {list(layer.weight.shape)}")
-        layer.freeze(codes, tensors[f"{name}.weight_scale"], tensors.get(f"{name}.group_scale"))
-        if layer.bias is not None:
-            layer.bias.data = tensors[f"{name}.bias"]
-    operands = operand_quantizers(module)
-    for name, quantizer in operands.items():
-        quantizer.freeze(tensors[f"{name}.group_scale"])
-    rest = {name.removeprefix("rest."): value for name, value in tensors.items() if name.startswith("rest.")}
-    missing, unexpected = module.load_state_dict(rest, strict=False)
-    inside = tuple(f"{name}." for name in (*entries, *operands))
-    missing = [name for name in missing if not name.startswith(inside)]
+def _filled(module: nn.Module, entries: dict[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
+    """`module`, whose quantizers are in place, with the stored codes, scales and other tensors.
+
+    Args:
+        module: Its float tensors are on "meta".
+        entries: By layer name, from ``quest.json``.
+        tensors: Of the component; of a :class:`StoredFile`, large ones stay in it.
+    """
+    layers, operands = quantized_layers(module), operand_quantizers(module)
+    inside = tuple(f"{name}." for name in (*layers, *operands))
+    state = {name: value for name, value in module.state_dict().items() if not name.startswith(inside)}
+    rest = {name.removeprefix(REST) for name in tensors if name.startswith(REST)}
+    missing, unexpected = sorted(state.keys() - rest), sorted(rest - state.keys())
     if missing or unexpected:
         raise KeyError(f"tensors missing: {missing[:3]}, unexpected: {unexpected[:3]}")
+    for name, layer in layers.items():
+        _fill_layer(layer, name, entries[name]["shape"], tensors)
+    for name, quantizer in operands.items():
+        quantizer.freeze(tensors[f"{name}.group_scale"])
+    if isinstance(tensors, StoredFile):
+        fill(module, {name: tensors.stored(f"{REST}{name}") for name in state})
+    else:
+        module.load_state_dict({name: tensors[f"{REST}{name}"] for name in state}, strict=False, assign=True)
     return parameters_frozen(module)
 
 
-def _qparams(entry: dict[str, Any], tensors: dict[str, Tensor], name: str) -> LayerQParams:
+def _fill_layer(layer: QuantizedLayer, name: str, shape: list[int], tensors: Mapping[str, Tensor]) -> None:
+    key = f"{name}.codes"
+
+    def read() -> Tensor:
+        return codes_of(tensors[key])
+
+    def codes_of(stored: Tensor) -> Tensor:
+        codes = unpack_int4(stored, shape) if layer.weight_bits == 4 else stored
+        if list(codes.shape) != shape:
+            raise ValueError(f"{name!r} has codes {list(codes.shape)}, expected {shape}")
+        return codes
+
+    if list(layer.weight.shape) != shape:
+        raise ValueError(f"{name!r} has codes {shape}, expected {list(layer.weight.shape)}")
+    deferred = isinstance(tensors, StoredFile) and math.prod(shape) >= DEFERRED_BYTES
+    codes = torch.empty(shape, dtype=torch.int8, device=META) if deferred else read()
+    layer.freeze(codes, tensors[f"{name}.weight_scale"], tensors.get(f"{name}.group_scale"))
+    if isinstance(tensors, StoredFile) and deferred:
+        # Read by a handle of its own, which lets go of the file's pages.
+        stored = tensors.stored(key)
+        defer(layer, "codes", tuple(shape), torch.int8, lambda: codes_of(stored.read()))
+    if layer.bias is not None:
+        layer.bias = nn.Parameter(tensors[f"{name}.bias"])
+
+
+def _stored(folder: Path, deferred: bool) -> Mapping[str, Tensor]:
+    file = folder / WEIGHTS
+    return StoredFile(file) if deferred else load_file(file)
+
+
+def _qparams(entry: dict[str, Any], tensors: Mapping[str, Tensor], name: str) -> LayerQParams:
     quantized_input = entry["activation_bits"] is not None
     return LayerQParams(
         weight_bits=entry["weight_bits"],
@@ -334,5 +379,5 @@ def _qparams(entry: dict[str, Any], tensors: dict[str, Tensor], name: str) -> La
     )
 
 
-def _operand(entry: dict[str, Any], tensors: dict[str, Tensor], name: str) -> OperandQParams:
+def _operand(entry: dict[str, Any], tensors: Mapping[str, Tensor], name: str) -> OperandQParams:
     return OperandQParams(group_scale=tensors[f"{name}.group_scale"], qmin=entry["qmin"], qmax=entry["qmax"])
