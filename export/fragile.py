@@ -120,6 +120,7 @@ def fragile_nodes(
             for name in (*_names(node.inputs), *outputs):
                 if not readers[name]:
                     values.pop(name, None)
+    report(len(graph), len(graph))
     return {name: found for name, found in worst.items() if not found >= limit}
 
 

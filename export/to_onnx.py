@@ -7,6 +7,7 @@ import math
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from quest_deploy.artifacts import Artifact, hash_directory, read_artifact, stag
 from quest_deploy.config import ExportConfig, ProgressEvent, to_dict
 from quest_deploy.errors import ExportError
 from quest_deploy.export.check import GraphSummary, check_file
-from quest_deploy.export.fragile import Arrays, fragile_nodes, sample_inputs
+from quest_deploy.export.fragile import Arrays, Report, fragile_nodes, sample_inputs
 from quest_deploy.export.graph import component_graph
 from quest_deploy.model.families import VAE_DECODER
 from quest_deploy.model.load import LoadedModel, load_model, wrap_components
@@ -37,8 +38,8 @@ Progress = Callable[[ProgressEvent], None]
 STAGE = "onnx"
 MODEL_FILE = "model.onnx"
 EXTERNAL_DATA_FILE = "model.onnx_data"
-# protobuf ends at 2 GB; the graph itself needs a little of it.
-INLINE_LIMIT_BYTES = 1_800_000_000
+# protobuf ends at 2 GB; but checking a file holds it several times, and without its weights it is small.
+INLINE_LIMIT_BYTES = 128_000_000
 COPIED_FILES = ("model_index.json", "quest.json", "README.md")
 LICENCE_PATTERN = "LICEN[CS]E*"
 
@@ -65,14 +66,12 @@ def export(
         ExportError: mode and source do not go together, or a component cannot be exported.
     """
     source, output = Path(source), Path(output)
-    stage = _check_mode(source, config)
+    stage = check_mode(source, config)
     digest = hash_directory(source) if stage == "model" else read_artifact(source, stage=stage).digest
     with write_artifact(
         output, stage=STAGE, config=to_dict(config), inputs={"source": digest}, overwrite=overwrite
     ) as writer:
-        model = _load(source, stage)
-        if config.mode == "int4-weight-only":
-            drop_activation_quantizers(model.denoiser)
+        model = load_source(source, config)
         specs = model.specs
         modules = wrap_components(model)
         denoiser, vae = model.denoiser, model.vae
@@ -84,7 +83,7 @@ def export(
         components: dict[str, Any] = {}
         samples = {} if config.dtype == "fp32" else sample_inputs(model)
         for done, (name, spec) in enumerate(specs.items()):
-            _report(progress, done, len(specs), name)
+            _report(progress, "export", done, len(specs), name)
             quantized, weight_only = (
                 quantized_layer_names(modules[name]),
                 weight_only_layer_names(modules[name]),
@@ -98,6 +97,7 @@ def export(
                 quantized_layers=len(quantized),
                 weight_only_layers=len(weight_only),
                 samples=samples.get(name, ()),
+                progress=progress,
             )
             logger.info("%s: %d nodes, %d bytes", name, summary.nodes, summary.size_bytes)
             components[name] = {
@@ -114,7 +114,7 @@ def export(
             lowering=config.mode,
             dtype=config.dtype,
         )
-        _report(progress, len(specs), len(specs), "done")
+        _report(progress, "export", len(specs), len(specs), "done")
     return read_artifact(output, stage=STAGE)
 
 
@@ -133,6 +133,7 @@ def export_component(
     quantized_layers: int,
     weight_only_layers: int = 0,
     samples: Sequence[Arrays] = (),
+    progress: Progress | None = None,
 ) -> tuple[GraphSummary, dict[str, float]]:
     """Export one component to `path` and check the result.
 
@@ -145,6 +146,7 @@ def export_component(
         quantized_layers: How many products must be quantized.
         weight_only_layers: How many must have quantized weights alone.
         samples: What the component is given, by which its fragile operators are found; not needed in fp32.
+        progress: Told of operators that were tried, and of weights that were written.
 
     Returns:
         What is in the file; and the nodes that stayed in float32, with the dB that each would have had otherwise.
@@ -155,9 +157,11 @@ def export_component(
         if not samples:
             logger.warning("%s: not run by sampling, so which operators need float32 is not known", spec.name)
             return fragile
-        fragile.update(fragile_nodes(model, samples, config.dtype))
+        report = partial(_report, progress, f"try operators of {spec.name}")
+        fragile.update(fragile_nodes(model, samples, config.dtype, report=report))
         return fragile
 
+    _report(progress, f"trace {spec.name}", 0, 1)
     graph = component_graph(
         module,
         spec,
@@ -167,8 +171,9 @@ def export_component(
         dtype=config.dtype,
         fragile=find_fragile,
     )
+    _report(progress, f"trace {spec.name}", 1, 1)
     path.parent.mkdir(parents=True, exist_ok=True)
-    save(graph, path)
+    save(graph, path, report=partial(_report, progress, f"write {spec.name}"))
     opset = graph.opset_imports[""]
     summary = check_file(
         path, spec, opset=opset, quantized_layers=quantized_layers, weight_only_layers=weight_only_layers
@@ -181,12 +186,26 @@ def known(snr_db: float) -> float | None:
     return round(snr_db, 1) if math.isfinite(snr_db) else None
 
 
-def save(model: ir.Model, path: Path, *, inline_limit_bytes: int = INLINE_LIMIT_BYTES) -> None:
-    """Write `model`; weights of more than `inline_limit_bytes` in total go to a file next to it."""
+def save(
+    model: ir.Model,
+    path: Path,
+    *,
+    inline_limit_bytes: int = INLINE_LIMIT_BYTES,
+    report: Report = lambda done, total: None,
+) -> None:
+    """Write `model`; weights of more than `inline_limit_bytes` in total go to a file next to it, one after the other.
+
+    `report` is called with how many of them were written, and their number.
+    """
     weights = (value.const_value for value in model.graph.initializers.values())
     size_bytes = sum(weight.nbytes for weight in weights if weight is not None)
     external = EXTERNAL_DATA_FILE if size_bytes > inline_limit_bytes else None
-    ir.save(model, path, external_data=external)
+    ir.save(
+        model,
+        path,
+        external_data=external,
+        callback=None if external is None else lambda tensor, info: report(info.index + 1, info.total),
+    )
 
 
 def quantized_layer_names(module: nn.Module) -> list[str]:
@@ -234,7 +253,13 @@ def copy_configuration(source: Path, output: Path) -> None:
         shutil.copyfile(path, output / name / "config.json")
 
 
-def _check_mode(source: Path, config: ExportConfig) -> str:
+def check_mode(source: Path, config: ExportConfig) -> str:
+    """The stage of `source`.
+
+    Raises:
+        ArtifactError: `source` cannot be used.
+        ExportError: it is neither a model nor a checkpoint, or does not go with the mode.
+    """
     stage = stage_of(source)
     if stage not in ("model", "checkpoint"):
         raise ExportError(
@@ -254,14 +279,23 @@ def _check_mode(source: Path, config: ExportConfig) -> str:
     return stage
 
 
-def _load(source: Path, stage: str) -> LoadedModel:
-    if stage == "model":
+def load_source(source: Path, config: ExportConfig) -> LoadedModel:
+    """What is exported, with large weights left in their files.
+
+    Raises:
+        ArtifactError: `source` cannot be used.
+        ExportError: mode and source do not go together.
+    """
+    if check_mode(source, config) == "model":
         return load_model(source, deferred=True)
     from quest_deploy.quantize.checkpoint import load_checkpoint
 
-    return load_checkpoint(source, deferred=True)
+    model = load_checkpoint(source, deferred=True)
+    if config.mode == "int4-weight-only":
+        drop_activation_quantizers(model.denoiser)
+    return model
 
 
-def _report(progress: Progress | None, completed: int, total: int, message: str) -> None:
+def _report(progress: Progress | None, stage: str, completed: int, total: int, message: str = "") -> None:
     if progress is not None:
-        progress(ProgressEvent(stage="export", completed=completed, total=total, message=message))
+        progress(ProgressEvent(stage=stage, completed=completed, total=total, message=message))

@@ -58,6 +58,7 @@ def text_config(width: int) -> CLIPTextConfig:
     """One layer of the real width, for the bundled tokenizer."""
     vocabulary = json.loads((TOKENIZER / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
     size = len(vocabulary)
+    settings = json.loads((TOKENIZER / "tokenizer_config.json").read_text(encoding="utf-8"))
     return CLIPTextConfig(
         vocab_size=size,
         hidden_size=width,
@@ -65,6 +66,7 @@ def text_config(width: int) -> CLIPTextConfig:
         num_hidden_layers=1,
         num_attention_heads=width // 64,
         projection_dim=1280,
+        max_position_embeddings=settings["model_max_length"],
         bos_token_id=size - 2,
         eos_token_id=size - 1,
         pad_token_id=size - 1,

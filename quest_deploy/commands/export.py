@@ -7,7 +7,15 @@ from pathlib import Path
 import click
 
 from quest_deploy.commands.progress import show_progress
-from quest_deploy.commands.verb import Result, artifact_result, output_option, overwrite_option, verb
+from quest_deploy.commands.verb import (
+    Result,
+    artifact_result,
+    format_size,
+    format_table,
+    output_option,
+    overwrite_option,
+    verb,
+)
 from quest_deploy.config import DTYPES, MODES, TARGETS, ExportConfig
 
 
@@ -29,10 +37,19 @@ from quest_deploy.config import DTYPES, MODES, TARGETS, ExportConfig
     help="Of the float operators; those that would lose too much are measured and stay in float32.",
 )
 @click.option("--opset", type=int, default=ExportConfig.opset, show_default=True)
+@click.option("--dry-run", is_flag=True, help="Only tell what memory and disk each component will take.")
 @overwrite_option
 @verb()
 def export(
-    *, source: Path, output: Path, target: str, mode: str | None, dtype: str, opset: int, overwrite: bool
+    *,
+    source: Path,
+    output: Path,
+    target: str,
+    mode: str | None,
+    dtype: str,
+    opset: int,
+    dry_run: bool,
+    overwrite: bool,
 ) -> Result:
     """Write MODEL (full precision) or CHECKPOINT (quantized) as ONNX, one graph per component.
 
@@ -45,6 +62,9 @@ def export(
         mode = "int8" if source.exists() and stage_of(source) == "checkpoint" else "none"
     config = ExportConfig(target=target, mode=mode, dtype=dtype, opset=opset)  # type: ignore[arg-type]
 
+    if dry_run:
+        return _estimated(source, config)
+
     from quest_deploy.export.to_onnx import export as run
 
     with show_progress() as progress:
@@ -52,3 +72,21 @@ def export(
     build = f"quest-deploy build-engine {output} -o DIR --backend {target}"
     draw = f"quest-deploy generate {output} PROMPT -o DIR"
     return artifact_result(artifact, draw if target == "onnxruntime" else build)
+
+
+def _estimated(source: Path, config: ExportConfig) -> Result:
+    from quest_deploy.export.estimate import estimate
+
+    components = estimate(source, config)
+    rows = [("component", "parameters", "disk", "memory")]
+    rows += [
+        (one.component, f"{one.parameters:,}", format_size(one.disk_bytes), format_size(one.memory_bytes))
+        for one in components
+    ]
+    memory, disk = max(one.memory_bytes for one in components), sum(one.disk_bytes for one in components)
+    rows.append(
+        ("all", f"{sum(one.parameters for one in components):,}", format_size(disk), format_size(memory))
+    )
+    data = {"components": [vars(one) for one in components], "memory_bytes": memory, "disk_bytes": disk}
+    note = "Memory is the most at once, of the whole process. Nothing was written."
+    return Result(data=data, text=f"{format_table(rows)}\n{note}")

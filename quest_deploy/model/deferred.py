@@ -1,8 +1,8 @@
 """Weights that stay in their file until something needs them.
 
 A deferred module has its large tensors on torch's "meta" device, and knows how to read each. Export reads one at a
-time, when it writes it (:func:`stood_in`); a forward pass reads those of one layer at a time (:func:`streamed`). Used
-otherwise, a tensor on "meta" has no values and torch says so.
+time, when it writes it (:func:`stood_in`); a forward pass reads those of one layer at a time (:func:`streamed`). Called
+otherwise, it raises: torch itself would multiply by whatever lies in memory.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ META = torch.device("meta")
 DEFERRED_BYTES = 1 << 18
 INDEX_SUFFIX = ".index.json"
 
+_usable: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _readers: weakref.WeakKeyDictionary[nn.Module, dict[str, Read]] = weakref.WeakKeyDictionary()
 
 
@@ -111,6 +112,8 @@ def defer(module: nn.Module, name: str, shape: tuple[int, ...], dtype: torch.dty
     """Let the parameter or buffer `name`, of `module` itself, be what `read` gives, whenever it is needed."""
     empty = torch.empty(shape, dtype=dtype, device=META)
     _put(module, name, empty)
+    if module not in _readers:
+        module.register_forward_pre_hook(_refuse)
     _readers.setdefault(module, {})[name] = read
 
 
@@ -144,8 +147,10 @@ def stood_in(root: nn.Module) -> Iterator[Mapping[int, Read]]:
             stand_in = torch.empty(empty.shape, dtype=empty.dtype)
             _put(module, name, stand_in)
             addresses[stand_in.data_ptr()] = read
+            _usable.add(module)
         yield addresses
     finally:
+        _usable.difference_update([module for module, _, _ in places])
         for module, name, empty in places:
             _put(module, name, empty)
 
@@ -159,10 +164,19 @@ def streamed(*roots: nn.Module) -> Iterator[None]:
         for module in modules:
             handles.append(module.register_forward_pre_hook(_fill))
             handles.append(module.register_forward_hook(_empty, always_call=True))
+        _usable.update(modules)
         yield
     finally:
+        _usable.difference_update(modules)
         for handle in handles:
             handle.remove()
+
+
+def _refuse(module: nn.Module, args: Any) -> None:
+    if module not in _usable:
+        raise RuntimeError(
+            f"{type(module).__name__}: its weights are still in a file; run it inside streamed()"
+        )
 
 
 def _fill(module: nn.Module, args: Any) -> None:
@@ -191,15 +205,21 @@ def _put(module: nn.Module, name: str, tensor: Tensor) -> None:
 def fill(empty: nn.Module, stored: Mapping[str, StoredTensor]) -> None:
     """Fill a module on "meta" with the small tensors of `stored`, in float32, and defer the large ones.
 
+    Those that another module reads than the one that owns them are not deferred (nn.MultiheadAttention's).
+
     Args:
         empty: Its parameters are on "meta", its buffers anywhere.
         stored: By the module's names.
     """
+    inside = tuple(
+        f"{name}." for name, module in empty.named_modules() if isinstance(module, nn.MultiheadAttention)
+    )
     state = empty.state_dict(keep_vars=True)
     for name, one in stored.items():
         parent, _, child = name.rpartition(".")
         module, like = empty.get_submodule(parent), state[name]
-        if like.nbytes >= DEFERRED_BYTES and like.dtype == torch.float32:
+        large = like.nbytes >= DEFERRED_BYTES and like.dtype == torch.float32
+        if large and not name.startswith(inside):
             defer(module, child, one.shape, torch.float32, one.read_float)
         else:
             _put(module, child, one.read().to(like.dtype))

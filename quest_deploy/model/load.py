@@ -209,6 +209,8 @@ def _load_deferred(folder: Path, entry: object) -> nn.Module | None:
             component: nn.Module = component_class(component_class.config_class.from_pretrained(folder))
         else:
             component = component_class.from_config(component_class.load_config(folder))
+    # A configuration may ask for the type that its weights are stored in.
+    component.float()
     stored = matching(component, stored_tensors(folder))
     if stored is None:
         return None

@@ -82,7 +82,10 @@ def test_the_manifest_says_what_is_inside(exported: Artifact) -> None:
 
 
 def test_progress_ends_complete(exported: Artifact, events: list[ProgressEvent]) -> None:
-    assert [event.completed for event in events] == [0, 1, 2, 3]
+    of_all = [event for event in events if event.stage == "export"]
+    assert [event.completed for event in of_all] == [0, 1, 2, 3]
+    for name in ("text_encoder", "unet", "vae_decoder"):
+        assert [event.completed for event in events if event.stage == f"trace {name}"] == [0, 1]
     assert events[-1].completed == events[-1].total
 
 
