@@ -30,8 +30,8 @@ ROUNDING_SNR_DB = {"fp16": 72.0, "bf16": 54.0}
 LOSS_DB = 30.0
 IR_VERSION = 10
 PROMPTS, STEPS, GUIDANCE_SCALE, SEED = 2, 4, 5.0, 0
-# A denoiser of more parameters is tried on small images; how much an operator loses hardly depends on their size.
-LARGE, SMALL_LATENTS = 500_000_000, 32
+# A denoiser of more parameters is tried on fewer and smaller images: its operators are many, and each is tried.
+LARGE, SMALL_LATENTS, FEW_PROMPTS, FEW_STEPS = 500_000_000, 32, 1, 2
 Arrays = Mapping[str, np.ndarray]
 Report = Callable[[int, int], None]
 
@@ -41,21 +41,22 @@ def sample_inputs(model: LoadedModel) -> dict[str, list[dict[str, np.ndarray]]]:
     """What the components are given while a few images are drawn, by component: a list of inputs by name.
 
     Components that do not run then (an encoder of images, a ControlNet) have none. Weights that were left in their
-    files are read layer by layer; a denoiser of more than :data:`LARGE` parameters draws small images.
+    files are read layer by layer; a denoiser of more than :data:`LARGE` parameters draws fewer and smaller images.
     """
-    default = load_prompts()[:PROMPTS]
-    prompts = choose_prompts(model.family, model.classes, (), default=default, count=PROMPTS)
+    large = sum(tensor.numel() for tensor in model.denoiser.parameters()) > LARGE
+    count, steps = (FEW_PROMPTS, FEW_STEPS) if large else (PROMPTS, STEPS)
+    prompts = choose_prompts(model.family, model.classes, (), default=load_prompts()[:count], count=count)
     vae: Any = model.vae
     components = [model.denoiser, *model.text_encoders.values(), *([] if vae is None else [vae])]
     with streamed(*components):
         data = calibrate.record_trajectories(
             model,
             prompts,
-            steps=STEPS,
+            steps=steps,
             guidance_scale=GUIDANCE_SCALE,
             seed=SEED,
-            batch_size=PROMPTS,
-            latent_shape=_sampled_shape(model),
+            batch_size=count,
+            latent_shape=_small_shape(model) if large else None,
         )
     every = torch.arange(data.num_prompts)
     inputs: dict[str, list[dict[str, np.ndarray]]] = {model.family.denoiser: []}
@@ -71,11 +72,10 @@ def sample_inputs(model: LoadedModel) -> dict[str, list[dict[str, np.ndarray]]]:
     return inputs
 
 
-def _sampled_shape(model: LoadedModel) -> tuple[int, int, int]:
+def _small_shape(model: LoadedModel) -> tuple[int, int, int]:
     channels, height, width = model.latent_shape
-    parameters = sum(tensor.numel() for tensor in model.denoiser.parameters())
     _, _, *sizes = model.denoiser_spec.inputs[0].shape
-    if parameters <= LARGE or not all(isinstance(size, str) for size in sizes):
+    if not all(isinstance(size, str) for size in sizes):
         return channels, height, width
     return channels, min(height, SMALL_LATENTS), min(width, SMALL_LATENTS)
 
@@ -96,7 +96,7 @@ def fragile_nodes(
         report: Called with the nodes done and their number.
     """
     limit = ROUNDING_SNR_DB[dtype] - LOSS_DB
-    graph = model.graph
+    graph, kind = model.graph, DTYPES[dtype]
     exact = stays_float(graph)
     live = [dict(given) for given in inputs]
     readers = Counter(name for node in graph for name in {*_names(node.inputs)})
@@ -106,12 +106,17 @@ def fragile_nodes(
         report(done, len(graph))
         session, constants = _alone(node)
         outputs = _names(node.outputs)
+        tried = node not in exact and _computes_floats(node)
+        # Constants are kept in the type's range when they are converted.
+        narrow = {name: _narrow(value, kind, narrowed) for name, value in constants.items()} if tried else {}
         for values in live:
-            given = {name: values[name] for name in _names(node.inputs) if name in values} | constants
-            computed = dict(zip(outputs, session.run(outputs, _fed(session, given)), strict=True))
-            if node not in exact and _computes_floats(node):
+            given = {name: values[name] for name in _names(node.inputs) if name in values}
+            computed = dict(zip(outputs, session.run(outputs, _fed(session, given | constants)), strict=True))
+            if tried:
                 assert node.name is not None
-                found = _snr_alone(node, session, given, computed[outputs[0]], dtype)
+                given = {name: _narrow(value, kind, rounded) for name, value in given.items()}
+                (got,) = session.run(outputs[:1], _fed(session, given | narrow))
+                found = _snr_db(computed[outputs[0]], rounded(got, kind))
                 worst[node.name] = min(found, worst.get(node.name, math.inf))
             values.update(computed)
         for name in {*_names(node.inputs)}:
@@ -180,27 +185,11 @@ def _alone(node: ir.Node) -> tuple[onnxruntime.InferenceSession, dict[str, np.nd
     return _session(proto), constants
 
 
-def _snr_alone(
-    node: ir.Node,
-    session: onnxruntime.InferenceSession,
-    given: Arrays,
-    expected: np.ndarray,
-    dtype: str,
-) -> float:
-    """dB of the node's first output, its float inputs rounded to `dtype` and its output too."""
-    kind = DTYPES[dtype]
-    feeds = {}
-    for value in node.inputs:
-        if value is None or value.name not in given:
-            continue
-        values = given[value.name]
-        if values.dtype == np.float32:
-            # Constants are kept in the type's range when they are converted.
-            narrow = narrowed if value.is_initializer() else rounded
-            values = narrow(values, kind).astype(np.float32)
-        feeds[value.name] = values
-    (got,) = session.run(_names(node.outputs[:1]), _fed(session, feeds))
-    return _snr_db(expected, rounded(got, kind))
+def _narrow(
+    values: np.ndarray, dtype: ir.DataType, how: Callable[[np.ndarray, ir.DataType], np.ndarray]
+) -> np.ndarray:
+    """float32 values as `how` makes them of `dtype`, in float32 again; others as they are."""
+    return how(values, dtype).astype(np.float32) if values.dtype == np.float32 else values
 
 
 def _snr_db(expected: np.ndarray, got: np.ndarray) -> float:
