@@ -1,6 +1,7 @@
 # Every target makes the virtual environment first; only python3 (with its venv module) is needed.
 #   make demo    the whole path on the bundled model: finetune, export, build, generate, compare
 #   make test    the default tests          make lint    style, types, import layers
+#   make bench-export   architectures and export modes
 #   make bench   the committed benchmarks   make clean   caches and build leftovers (never artifacts/)
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ BIN := .venv/bin
 STAMP := .venv/quest-deploy-installed
 PIP := $(BIN)/pip --disable-pip-version-check install -qq -c constraints.txt
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench bench-export clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -22,6 +23,10 @@ lint: $(STAMP)
 	$(BIN)/ruff check -q .
 	$(BIN)/ruff format -q --check .
 	scripts/lint_wheel.sh
+
+bench-export: $(STAMP)
+	@$(PIP) openvino
+	$(BIN)/python -m benchmarks modes
 
 bench: $(STAMP)
 	@$(PIP) nvidia-modelopt

@@ -22,6 +22,7 @@ HEADINGS = {
     "engines": "Engines",
     "runtimes": "Deployment",
     "families": "Models without text",
+    "modes": "Architectures and export modes",
     "analysis": "Sensitivity to low bits",
     "differences": "Differences from the published quantizers",
 }
@@ -32,7 +33,7 @@ INTRODUCTION = """\
 
 What was measured on the bundled reference model. `make bench` measures it again; one benchmark alone:
 `python -m benchmarks quality` (or `baselines`, `ablation`, `kid`, `order`, `cost`, `engines`, `runtimes`, `families`,
-`analysis`, `differences`).
+`modes`, `analysis`, `differences`).
 """
 
 
