@@ -47,8 +47,8 @@ def sample_inputs(model: LoadedModel) -> dict[str, list[dict[str, np.ndarray]]]:
     count, steps = (FEW_PROMPTS, FEW_STEPS) if large else (PROMPTS, STEPS)
     prompts = choose_prompts(model.family, model.classes, (), default=load_prompts()[:count], count=count)
     vae: Any = model.vae
-    components = [model.denoiser, *model.text_encoders.values(), *([] if vae is None else [vae])]
-    with streamed(*components):
+    components = (model.denoiser, *model.text_encoders.values(), model.controlnet, vae)
+    with streamed(*(module for module in components if module is not None)):
         data = calibrate.record_trajectories(
             model,
             prompts,

@@ -40,9 +40,15 @@ def mapped(
     return compute()
 
 
+def sizes_of(tensor: ir.TensorProtocol) -> tuple[int, ...]:
+    """The dimensions of a tensor, which are all known."""
+    return tuple(int(size) for size in tensor.shape.numpy())
+
+
 def transposed(tensor: ir.TensorProtocol, perm: list[int]) -> ir.TensorProtocol:
     """`tensor` with its axes in the order `perm`."""
-    shape = tuple(int(tensor.shape[axis]) for axis in perm)
+    sizes = sizes_of(tensor)
+    shape = tuple(sizes[axis] for axis in perm)
     return mapped(tensor, lambda values: values.transpose(perm), shape=shape)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from quest_deploy.export.lazy import sizes_of
 from quest_deploy.export.passes.pack_int4 import as_int4, is_packable
 
 BLOCKS = (128, 64, 32)
@@ -59,7 +60,7 @@ def _regroup(graph: ir.Graph, dequantize: ir.Node, block: int) -> None:
     codes, scale = dequantize.inputs[0], dequantize.inputs[1]
     assert codes is not None and codes.const_value is not None
     assert scale is not None and scale.const_value is not None
-    inputs = int(codes.const_value.shape[0])
+    inputs = sizes_of(codes.const_value)[0]
     codes.const_value = as_int4(codes)
     codes.dtype = ir.DataType.INT4
     repeated = np.repeat(scale.const_value.numpy().reshape(1, -1), inputs // block, axis=0)

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from quest_deploy.export.lazy import mapped
+from quest_deploy.export.lazy import mapped, sizes_of
 from quest_deploy.model.spec import TIMESTEP
 
 FLOAT = ir.DataType.FLOAT
@@ -164,7 +164,7 @@ def _constant(graph: ir.Graph, value: ir.Value, wanted: ir.DataType) -> ir.Value
     assert source is not None
     name = f"{value.name}_{wanted.name.lower()}"
 
-    shape = tuple(int(size) for size in source.shape)
+    shape = sizes_of(source)
     tensor = mapped(source, lambda values: narrowed(values, wanted), shape=shape, dtype=wanted, name=name)
     output = ir.Value(name=name, type=ir.TensorType(wanted), shape=ir.Shape(shape), const_value=tensor)
     graph.register_initializer(output)

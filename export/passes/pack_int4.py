@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from quest_deploy.export.lazy import mapped
+from quest_deploy.export.lazy import mapped, sizes_of
 
 INT4_MIN, INT4_MAX = -8, 7
 
@@ -45,9 +45,12 @@ def is_packable(codes: ir.Value) -> bool:
 def as_int4(codes: ir.Value) -> ir.TensorProtocol:
     """The codes of an int8 initializer, stored two to a byte."""
     assert codes.const_value is not None
-    shape = tuple(int(size) for size in codes.const_value.shape)
     return mapped(
-        codes.const_value, lambda values: values, shape=shape, dtype=ir.DataType.INT4, name=codes.name
+        codes.const_value,
+        lambda values: values,
+        shape=sizes_of(codes.const_value),
+        dtype=ir.DataType.INT4,
+        name=codes.name,
     )
 
 
