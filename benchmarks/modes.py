@@ -240,10 +240,10 @@ def tables(result: dict[str, Any]) -> list[Table]:
             rows=tuple(_cells(kind, label, row) for kind, label, row in rows),
             labels=2,
             note="Of the denoiser: W4A8 after one update in each phase, exported for ONNX Runtime (engines: for "
-            "TensorRT for RTX, built without a GPU and not run). `reference` is the bundled model, the others have "
-            "a few thousand random weights. Products are convolutions and matrix products, those of attention among them; "
-            "their shares are what the preflight expects of ONNX Runtime at the model's own size. Gates and SNR are "
-            "those of `quest-deploy parity` against torch, over all components.",
+            "TensorRT for RTX, built without a GPU and not run). `reference` is the bundled model, the others "
+            "have a few thousand random weights. Products are convolutions and matrix products, those of "
+            "attention among them; their shares are what the preflight expects of ONNX Runtime at the model's "
+            "own size. Gates and SNR are those of `quest-deploy parity` against torch, over all components.",
         )
     ]
 

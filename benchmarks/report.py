@@ -23,6 +23,7 @@ HEADINGS = {
     "runtimes": "Deployment",
     "families": "Models without text",
     "modes": "Architectures and export modes",
+    "large": "Large models",
     "analysis": "Sensitivity to low bits",
     "differences": "Differences from the published quantizers",
 }
@@ -33,7 +34,7 @@ INTRODUCTION = """\
 
 What was measured on the bundled reference model. `make bench` measures it again; one benchmark alone:
 `python -m benchmarks quality` (or `baselines`, `ablation`, `kid`, `order`, `cost`, `engines`, `runtimes`, `families`,
-`modes`, `analysis`, `differences`).
+`modes`, `large`, `analysis`, `differences`).
 """
 
 

@@ -107,6 +107,43 @@ def gate(
     }
 
 
+def modes() -> dict[str, Any]:
+    """Of one architecture: quantized, and in full precision where a runtime refuses it."""
+    shares = {"int8": 0.75, "int4 storage": 0.0, "float": 0.25, "breaks": 0.0}
+    gates = {
+        "int8 codes that differ": {"measured": 1e-5, "limit": 1e-4, "passed": True},
+        "noise SNR, same codes": {"measured": "identical", "limit": 50.0, "passed": True},
+        "VAE decoder SNR": {"measured": 123.4, "limit": 90.0, "passed": True},
+    }
+    row = {
+        "products": 4,
+        "quantized_products": 3,
+        "weight_only_products": 0,
+        "share_of_macs": shares,
+        "gates": gates,
+        "onnxruntime_fused": {"MatMulIntegerToFloat": 2},
+        "openvino": {"products": 4, "int8": 3},
+        "tensorrt_rtx": {"builds": True},
+    }
+    failed = {"measured": 12.0, "limit": 90.0, "passed": False}
+    refused = {
+        **row,
+        "quantized_products": 0,
+        "gates": {"VAE decoder SNR": failed},
+        "onnxruntime_fused": {},
+        "openvino": "unsupported",
+        "tensorrt_rtx": {"builds": False, "message": "no"},
+    }
+    return {**HEADER, "kinds": {"flux": {"int8, fp32": row, "none, fp32": refused}}}
+
+
+def large() -> dict[str, Any]:
+    """An export that took less than it may."""
+    export = {"seconds": 600.0, "peak_memory_bytes": 2_000_000_000}
+    component = {"size_bytes": 5_000_000_000, "nodes": 5000, "float32_nodes": ["a/Where"]}
+    return {**HEADER, "export": export, "components": {"unet": component}, "limit_bytes": 7_500_000_000}
+
+
 def families() -> dict[str, Any]:
     recipes = {}
     for name, best in (("w8a8", 40.0), ("w4a8", 30.0)):

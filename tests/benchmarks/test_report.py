@@ -63,6 +63,8 @@ def everything(made_up: ModuleType) -> dict[str, dict]:
         "engines": made_up.engines(),
         "runtimes": {**made_up.HEADER, "recipes": recipes},
         "families": made_up.families(),
+        "modes": made_up.modes(),
+        "large": made_up.large(),
         "analysis": {**made_up.HEADER, **SENSITIVITY},
         "differences": {**made_up.HEADER, **DIFFERENCES},
     }
