@@ -190,16 +190,21 @@ def save(
     model: ir.Model,
     path: Path,
     *,
-    inline_limit_bytes: int = INLINE_LIMIT_BYTES,
+    inline_limit_bytes: int | None = None,
     report: Report = lambda done, total: None,
 ) -> None:
-    """Write `model`; weights of more than `inline_limit_bytes` in total go to a file next to it, one after the other.
+    """Write `model`; weights of more than a limit in total go to a file next to it, one after the other.
 
-    `report` is called with how many of them were written, and their number.
+    Args:
+        model: With weights that are read when they are written, or not.
+        path: Of the ``.onnx`` file.
+        inline_limit_bytes: That limit; None for :data:`INLINE_LIMIT_BYTES`.
+        report: Called with how many weights were written to the other file, and their number.
     """
+    limit = INLINE_LIMIT_BYTES if inline_limit_bytes is None else inline_limit_bytes
     weights = (value.const_value for value in model.graph.initializers.values())
     size_bytes = sum(weight.nbytes for weight in weights if weight is not None)
-    external = EXTERNAL_DATA_FILE if size_bytes > inline_limit_bytes else None
+    external = EXTERNAL_DATA_FILE if size_bytes > limit else None
     ir.save(
         model,
         path,
