@@ -182,11 +182,12 @@ def _openvino_kernels(file: Path) -> dict[str, int] | str:
         compiled = core.compile_model(core.read_model(file), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     except RuntimeError as error:
         return str(error).strip().splitlines()[-1][:200]
-    kinds = [*_primitives(compiled)]
+    kinds = [*primitives(compiled)]
     return {"products": len(kinds), "int8": sum(kind.lower().endswith("_i8") for kind in kinds)}
 
 
-def _primitives(compiled: Any) -> Iterator[str]:
+def primitives(compiled: Any) -> Iterator[str]:
+    """The kernel of every product in a model that OpenVINO compiled."""
     for node in compiled.get_runtime_model().get_ordered_ops():
         info = {key: str(getattr(value, "value", value)) for key, value in node.get_rt_info().items()}
         if info["layerType"] in OPENVINO_PRODUCTS:

@@ -24,6 +24,7 @@ HEADINGS = {
     "families": "Models without text",
     "modes": "Architectures and export modes",
     "large": "Large models",
+    "cpu_speed": "Speed on the CPU",
     "analysis": "Sensitivity to low bits",
     "differences": "Differences from the published quantizers",
 }
@@ -34,7 +35,7 @@ INTRODUCTION = """\
 
 What was measured on the bundled reference model. `make bench` measures it again; one benchmark alone:
 `python -m benchmarks quality` (or `baselines`, `ablation`, `kid`, `order`, `cost`, `engines`, `runtimes`, `families`,
-`modes`, `large`, `analysis`, `differences`).
+`modes`, `large`, `cpu_speed`, `analysis`, `differences`).
 """
 
 

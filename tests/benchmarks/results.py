@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks import baselines as baselines_benchmark
+from benchmarks import cpu_speed as cpu_speed_benchmark
 from benchmarks import families as families_benchmark
 from benchmarks import runtimes
 from benchmarks.ablation import VARIANTS
@@ -135,6 +136,16 @@ def modes() -> dict[str, Any]:
         "tensorrt_rtx": {"builds": False, "message": "no"},
     }
     return {**HEADER, "kinds": {"flux": {"int8, fp32": row, "none, fp32": refused}}}
+
+
+def cpu_speed() -> dict[str, Any]:
+    """OpenVINO's int8 is fastest."""
+    rows = {
+        row: {"seconds": 8.0 - place, "kernels": {}} for place, row in enumerate(cpu_speed_benchmark.ROWS)
+    }
+    rows["openvino-int8"]["kernels"] = {"i8": 100, "f32": 3}
+    speed = {row: 8.0 / one["seconds"] for row, one in rows.items()}
+    return {**HEADER, "threads": 2, "rounds": 3, "rows": rows, "speed": speed}
 
 
 def large() -> dict[str, Any]:

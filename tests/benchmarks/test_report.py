@@ -65,6 +65,7 @@ def everything(made_up: ModuleType) -> dict[str, dict]:
         "families": made_up.families(),
         "modes": made_up.modes(),
         "large": made_up.large(),
+        "cpu_speed": made_up.cpu_speed(),
         "analysis": {**made_up.HEADER, **SENSITIVITY},
         "differences": {**made_up.HEADER, **DIFFERENCES},
     }

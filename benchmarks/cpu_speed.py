@@ -1,0 +1,277 @@
+"""How fast one denoising step is on this CPU: quest-deploy's int8 ONNX against what else runs the same U-Net.
+
+A U-Net of Stable Diffusion's shape and 215 million random weights, two samples (both branches of guidance) of 64 x 64
+latents. Every runtime has a process of its own and two threads; they take turns, several times, and the least time of
+each counts, so that what else the machine does weighs on all of them alike.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks import stages
+from benchmarks.environment import header
+from benchmarks.settings import Settings, write_recipe
+from benchmarks.tables import Table, number
+from quest_deploy.config import PhaseConfig, Recipe
+from quest_deploy.manifest import MANIFEST_NAME
+
+if TYPE_CHECKING:
+    from numpy import ndarray
+
+NAME = "cpu_speed"
+ROWS = {
+    "diffusers": "diffusers, eager, fp32",
+    "ort-fp32": "ONNX Runtime, fp32",
+    "ort-int8": "ONNX Runtime, quest-deploy W8A8",
+    "openvino-fp32": "OpenVINO, fp32",
+    "openvino-bf16": "OpenVINO, bf16",
+    "openvino-int8": "OpenVINO, quest-deploy W8A8",
+    "openvino-nncf": "OpenVINO, int8 by NNCF",
+}
+GOAL_OVER_DIFFUSERS, GOAL_OVER_NNCF = 2.5, 1.0
+THREADS, BATCH, LATENTS, TOKENS, WIDTH = 2, 2, 64, 77, 768
+ROUNDS, RUNS = 3, 3
+CALIBRATION_STEPS = 4
+# A quarter of Stable Diffusion 1.5: half of its channels at every level.
+UNET: dict[str, Any] = {
+    "sample_size": LATENTS,
+    "block_out_channels": (160, 320, 640, 640),
+    "attention_head_dim": 8,
+    "cross_attention_dim": WIDTH,
+}
+
+
+def run(settings: Settings) -> dict[str, Any]:
+    """Make the files, then measure all rows in turn."""
+    folder = settings.work / NAME
+    model = folder / "model"
+    if not (model / "model_index.json").is_file():
+        subprocess.run([sys.executable, "-m", "benchmarks.cpu_speed", "model", str(folder)], check=True)
+    checkpoint = folder / "checkpoint"
+    recipe = write_recipe(one_update(), settings.work / "recipes")
+    arguments = ("finetune", str(model), "--recipe", str(recipe), "--seed", "0")
+    stages.required(
+        stages.make(
+            settings, "finetune cpu_speed", arguments, checkpoint, inputs=(model,), sources=stages.QUANTIZER
+        )
+    )
+    stages.export(settings, "cpu_speed-fp32", model, "onnxruntime")
+    stages.export(settings, "cpu_speed-int8", checkpoint, "onnxruntime")
+    if not (folder / "nncf.xml").is_file():
+        subprocess.run([sys.executable, "-m", "benchmarks.cpu_speed", "nncf", str(folder)], check=True)
+    found: dict[str, list[dict[str, Any]]] = {row: [] for row in ROWS}
+    for turn in range(1 if settings.quick else ROUNDS):
+        for row, times in found.items():
+            print(f"\n{ROWS[row]}, {turn + 1}", flush=True)
+            command = [sys.executable, "-m", "benchmarks.cpu_speed", row, str(folder)]
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            times.append(json.loads(done.stdout.splitlines()[-1]))
+    rows = {
+        row: {**times[-1], "seconds": min(one["seconds"] for one in times)} for row, times in found.items()
+    }
+    base = rows["diffusers"]["seconds"]
+    speed = {row: round(base / one["seconds"], 3) for row, one in rows.items()}
+    return {
+        **header(settings),
+        "threads": THREADS,
+        "rounds": len(found["diffusers"]),
+        "rows": rows,
+        "speed": speed,
+    }
+
+
+def one_update() -> Recipe:
+    """W8A8 with one update in each phase: the arithmetic is the same after more."""
+    return Recipe(
+        name="w8a8-one-update",
+        weight_bits=8,
+        activation_bits=8,
+        calibration_prompts=2,
+        validation_prompts=1,
+        calibration_steps=2,
+        initializer="nearest",
+        temporal=PhaseConfig(layers="temporal", steps=1, batch_size=1),
+        sensitive=PhaseConfig(layers="all", steps=1, batch_size=1),
+    )
+
+
+def write_model(folder: Path) -> None:
+    """A pipeline around the U-Net, with text encoder and autoencoder of the bundled model's kind."""
+    import shutil
+
+    import torch
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
+
+    from benchmarks.settings import MODEL
+
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(MODEL / "tokenizer")
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=WIDTH,
+        intermediate_size=WIDTH,
+        num_hidden_layers=1,
+        num_attention_heads=12,
+        max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    pipeline = StableDiffusionPipeline(
+        unet=UNet2DConditionModel(**UNET),
+        vae=AutoencoderKL(latent_channels=4, block_out_channels=(32,), norm_num_groups=8),
+        text_encoder=CLIPTextModel(text),
+        tokenizer=tokenizer,
+        scheduler=DDIMScheduler(clip_sample=False),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    shutil.rmtree(folder / "model", ignore_errors=True)
+    pipeline.save_pretrained(folder / "model")
+
+
+def inputs(step: int = 0) -> dict[str, ndarray]:
+    """What the U-Net is given, float32; the same for every row."""
+    import numpy as np
+
+    generator = np.random.default_rng(step)
+    return {
+        "sample": generator.standard_normal((BATCH, 4, LATENTS, LATENTS), dtype=np.float32),
+        "timestep": np.full(1, 999 - 250 * step, dtype=np.float32),
+        "encoder_hidden_states": generator.standard_normal((BATCH, TOKENS, WIDTH), dtype=np.float32),
+    }
+
+
+def write_nncf(folder: Path) -> None:
+    """The float ONNX as NNCF quantizes it, with its defaults for transformers."""
+    import nncf
+    import openvino
+
+    model = openvino.Core().read_model(_onnx(folder, "fp32"))
+    steps = nncf.Dataset([inputs(step) for step in range(CALIBRATION_STEPS)])
+    quantized = nncf.quantize(
+        model, steps, subset_size=CALIBRATION_STEPS, model_type=nncf.ModelType.TRANSFORMER
+    )
+    openvino.save_model(quantized, folder / "nncf.xml", compress_to_fp16=False)
+
+
+def _onnx(folder: Path, name: str) -> Path:
+    path = folder.parent / "onnx" / "onnxruntime" / f"cpu_speed-{name}"
+    assert (path / MANIFEST_NAME).is_file()
+    return path / "unet" / "model.onnx"
+
+
+def worker(row: str, folder: Path) -> dict[str, Any]:
+    """Measure one row in this process: the least seconds of a few runs after one that warms up."""
+    runner, version, kernels = RUNNERS[row.partition("-")[0]](row, folder)
+    runner()
+    seconds = []
+    for _ in range(RUNS):
+        started = time.perf_counter()
+        runner()
+        seconds.append(time.perf_counter() - started)
+    return {"seconds": min(seconds), "version": version, "kernels": kernels}
+
+
+Runner = tuple[Callable[[], Any], str, dict[str, int]]
+
+
+def _diffusers(row: str, folder: Path) -> Runner:
+    import diffusers
+    import torch
+
+    torch.set_num_threads(THREADS)
+    unet = diffusers.UNet2DConditionModel.from_pretrained(folder / "model" / "unet").eval()
+    tensors = {name: torch.from_numpy(value) for name, value in inputs().items()}
+
+    @torch.no_grad()
+    def once() -> Any:
+        return unet(**tensors).sample
+
+    return once, f"diffusers {diffusers.__version__}, torch {torch.__version__}", {}
+
+
+def _ort(row: str, folder: Path) -> Runner:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = THREADS
+    path = str(_onnx(folder, row.partition("-")[2]))
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    given = inputs()
+    return lambda: session.run(None, given), f"onnxruntime {onnxruntime.__version__}", {}
+
+
+def _openvino(row: str, folder: Path) -> Runner:
+    from collections import Counter
+
+    import openvino
+
+    from benchmarks.modes import primitives
+
+    kind = row.partition("-")[2]
+    path = folder / "nncf.xml" if kind == "nncf" else _onnx(folder, "int8" if kind == "int8" else "fp32")
+    options = {
+        "INFERENCE_PRECISION_HINT": "bf16" if kind == "bf16" else "f32",
+        "INFERENCE_NUM_THREADS": THREADS,
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    core = openvino.Core()
+    compiled = core.compile_model(core.read_model(path), "CPU", options)
+    given, request = inputs(), compiled.create_infer_request()
+    kernels = Counter(name.rpartition("_")[2].lower() for name in primitives(compiled))
+    return lambda: request.infer(given), f"openvino {openvino.__version__.split('-')[0]}", dict(kernels)
+
+
+RUNNERS: dict[str, Callable[[str, Path], Runner]] = {
+    "diffusers": _diffusers,
+    "ort": _ort,
+    "openvino": _openvino,
+}
+
+
+def tables(result: dict[str, Any]) -> list[Table]:
+    """One row for each runtime."""
+    speed = result["speed"]
+    return [
+        Table(
+            title="Speed of a denoising step on the CPU",
+            columns=("runtime", "times as fast as diffusers", "over NNCF's", "products by type"),
+            rows=tuple(
+                (
+                    label,
+                    number(speed[row]),
+                    number(speed[row] / speed["openvino-nncf"]),
+                    ", ".join(
+                        f"{count} {kind}" for kind, count in sorted(result["rows"][row]["kernels"].items())
+                    )
+                    or "-",
+                )
+                for row, label in ROWS.items()
+            ),
+            labels=1,
+            note="Ratios of one run: a U-Net of Stable Diffusion's shape with 215 million random weights, two samples "
+            f"of {LATENTS} x {LATENTS} latents, {result['threads']} threads; the least of {RUNS} runs in each of "
+            f"{result['rounds']} rounds. Goals: quest-deploy's int8 in OpenVINO {GOAL_OVER_DIFFUSERS} times as fast as "
+            "diffusers, and no slower than NNCF's.",
+        )
+    ]
+
+
+if __name__ == "__main__":
+    what, place = sys.argv[1], Path(sys.argv[2])
+    if what == "model":
+        write_model(place)
+    elif what == "nncf":
+        write_nncf(place)
+    else:
+        print(json.dumps(worker(what, place)))
