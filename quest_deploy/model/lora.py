@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+import inspect
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from torch import Tensor, nn
 
 from quest_deploy.artifacts import refuse_pickle
 from quest_deploy.config import LoraConfig
@@ -14,9 +19,20 @@ from quest_deploy.errors import ConfigError, MissingDependencyError, ModelLoadEr
 from quest_deploy.model.components import parameters_frozen
 from quest_deploy.model.load import LoadedModel
 
+logger = logging.getLogger(__name__)
+
+# How the first of a LoRA's two matrices is named: by peft, by kohya's scripts, by older versions of diffusers.
+DOWN = ("lora_A.weight", "lora_down.weight", "lora.down.weight")
+
 
 def merge_loras(model: LoadedModel, loras: Sequence[LoraConfig]) -> None:
-    """Add every LoRA, times its scale, to the weights of the denoiser and of the text encoder, in place.
+    """Add every LoRA, times its scale, to the weights of the denoiser and of the text encoders, in place.
+
+    Which text encoders take one is diffusers' choice: CLIP's do, T5 and Gemma do not.
+
+    Args:
+        model: Of a pipeline into which diffusers loads LoRAs.
+        loras: One after the other.
 
     Raises:
         MissingDependencyError: peft is not installed.
@@ -29,59 +45,97 @@ def merge_loras(model: LoadedModel, loras: Sequence[LoraConfig]) -> None:
         raise MissingDependencyError("merging a LoRA needs peft; pip install 'quest-deploy[lora]'")
     pipeline = _pipeline(model)
     for lora in loras:
-        _merge(pipeline, lora, model)
+        _merge(pipeline, lora)
     parameters_frozen(model.denoiser)
     for encoder in model.text_encoders.values():
         parameters_frozen(encoder)
 
 
 def _pipeline(model: LoadedModel) -> Any:
+    """diffusers' pipeline around the parts of `model`, which are shared; what else it could have is left out."""
     import diffusers
 
-    pipeline_class = getattr(diffusers, model.family.pipeline)
+    name = model.family.pipeline
+    pipeline_class = getattr(diffusers, name)
     if not hasattr(pipeline_class, "load_lora_weights"):
-        raise ConfigError(f"{model.family.pipeline} takes no LoRA; leave --lora out")
-    if model.family.pipeline != "StableDiffusionPipeline":
-        raise ConfigError(
-            f"merging a LoRA into a {model.family.pipeline} is not supported yet; "
-            "merge it with diffusers (fuse_lora), save the model, and finetune that"
-        )
-    return pipeline_class(
-        unet=model.denoiser,
-        vae=model.vae,
-        text_encoder=model.text_encoder,
-        tokenizer=model.tokenizer,
-        scheduler=model.scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+        raise ConfigError(f"diffusers loads no LoRA into a {name}; leave --lora out")
+    parts: dict[str, Any] = {
+        **model.text_encoders,
+        **{part.tokenizer: model.tokenizers[part.name] for part in model.family.text},
+        model.family.denoiser: model.denoiser,
+        "scheduler": model.scheduler,
+        "vae": model.vae,
+        "controlnet": model.controlnet,
+    }
+    options: dict[str, Any] = {"requires_safety_checker": False, "add_watermarker": False}
+    taken = {
+        key: parts.get(key, options.get(key))
+        for key, parameter in inspect.signature(pipeline_class.__init__).parameters.items()
+        if key in parts or key in options or parameter.default is inspect.Parameter.empty and key != "self"
+    }
+    return pipeline_class(**taken)
 
 
-def _merge(pipeline: Any, lora: LoraConfig, model: LoadedModel) -> None:
+def _merge(pipeline: Any, lora: LoraConfig) -> None:
     path = lora.path
     refuse_pickle(path)
     if not path.is_file():
         raise ModelLoadError(f"{path}: is no file; give the .safetensors file of a LoRA")
-    before = {name: value.clone() for name, value in model.denoiser.state_dict().items()}
-    if model.text_encoder is not None:
-        told = {name: value.clone() for name, value in model.text_encoder.state_dict().items()}
-    else:
-        told = {}
+    taking = {
+        name: module
+        for name in pipeline._lora_loadable_modules
+        if (module := getattr(pipeline, name, None)) is not None
+    }
+    before = {name: _weights(module) for name, module in taking.items()}
     try:
+        pairs = _count_pairs(path)
         pipeline.load_lora_weights(str(path.parent), weight_name=path.name, use_safetensors=True)
-        pipeline.fuse_lora(lora_scale=lora.scale)
+        found = sum(_count_layers(module) for module in taking.values())
+        pipeline.fuse_lora(components=list(taking), lora_scale=lora.scale)
         pipeline.unload_lora_weights()
     except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
-        first = (str(error).strip().splitlines() or ["no message"])[0]
-        raise ModelLoadError(f"{path}: is no LoRA of this model ({first}); choose one made for it") from error
-    after = model.denoiser.state_dict()
-    same = after.keys() == before.keys() and all(
+        raise ModelLoadError(
+            f"{path}: is no LoRA of this model ({_reason(error)}); choose one made for it"
+        ) from error
+    except Exception as error:
+        # safetensors' own error derives from Exception alone.
+        if type(error).__name__ != "SafetensorError":
+            raise
+        raise ModelLoadError(
+            f"{path}: is no safetensors file ({error}); restore it from its source"
+        ) from error
+    # diffusers only warns where names in the file are none of the model's.
+    if not found or (lora.scale and all(_same(before[name], module) for name, module in taking.items())):
+        raise ModelLoadError(f"{path}: changes no weight of this model; choose a LoRA made for it")
+    if found < pairs:
+        logger.warning("%s: %d of its %d layers are none of this model's", path, pairs - found, pairs)
+
+
+def _weights(module: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def _same(before: Mapping[str, Tensor], module: nn.Module) -> bool:
+    after = module.state_dict()
+    return after.keys() == before.keys() and all(
         torch.equal(after[name], value) for name, value in before.items()
     )
-    if same and model.text_encoder is not None:
-        words = model.text_encoder.state_dict()
-        same = all(torch.equal(words[name], value) for name, value in told.items())
-    # diffusers only warns where no name in the file is one of the model's.
-    if same and lora.scale != 0:
-        raise ModelLoadError(f"{path}: changes no weight of this model; choose a LoRA made for it")
+
+
+def _count_pairs(path: Path) -> int:
+    """How many layers a LoRA file speaks of, in whatever way it writes their names."""
+    with safe_open(path, framework="pt") as file:
+        return sum(name.endswith(DOWN) for name in file.keys())  # noqa: SIM118
+
+
+def _count_layers(module: nn.Module) -> int:
+    """How many layers of a module hold a LoRA that is not merged yet."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return sum(isinstance(layer, BaseTunerLayer) for layer in module.modules())
+
+
+def _reason(error: Exception) -> str:
+    """The line of an error that says most: the first tensor of another shape, else its first line."""
+    lines = str(error).strip().splitlines() or ["no message"]
+    return next((line.strip().rstrip(".") for line in lines if "size mismatch" in line), lines[0])
