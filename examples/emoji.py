@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 PACKAGE = "emoji-datasource-google@16.0.0"
+DESCRIPTION = "package/emoji.json"
 PICTURES = "package/img/google/64/"
 TONES = {
     "1F3FB": "light skin tone",
@@ -71,19 +73,19 @@ def entries(described: list[dict[str, Any]]) -> Iterator[Emoji]:
 
 def load(folder: Path) -> tuple[Tensor, list[Emoji]]:
     """Pictures uint8 [n, 3, 64, 64] on white, and what they show."""
+    files: dict[str, bytes] = {}
+    # In the order in which they lie: going back unpacks the archive again from its start.
     with tarfile.open(download(folder)) as archive:
-        files = {member.name: member for member in archive.getmembers()}
-
-        def read(name: str) -> Any:
-            stream = archive.extractfile(files[name])
-            assert stream is not None
-            return stream
-
-        emoji = list(entries(json.load(read("package/emoji.json"))))
-        pictures = []
-        for one in emoji:
-            picture = Image.open(read(f"{PICTURES}{one.image}")).convert("RGBA")
-            white = Image.new("RGBA", picture.size, "white")
-            flat = Image.alpha_composite(white, picture).convert("RGB").resize((64, 64))
-            pictures.append(torch.from_numpy(np.array(flat)).permute(2, 0, 1))
+        for member in archive:
+            if member.name == DESCRIPTION or member.name.startswith(PICTURES):
+                stream = archive.extractfile(member)
+                assert stream is not None
+                files[member.name] = stream.read()
+    emoji = list(entries(json.loads(files[DESCRIPTION])))
+    pictures = []
+    for one in emoji:
+        picture = Image.open(io.BytesIO(files[f"{PICTURES}{one.image}"])).convert("RGBA")
+        white = Image.new("RGBA", picture.size, "white")
+        flat = Image.alpha_composite(white, picture).convert("RGB").resize((64, 64))
+        pictures.append(torch.from_numpy(np.array(flat)).permute(2, 0, 1))
     return torch.stack(pictures), emoji

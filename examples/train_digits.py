@@ -149,7 +149,7 @@ def main() -> None:
         learning_rate=2e-3,
         seed=arguments.seed,
     )
-    finished = train(
+    history = train(
         unet,
         lambda generator: batch_loss(unet, scheduler, images, digits, generator),
         plan,
@@ -158,6 +158,7 @@ def main() -> None:
     sheet = draw(unet, scheduler)
     write_model(unet, scheduler, arguments.output)
     save_sheet(sheet, arguments.output / "samples.png")
+    finished = history.step >= arguments.steps
     print(f"{'finished' if finished else 'not finished: run it again to go on'}; see {arguments.output}")
 
 

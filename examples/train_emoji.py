@@ -6,7 +6,7 @@ Gets its pictures from the npm package `emoji-datasource-google` (`npm` is neede
 of `reference-model/pipeline`; tokenizer, autoencoder, text encoder and U-Net are trained from scratch, as
 `reference-model/README.md` says, with one sampling of captions instead of two phases. It takes about two hours on two
 cores. Run it again with the same output to go on after an interruption, or after `--minutes` were over: what there is
-by then is written as a diffusers directory, with `samples.png`.
+by then is written as a diffusers directory, with `samples.png` and, in `training.json`, the losses.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from emoji import Emoji, load
 from PIL import Image
 from torch import Tensor, nn
-from training import Plan, train
+from training import History, Plan, machine, train
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 ARCHITECTURE = Path(__file__).resolve().parents[1] / "reference-model" / "pipeline"
 VOCABULARY = 3028
-VAE_STEPS, VAE_BATCH, VAE_RATE, VAE_SHARE = 4000, 32, 2e-3, 0.15
-STEPS, BATCH, RATE = 6500, 64, 1e-3
+VAE_BATCH, VAE_RATE = 32, 2e-3
+BATCH, RATE = 64, 1e-3
 KL_WEIGHT, MIN_SNR, EMPTY, TONED_WEIGHT = 1e-4, 5.0, 0.1, 0.35
 PROMPTS = (
     "grinning face",
@@ -145,7 +145,41 @@ def write_model(parts: dict[str, Any], output: Path) -> None:
     sheet.resize((sheet.width * 2, sheet.height * 2), Image.Resampling.NEAREST).save(output / "samples.png")
 
 
-def main() -> None:
+def train_autoencoder(pictures: Tensor, arguments: argparse.Namespace, state: Path) -> tuple[Any, History]:
+    """The autoencoder, as far as its share of the time lets it come."""
+    vae = AutoencoderKL.from_config(config_of("vae"))
+    share = 0.0 if denoiser_state(state.parent).is_file() else arguments.autoencoder_share
+    plan = Plan(
+        state=state,
+        steps=arguments.autoencoder_steps,
+        # Once there is a denoiser of its latents, they stay as they are.
+        deadline=time.monotonic() + 60 * share * arguments.minutes,
+        learning_rate=VAE_RATE,
+        seed=arguments.seed,
+    )
+    return vae, train(vae, lambda generator: vae_loss(vae, pictures, generator), plan, "autoencoder")
+
+
+def denoiser_state(work: Path) -> Path:
+    """Where the state of text encoder and U-Net is kept."""
+    return work / "denoiser.safetensors"
+
+
+def make_modules(tokenizer: Any) -> nn.ModuleDict:
+    """Text encoder for that tokenizer, and U-Net, with random weights."""
+    special: dict[str, Any] = {
+        f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")
+    }
+    special |= {"vocab_size": len(tokenizer), "dtype": "float32"}
+    return nn.ModuleDict(
+        {
+            "text_encoder": CLIPTextModel(CLIPTextConfig(**{**config_of("text_encoder"), **special})),
+            "unet": UNet2DConditionModel.from_config(config_of("unet")),
+        }
+    )
+
+
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -154,59 +188,55 @@ def main() -> None:
         "--data", type=Path, default=Path("artifacts") / "emoji", help="where the package lies"
     )
     parser.add_argument("--minutes", type=float, default=120.0, help="stop after so long, finished or not")
+    parser.add_argument(
+        "--autoencoder-share", type=float, default=0.15, help="most of the minutes that the autoencoder takes"
+    )
+    parser.add_argument("--autoencoder-steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=6500, help="of text encoder and U-Net")
     parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
+    return parser.parse_args()
 
-    start = time.monotonic()
+
+def main() -> None:
+    arguments = parse()
+    end = time.monotonic() + 60 * arguments.minutes
     torch.manual_seed(arguments.seed)
     pictures, emoji = load(arguments.data)
     print(f"{len(emoji)} pictures", flush=True)
     work = arguments.output.with_name(f".{arguments.output.name}.training")
-    end = start + 60 * arguments.minutes
-
-    vae = AutoencoderKL.from_config(config_of("vae"))
-    plan = Plan(
-        state=work / "vae.safetensors",
-        steps=VAE_STEPS,
-        deadline=min(end, time.monotonic() + VAE_SHARE * 60 * arguments.minutes),
-        learning_rate=VAE_RATE,
-        seed=arguments.seed,
-    )
-    finished = train(vae, lambda generator: vae_loss(vae, pictures, generator), plan, "autoencoder")
+    vae, seen_of_vae = train_autoencoder(pictures, arguments, work / "vae.safetensors")
 
     tokenizer = make_tokenizer(emoji)
     captions = [caption for one in emoji for caption in one.captions]
     tokens = tokenize(tokenizer, [*captions, "", ""]).reshape(len(emoji) + 1, 2, -1)
-    special: dict[str, Any] = {
-        f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")
-    }
-    special |= {"vocab_size": len(tokenizer), "dtype": "float32"}
-    text_config = CLIPTextConfig(**{**config_of("text_encoder"), **special})
     scheduler = DDIMScheduler.from_pretrained(ARCHITECTURE / "scheduler")
-    modules = nn.ModuleDict(
-        {
-            "text_encoder": CLIPTextModel(text_config),
-            "unet": UNet2DConditionModel.from_config(config_of("unet")),
-        }
-    )
+    modules = make_modules(tokenizer)
     latents = encode_all(vae, pictures)
     weights = torch.tensor([TONED_WEIGHT if one.toned else 1.0 for one in emoji])
-    plan = Plan(
-        state=work / "denoiser.safetensors",
-        steps=STEPS,
-        deadline=end,
-        learning_rate=RATE,
-        average=0.9995,
-        seed=arguments.seed,
-    )
-    finished &= train(
+    seen = train(
         modules,
         lambda generator: denoiser_loss(modules, scheduler, latents, tokens, weights, generator),
-        plan,
+        Plan(
+            state=denoiser_state(work),
+            steps=arguments.steps,
+            deadline=end,
+            learning_rate=RATE,
+            average=0.9995,
+            seed=arguments.seed,
+        ),
         "text encoder and U-Net",
     )
     parts = {"vae": vae, "tokenizer": tokenizer, "scheduler": scheduler, **dict(modules.items())}
     write_model(parts, arguments.output)
+    record = {
+        "pictures": len(emoji),
+        "tokens": len(tokenizer),
+        "autoencoder": seen_of_vae.record(arguments.autoencoder_steps),
+        "text_encoder_and_unet": seen.record(arguments.steps),
+        "machine": machine(),
+    }
+    (arguments.output / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+    finished = seen.step >= arguments.steps
     print(f"{'finished' if finished else 'not finished: run it again to go on'}; see {arguments.output}")
 
 

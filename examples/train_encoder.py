@@ -77,7 +77,7 @@ def main() -> None:
         weight_decay=0.05,
         seed=arguments.seed,
     )
-    finished = train(modules, loss, plan, "encoder")
+    history = train(modules, loss, plan, "encoder")
     with torch.no_grad():
         guesses = modules["head"](F.silu(features_of(encoder, pictures))).argmax(1)
     for name, part in (("known", ~held), ("held-out", held)):
@@ -97,6 +97,7 @@ def main() -> None:
     encoder = load_encoder()  # in half precision, as the benchmark has it
     PROMPTS.write_text("".join(f"{emoji[index].captions[0]}\n" for index in chosen), encoding="utf-8")
     save_file({"features": features_of(encoder, pictures[chosen]).half()}, REAL)
+    finished = history.step >= arguments.steps
     print(f"{'finished' if finished else 'not finished: run it again to go on'}; see {FILE.parent}")
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import platform
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -16,6 +20,7 @@ from torch import Tensor, nn
 SAVE_EVERY_SECONDS = 20.0
 REPORT_EVERY_SECONDS = 10.0
 CLIP_NORM = 1.0
+RECORDS = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +48,52 @@ class Plan:
     seed: int = 0
 
 
-def train(module: nn.Module, loss: Callable[[torch.Generator], Tensor], plan: Plan, name: str) -> bool:
+@dataclass
+class History:
+    """What was seen of a training, over all of its runs.
+
+    Attributes:
+        step: Updates made.
+        seconds: Spent on them.
+        losses: (step, mean loss since the entry before), `RECORDS` of them in a whole training.
+        pending: Losses since the last entry.
+    """
+
+    step: int = 0
+    seconds: float = 0.0
+    losses: list[tuple[int, float]] = field(default_factory=list)
+    pending: list[float] = field(default_factory=list)
+
+    def add(self, loss: float, every: int) -> None:
+        """One more update."""
+        self.step += 1
+        self.pending.append(loss)
+        if self.step % every == 0:
+            self.losses.append((self.step, round(sum(self.pending) / len(self.pending), 4)))
+            self.pending = []
+
+    def record(self, steps: int) -> dict[str, Any]:
+        """For a JSON file."""
+        losses = {str(step): loss for step, loss in self.losses}
+        return {"steps": self.step, "of": steps, "seconds": round(self.seconds), "losses": losses}
+
+
+def machine() -> dict[str, Any]:
+    """What a training ran on, for a record of it."""
+    names = [line for line in _lines(Path("/proc/cpuinfo")) if line.startswith("model name")]
+    return {
+        "processor": names[0].partition(":")[2].strip() if names else platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+
+
+def train(module: nn.Module, loss: Callable[[torch.Generator], Tensor], plan: Plan, name: str) -> History:
     """Train `module` and leave the averaged weights in it.
 
     Args:
@@ -53,18 +103,20 @@ def train(module: nn.Module, loss: Callable[[torch.Generator], Tensor], plan: Pl
         name: For progress.
 
     Returns:
-        Whether all steps were made; if not, the same call goes on.
+        What was seen; if its steps are not all of the plan's, the same call goes on.
     """
     parameters = dict(module.named_parameters())
     averaged = {key: value.detach().clone() for key, value in parameters.items()}
     optimizer = torch.optim.AdamW(
         parameters.values(), lr=plan.learning_rate, weight_decay=plan.weight_decay, betas=plan.betas
     )
-    step = restore(plan.state, parameters, averaged, optimizer)
+    history = restore(plan.state, parameters, averaged, optimizer)
+    every = max(1, plan.steps // RECORDS)
     module.train()
     losses: list[float] = []
-    saved = reported = time.monotonic()
-    while step < plan.steps and time.monotonic() < plan.deadline:
+    counted = saved = reported = time.monotonic()
+    while history.step < plan.steps and time.monotonic() < plan.deadline:
+        step = history.step
         for group in optimizer.param_groups:
             group["lr"] = plan.learning_rate * rate(step, plan.steps)
         optimizer.zero_grad(set_to_none=True)
@@ -72,26 +124,28 @@ def train(module: nn.Module, loss: Callable[[torch.Generator], Tensor], plan: Pl
         value.backward()
         nn.utils.clip_grad_norm_(parameters.values(), CLIP_NORM)
         optimizer.step()
-        step += 1
         losses.append(float(value.detach()))
+        history.add(losses[-1], every)
         with torch.no_grad():
             # A young average forgets faster: otherwise it would remember the random start.
-            decay = min(plan.average, step / (step + 10))
+            decay = min(plan.average, history.step / (history.step + 10))
             for key, parameter in parameters.items():
                 averaged[key].lerp_(parameter, 1 - decay)
         now = time.monotonic()
+        history.seconds, counted = history.seconds + now - counted, now
         if now - saved > SAVE_EVERY_SECONDS:
-            save(plan.state, parameters, averaged, optimizer, step)
+            save(plan.state, parameters, averaged, optimizer, history)
             saved = now
-        if now - reported > REPORT_EVERY_SECONDS or step == plan.steps:
-            print(f"{name}: step {step} of {plan.steps}, loss {sum(losses) / len(losses):.4f}", flush=True)
+        if now - reported > REPORT_EVERY_SECONDS or history.step == plan.steps:
+            mean = sum(losses) / len(losses)
+            print(f"{name}: step {history.step} of {plan.steps}, loss {mean:.4f}", flush=True)
             losses, reported = [], now
-    save(plan.state, parameters, averaged, optimizer, step)
+    save(plan.state, parameters, averaged, optimizer, history)
     with torch.no_grad():
         for key, parameter in parameters.items():
             parameter.copy_(averaged[key])
     module.eval()
-    return step >= plan.steps
+    return history
 
 
 def rate(step: int, steps: int) -> float:
@@ -105,7 +159,7 @@ def save(
     parameters: dict[str, nn.Parameter],
     averaged: dict[str, Tensor],
     optimizer: torch.optim.AdamW,
-    step: int,
+    history: History,
 ) -> None:
     """Write the state to a temporary file and rename it, so that a killed run leaves the previous one."""
     tensors = {f"average/{key}": value for key, value in averaged.items()}
@@ -115,16 +169,20 @@ def save(
             tensors[f"{kind}/{key}"] = value
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    save_file({key: value.contiguous() for key, value in tensors.items()}, partial, {"step": str(step)})
+    save_file(
+        {key: value.contiguous() for key, value in tensors.items()},
+        partial,
+        {"history": json.dumps(asdict(history))},
+    )
     partial.replace(path)
 
 
 def restore(
     path: Path, parameters: dict[str, nn.Parameter], averaged: dict[str, Tensor], optimizer: torch.optim.AdamW
-) -> int:
-    """Put a saved state in place, if there is one; the number of steps it has."""
+) -> History:
+    """Put a saved state in place, if there is one, and tell how it came about."""
     if not path.is_file():
-        return 0
+        return History()
     with safe_open(path, framework="pt") as file, torch.no_grad():
         for name in file.keys():  # noqa: SIM118
             kind, _, key = name.partition("/")
@@ -135,6 +193,7 @@ def restore(
                 averaged[key].copy_(value)
             else:
                 optimizer.state[parameters[key]][kind] = value
-        step = int(file.metadata()["step"])
-    print(f"{path}: going on from step {step}", flush=True)
-    return step
+        told = json.loads(file.metadata()["history"])
+    history = History(**told | {"losses": [(step, loss) for step, loss in told["losses"]]})
+    print(f"{path}: going on from step {history.step}", flush=True)
+    return history
