@@ -24,6 +24,7 @@ from quest_deploy.model.load import LoadedModel
 from quest_deploy.quantize.insert import channel_axis, quantizable_layers
 from quest_deploy.quantize.recomputed import CPU, RECOMPUTED_AT_ONCE, Recomputed, conditioning_of
 from quest_deploy.quantize.resume import GENERATOR, Throttle, WorkDirectory
+from quest_deploy.quantize.rows import RowChoice
 
 EXTREME_ROWS = 2
 BRANCHES = ("positive", "negative")
@@ -285,6 +286,7 @@ def collect_inputs(
     report: Report = lambda completed, total: None,
     work: WorkDirectory | None = None,
     names: Collection[str] | None = None,
+    at_once: int | None = None,
 ) -> dict[str, Tensor]:
     """What every quantizable layer is given, timestep by timestep.
 
@@ -297,6 +299,7 @@ def collect_inputs(
         report: Called after each timestep.
         work: Where to keep what was seen, to go on from after an interruption.
         names: The layers that are looked at; None means all.
+        at_once: The most prompts that are run together; None means all. The result is the same.
 
     Returns:
         By layer name, float32 [G, positions + 2, c_in]; the last two hold each channel's least and largest value
@@ -309,12 +312,20 @@ def collect_inputs(
     layers = quantizable_layers(denoiser)
     kept: dict[str, list[Tensor]] = {name: [] for name in layers if names is None or name in names}
 
+    choice = RowChoice(generator, data.targets.shape[2])
+
     def keep(name: str, axis: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             rows = args[0].movedim(axis, -1).flatten(0, -2)
-            chosen = torch.randint(rows.shape[0], (positions,), generator=generator)
-            seen = torch.cat([rows[chosen], rows.amin(dim=0)[None], rows.amax(dim=0)[None]])
-            kept[name].append(seen.to(CPU))
+            run, places, chosen = choice.of(name, rows.shape[0], positions)
+            low, high = rows.amin(dim=0).to(CPU), rows.amax(dim=0).to(CPU)
+            if choice.first == 0:
+                seen = torch.empty(positions + EXTREME_ROWS, rows.shape[1])
+                seen[-2], seen[-1] = low, high
+                kept[name].append(seen)
+            seen = kept[name][choice.place(name, run)]
+            seen[places] = rows[chosen].to(CPU)
+            seen[-2], seen[-1] = torch.minimum(seen[-2], low), torch.maximum(seen[-1], high)
 
         return hook
 
@@ -326,8 +337,8 @@ def collect_inputs(
     try:
         for step in range(first, steps):
             prompt = torch.randperm(data.num_prompts, generator=generator)[:prompts_per_step]
-            sample, timestep, conditioning = data.inputs(prompt, torch.full_like(prompt, step))
-            predict(denoiser, sample, timestep, conditioning)
+            for chunk in choice.chunks(prompt, at_once or prompts_per_step):
+                predict(denoiser, *data.inputs(chunk, torch.full_like(chunk, step)))
             if work is not None and throttle.due() and step + 1 < steps:
                 # Only what is new: all of it may be gigabytes.
                 new = {name: torch.stack(rows[saved[name] :]) for name, rows in kept.items() if rows}

@@ -21,6 +21,7 @@ from quest_deploy.quantize.grid import channel_shape, weight_bounds
 from quest_deploy.quantize.insert import LayerQParams, channel_axis, quantizable_layers
 from quest_deploy.quantize.layers import Quantizable
 from quest_deploy.quantize.resume import GENERATOR, Throttle, WorkDirectory
+from quest_deploy.quantize.rows import RowChoice
 
 DAMPING = 0.01
 BLOCK = 128
@@ -90,27 +91,32 @@ def inverse_factor(matrix: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
 
 
-def patches(layer: Quantizable, x: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """`count` random rows of the matrix that the layer's weight multiplies.
+def count_patches(layer: Quantizable, x: Tensor) -> int:
+    """How many rows the matrix has that the layer's weight multiplies."""
+    if not isinstance(layer, nn.Conv2d):
+        return x.shape[:-1].numel()
+    sides = zip(x.shape[2:], map(int, layer.padding), layer.kernel_size, layer.stride, strict=True)
+    return int(x.shape[0] * math.prod((side + 2 * pad - size) // by + 1 for side, pad, size, by in sides))
+
+
+def patches(layer: Quantizable, x: Tensor, at: Tensor) -> Tensor:
+    """Rows of the matrix that the layer's weight multiplies.
 
     Args:
         layer: `nn.Linear`, or `nn.Conv2d` that :func:`has_patches`.
         x: Its input.
-        count: How many rows.
-        generator: Chooses them.
+        at: int64 [n], which of its :func:`count_patches` rows.
 
     Returns:
-        float32 [count, k], k = c_in * kh * kw for a convolution.
+        float32 [n, k], k = c_in * kh * kw for a convolution.
     """
     if isinstance(layer, nn.Conv2d):
         ph, pw = map(int, layer.padding)
         (kh, kw), (sh, sw) = layer.kernel_size, layer.stride
         windows = F.pad(x, (pw, pw, ph, ph)).unfold(2, kh, sh).unfold(3, kw, sw)
-        n, _, h, w = windows.shape[:4]
-        flat = torch.randint(n * h * w, (count,), generator=generator)
-        return windows[flat // (h * w), :, flat // w % h, flat % w].flatten(1)
-    rows = x.flatten(0, -2)
-    return rows[torch.randint(rows.shape[0], (count,), generator=generator)]
+        h, w = windows.shape[2:4]
+        return windows[at // (h * w), :, at // w % h, at % w].flatten(1)
+    return x.flatten(0, -2)[at]
 
 
 def has_patches(layer: Quantizable) -> bool:
@@ -120,8 +126,9 @@ def has_patches(layer: Quantizable) -> bool:
     return layer.groups == 1 and set(layer.dilation) == {1} and not isinstance(layer.padding, str)
 
 
-def chunks(denoiser: nn.Module, names: Sequence[str]) -> Iterator[list[str]]:
+def chunks(denoiser: nn.Module, names: Sequence[str], most_bytes: float | None = None) -> Iterator[list[str]]:
     """Groups of layers whose Hessians fit into memory together; layers that are too wide are left out."""
+    most_bytes = MAX_HESSIAN_BYTES if most_bytes is None else most_bytes
     layers = quantizable_layers(denoiser)
     chunk: list[str] = []
     used = 0
@@ -130,7 +137,7 @@ def chunks(denoiser: nn.Module, names: Sequence[str]) -> Iterator[list[str]]:
         columns = layer.weight[0].numel()
         if columns > MAX_COLUMNS or not has_patches(layer):
             continue
-        if chunk and used + 4 * columns**2 > MAX_HESSIAN_BYTES:
+        if chunk and used + 4 * columns**2 > most_bytes:
             yield chunk
             chunk, used = [], 0
         chunk.append(name)
@@ -152,6 +159,8 @@ def compensate(
     report: Callable[[int, int], None] = lambda completed, total: None,
     work: WorkDirectory | None = None,
     key: str = "rounded",
+    beside: Sequence[str] = (),
+    at_once: int | None = None,
 ) -> dict[str, Tensor]:
     """Rounded weights of the layers `names`, divided by their channel rows: the float weights to go on from.
 
@@ -166,11 +175,15 @@ def compensate(
         report: Called after each timestep and each layer.
         work: Where to keep Hessians and rounded layers, to go on from after an interruption.
         key: What their names there start with.
+        beside: Layers, `names` among them, of which rows are drawn as well, as if they were rounded together: so that
+            what is drawn does not depend on how many Hessians fit into memory.
+        at_once: The most prompts that are run together; None means all.
 
     Returns:
         By layer name, float32 in the weight's shape.
     """
-    layers = {name: quantizable_layers(denoiser)[name] for name in names}
+    every = quantizable_layers(denoiser)
+    layers = {name: every[name] for name in names}
     generator = torch.Generator().manual_seed(seed)
     hessians = {
         name: layer.weight.new_zeros(layer.weight[0].numel(), layer.weight[0].numel())
@@ -186,24 +199,27 @@ def compensate(
     if work is not None and (saved := work.load(f"{key}-layers")) is not None:
         result = saved[0]
 
+    choice = RowChoice(generator, data.targets.shape[2])
+
     def accumulate(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        layer = layers[name]
+        layer = every[name]
 
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = quantized_input(layer, args[0], qparams[name], group)
-            rows = patches(layer, x, rows_per_step, generator)
-            hessians[name].addmm_(rows.T, rows)
+            _, _, chosen = choice.of(name, count_patches(layer, args[0]), rows_per_step)
+            if name in hessians:
+                rows = patches(layer, quantized_input(layer, args[0], qparams[name], group), chosen)
+                hessians[name].addmm_(rows.T, rows)
 
         return hook
 
-    handles = [layer.register_forward_pre_hook(accumulate(name)) for name, layer in layers.items()]
+    handles = [every[name].register_forward_pre_hook(accumulate(name)) for name in beside or names]
     try:
         for step in range(first, steps):
             # Timesteps descend, groups ascend with the timestep.
             group = steps - 1 - step
             prompt = torch.randperm(data.num_prompts, generator=generator)[:prompts_per_step]
-            sample, timestep, conditioning = data.inputs(prompt, torch.full_like(prompt, step))
-            predict(denoiser, sample, timestep, conditioning)
+            for chunk in choice.chunks(prompt, at_once or prompts_per_step):
+                predict(denoiser, *data.inputs(chunk, torch.full_like(chunk, step)))
             # The last time for the layers, of which each may take a while.
             if work is not None and (throttle.due() or step + 1 == steps):
                 work.save(f"{key}-hessians", hessians | {GENERATOR: generator.get_state()}, steps=step + 1)

@@ -30,6 +30,7 @@ from quest_deploy.quantize.calibrate import CalibrationSet, Report
 from quest_deploy.quantize.initialize import activation_grid
 from quest_deploy.quantize.layers import TimestepContext
 from quest_deploy.quantize.resume import WorkDirectory
+from quest_deploy.quantize.rows import RowChoice
 
 LEAST_SOFTMAX_MULTIPLE = 0.02
 SOFTMAX_SEARCH_STEPS = 50
@@ -61,6 +62,7 @@ def find_operands(
     *,
     seed: int,
     report: Report = lambda completed, total: None,
+    at_once: int | None = None,
 ) -> dict[str, OperandQParams]:
     """Starting scales of all operands as the recipe wants them; none where it leaves attention in float.
 
@@ -71,6 +73,7 @@ def find_operands(
         work: Keeps the samples.
         seed: For the choice of prompts and values.
         report: Called after each timestep.
+        at_once: The most prompts that are run together; None means all.
     """
     if recipe.attention_bits is None:
         return {}
@@ -83,6 +86,7 @@ def find_operands(
             values=VALUES_PER_STEP,
             seed=seed,
             report=report,
+            at_once=at_once,
         )
         work.save("operands", samples)
     else:
@@ -98,32 +102,36 @@ def find_operands(
 class Observer(nn.Module):
     """Stands where a quantizer will be, changes nothing, and keeps samples of what passes."""
 
-    def __init__(self, count: int, generator: torch.Generator) -> None:
+    def __init__(self, name: str, count: int, choice: RowChoice) -> None:
         super().__init__()
-        self.count, self.generator = count, generator
+        self.name, self.count, self.choice = name, count, choice
         self.kept: list[Tensor] = []
         self.last_size = 0
 
     def forward(self, x: Tensor, group: Tensor) -> tuple[Tensor, None]:
         """`x`, any shape, and no factor for the product."""
-        chosen = torch.randint(x.numel(), (self.count,), generator=self.generator)
-        self.kept.append(torch.cat([x.flatten()[chosen], x.amin()[None], x.amax()[None]]))
+        run, places, chosen = self.choice.of(self.name, x.numel(), self.count)
+        low, high = x.amin(), x.amax()
+        if self.choice.first == 0:
+            self.kept.append(torch.cat([x.new_empty(self.count), low[None], high[None]]))
+        seen = self.kept[self.choice.place(self.name, run)]
+        seen[places] = x.flatten()[chosen]
+        seen[-2], seen[-1] = torch.minimum(seen[-2], low), torch.maximum(seen[-1], high)
         self.last_size = max(self.last_size, x.shape[-1])
         return x, None
 
 
 @contextmanager
-def _observed(denoiser: nn.Module, count: int, seed: int) -> Iterator[dict[str, Observer]]:
+def _observed(denoiser: nn.Module, count: int, choice: RowChoice) -> Iterator[dict[str, Observer]]:
     """Observers at all operands while the body runs, by the name of the quantizer that will be there."""
-    generator = torch.Generator().manual_seed(seed)
     found = attentions(denoiser)
     before = {name: attention.processor for name, attention in found.items()}
     context = TimestepContext(torch.empty(0))
     observers: dict[str, Observer] = {}
     try:
         for name, attention in found.items():
-            own = {operand: Observer(count, generator) for operand in OPERANDS}
-            observers |= {operand_name(name, operand): observer for operand, observer in own.items()}
+            own = {operand: Observer(operand_name(name, operand), count, choice) for operand in OPERANDS}
+            observers |= {observer.name: observer for observer in own.values()}
             attention.processor = QuantizedAttention(own, context)
         yield observers
     finally:
@@ -142,6 +150,7 @@ def collect_operands(
     values: int,
     seed: int,
     report: Report = lambda completed, total: None,
+    at_once: int | None = None,
 ) -> dict[str, Tensor]:
     """What the operands of every attention's products are, timestep by timestep.
 
@@ -152,6 +161,7 @@ def collect_operands(
         values: How many values of each operand are kept per timestep.
         seed: For the choice of prompts and values.
         report: Called after each timestep.
+        at_once: The most prompts that are run together; None means all.
 
     Returns:
         By name of the operand's quantizer float32 [G, values + 2], the last two the least and largest of all values;
@@ -164,15 +174,16 @@ def collect_operands(
     """
     generator = torch.Generator().manual_seed(seed)
     steps = data.timesteps.numel()
-    with _observed(denoiser, values, seed) as observers:
+    choice = RowChoice(torch.Generator().manual_seed(seed), data.targets.shape[2])
+    with _observed(denoiser, values, choice) as observers:
         if not observers:
             raise ConfigError(
                 "the denoiser has no attention of a supported kind; set attention_bits to null in the recipe"
             )
         for step in range(steps):
             prompt = torch.randperm(data.num_prompts, generator=generator)[:prompts_per_step]
-            sample, timestep, conditioning = data.inputs(prompt, torch.full_like(prompt, step))
-            predict(denoiser, sample, timestep, conditioning)
+            for chunk in choice.chunks(prompt, at_once or prompts_per_step):
+                predict(denoiser, *data.inputs(chunk, torch.full_like(chunk, step)))
             report(step + 1, steps)
     result: dict[str, Tensor] = {}
     for name, observer in observers.items():
