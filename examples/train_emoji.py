@@ -139,6 +139,9 @@ def write_model(parts: dict[str, Any], output: Path) -> None:
         generator=generators,
     ).images
     pipeline.to(torch.float16).save_pretrained(output)
+    # transformers loads a model in the type that this names, diffusers its own models in float32.
+    path = output / "text_encoder" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
     sheet = Image.new("RGB", (64 * len(images), 64))
     for column, image in enumerate(images):
         sheet.paste(image, (64 * column, 0))

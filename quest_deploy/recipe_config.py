@@ -127,8 +127,9 @@ class Recipe:
             exact in bfloat16.
         gradient_checkpointing: Whether a pass keeps the inputs of blocks alone, and computes the rest again for the
             gradients: less memory, more time, the same result.
-        memory_limit_gb: What training may take, in 10^9 bytes; where an update needs more, it is computed in slices.
-            None means no limit. Recording and rounding are not limited by it.
+        memory_limit_gb: What finetuning may take, in 10^9 bytes. Where it needs more, fewer prompts are recorded at a
+            time, fewer Hessians or samples are in memory while weights are rounded, and updates are computed in slices:
+            results are the same but for float rounding. None means no limit.
         targets: Whether the full-precision outputs are kept in memory, read from disk, or computed again.
         temporal: Phase 1.
         sensitive: Phase 2.

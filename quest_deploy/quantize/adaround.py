@@ -16,6 +16,7 @@ output asks for other settings.
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,11 +25,29 @@ import torch
 from torch import Tensor, nn
 
 from quest_deploy.config import FinetuneConfig
-from quest_deploy.quantize.blocks import Samples, chosen_pairs, collect, order, parts, passes, tensors
+from quest_deploy.quantize.blocks import (
+    Samples,
+    chosen_pairs,
+    collect,
+    in_chunks,
+    order,
+    parts,
+    passes,
+    tensors,
+)
 from quest_deploy.quantize.calibrate import CalibrationSet
 from quest_deploy.quantize.grid import channel_shape, dequantize, weight_bounds
 from quest_deploy.quantize.insert import LayerQParams, insert, quantized_layers
 from quest_deploy.quantize.layers import QuantizedLayer, TimestepContext
+from quest_deploy.quantize.memory import (
+    META,
+    PassMemory,
+    PeakMemory,
+    forward_memory,
+    limit_count,
+    size_bytes,
+    without_values,
+)
 from quest_deploy.quantize.resume import WorkDirectory
 
 BATCH_SIZE = 32
@@ -104,6 +123,7 @@ def learn_rounding(
     *,
     iterations: int,
     generator: torch.Generator,
+    at_once: int = BATCH_SIZE,
 ) -> tuple[dict[str, Tensor], float, float]:
     """Learn how the weights of one part of the network are rounded; nearest stays where that is better.
 
@@ -113,6 +133,7 @@ def learn_rounding(
         context: Its layers' timestep groups.
         iterations: Updates.
         generator: Chooses the samples of each.
+        at_once: The most samples that go through the part at once; gradients are those of all of an update's.
 
     Returns:
         The weights by the layers' names inside `part` ("" is itself), divided by their channel rows; and the mean
@@ -120,16 +141,17 @@ def learn_rounding(
     """
     layers = quantized_layers(part)
     codes = {name: layer.weight_codes() for name, layer in layers.items()}
-    nearest = learned = squared_error(part, samples, context)
+    nearest = learned = squared_error(part, samples, context, at_once)
     if nearest > 0:
         rounding = {name: start_rounding(layer) for name, layer in layers.items()}
         for name, layer in layers.items():
             layer.rounding = rounding[name].soft
-        _descend(part, samples, context, list(rounding.values()), nearest, iterations, generator)
+        update = functools.partial(_update, part, samples, context, list(rounding.values()), nearest, at_once)
+        _descend(update, [one.logits for one in rounding.values()], samples, iterations, generator)
         for layer in layers.values():
             layer.rounding = None
         _put(layers, {name: one.codes() for name, one in rounding.items()})
-        learned = squared_error(part, samples, context)
+        learned = squared_error(part, samples, context, at_once)
     if learned >= nearest:
         _put(layers, codes)
         learned = nearest
@@ -137,27 +159,41 @@ def learn_rounding(
 
 
 def _descend(
+    update: Callable[[Tensor, float | None], None],
+    logits: Sequence[Tensor],
+    samples: Samples,
+    iterations: int,
+    generator: torch.Generator,
+) -> None:
+    """Gradient descent on the logits: `update` adds their gradients, of the chosen samples at that beta."""
+    rate = min(max(TRAVEL / iterations, RATES[0]), RATES[1])
+    optimizer = torch.optim.Adam(logits, lr=rate)
+    n = samples.timestep.numel()
+    for step in range(iterations):
+        chosen = torch.randint(n, (min(n, BATCH_SIZE),), generator=generator)
+        optimizer.zero_grad(set_to_none=True)
+        update(chosen, beta_at(step / iterations))
+        optimizer.step()
+
+
+def _update(
     part: nn.Module,
     samples: Samples,
     context: TimestepContext,
     rounding: Sequence[Rounding],
     nearest: float,
-    iterations: int,
-    generator: torch.Generator,
+    at_once: int,
+    chosen: Tensor,
+    beta: float | None,
 ) -> None:
-    """Gradient descent on the logits of `rounding`, whose soft weights `part` uses."""
-    rate = min(max(TRAVEL / iterations, RATES[0]), RATES[1])
-    optimizer = torch.optim.Adam([one.logits for one in rounding], lr=rate)
-    n = samples.timestep.numel()
-    for step in range(iterations):
-        chosen = torch.randint(n, (min(n, BATCH_SIZE),), generator=generator)
-        loss = _error(part, samples.batch(chosen), context) / nearest
-        beta = beta_at(step / iterations)
-        if beta is not None:
+    """Add the gradients of the loss of `chosen` samples to the logits of `rounding`, whose soft weights `part` uses."""
+    for number, some in enumerate(chosen.split(at_once)):
+        loss = _error(part, samples.batch(some), context) / nearest
+        if some.numel() < chosen.numel():
+            loss = loss * (some.numel() / chosen.numel())
+        if beta is not None and number == 0:
             loss = loss + REGULARISATION * regulariser(rounding, beta)
-        optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        optimizer.step()
 
 
 @torch.no_grad()
@@ -177,14 +213,34 @@ def _error(part: nn.Module, samples: Samples, context: TimestepContext) -> Tenso
 
 
 @torch.no_grad()
-def squared_error(part: nn.Module, samples: Samples, context: TimestepContext) -> float:
+def squared_error(
+    part: nn.Module, samples: Samples, context: TimestepContext, at_once: int = BATCH_SIZE
+) -> float:
     """Mean squared error of a part's output over all samples, as it is rounded now."""
     n = samples.timestep.numel()
     sums = [
         float(_error(part, samples.batch(index), context)) * index.numel()
-        for index in torch.arange(n).split(BATCH_SIZE)
+        for index in torch.arange(n).split(min(at_once, BATCH_SIZE))
     ]
     return sum(sums) / n
+
+
+def part_memory(part: nn.Module, samples: Samples, context: TimestepContext) -> PassMemory:
+    """What gradients of the logits of a part's weights take, for each sample. No value is read."""
+    before, shapes = context.now, samples.to(META)
+    bare = without_values(part, context)
+    for layer in quantized_layers(bare).values():
+        layer.rounding = start_rounding(layer).soft
+
+    def peak(count: int) -> int:
+        with PeakMemory() as memory:
+            few = shapes.batch(torch.zeros(count, dtype=torch.int64, device=META))
+            _error(bare, few, context).backward()
+        return memory.peak
+
+    found = PassMemory.measured(peak, BATCH_SIZE)
+    context.now = before
+    return found
 
 
 def reconstruct(
@@ -195,6 +251,7 @@ def reconstruct(
     config: FinetuneConfig,
     work: WorkDirectory | None = None,
     report: Report = lambda completed, total: None,
+    held_bytes: int = 0,
 ) -> tuple[dict[str, Tensor], dict[str, tuple[float, float]]]:
     """Learn the rounding of the whole network, part by part.
 
@@ -206,6 +263,8 @@ def reconstruct(
         config: Its seed, and its recipe's number of updates for each part.
         work: Where finished parts are kept, and found when the run is resumed.
         report: Called after each part.
+        held_bytes: What is in memory beside the copy of the denoiser that is rounded: it counts where the recipe has a
+            limit.
 
     Returns:
         Rounded weights by layer name, divided by their channel rows: the float weights to go on from. And by part, the
@@ -215,9 +274,14 @@ def reconstruct(
     insert(student, qparams, context)
     student.requires_grad_(False)
     layers = quantized_layers(student)
+    limit = config.recipe.memory_limit_gb
+    held = held_bytes + size_bytes([*student.parameters(), *student.buffers()])
+    prompts = PROMPTS_PER_STEP
+    if limit is not None:
+        prompts = limit_count(prompts, held, limit, forward_memory(student, data, context))
     pairs = chosen_pairs(data, PROMPTS_PER_STEP, config.seed)
     with torch.no_grad():
-        run, _ = next(passes(student, data, pairs))
+        run, _ = next(passes(student, data, in_chunks(pairs[:1], 1, prompts)[0]))
         names = order(student, parts(student), run)
     weights: dict[str, Tensor] = {}
     errors: dict[str, tuple[float, float]] = {}
@@ -225,14 +289,20 @@ def reconstruct(
         key = f"adaround-{index:04d}"
         saved = None if work is None else work.load(key)
         if saved is None:
-            samples = collect(student, denoiser, name, data, pairs)
+            samples = collect(student, denoiser, name, data, pairs, prompts)
+            part, at_once = student.get_submodule(name), BATCH_SIZE
+            if limit is not None:
+                # The place below, logits, their gradients and Adam's two moments.
+                beside = samples.size_bytes + 5 * size_bytes(list(part.parameters()))
+                at_once = limit_count(at_once, held + beside, limit, part_memory(part, samples, context))
             generator = torch.Generator().manual_seed(config.seed + index)
             found, before, after = learn_rounding(
-                student.get_submodule(name),
+                part,
                 samples,
                 context,
                 iterations=config.recipe.adaround_iterations,
                 generator=generator,
+                at_once=at_once,
             )
             done = {f"{name}.{inner}" if inner else name: weight for inner, weight in found.items()}
             if work is not None:

@@ -42,6 +42,21 @@ class Samples:
             tuple(target[index] for target in self.targets),
         )
 
+    def to(self, device: torch.device) -> Samples:
+        """The same on another device."""
+        return Samples(
+            tuple(_put(value, device) for value in self.args),
+            {name: _put(value, device) for name, value in self.kwargs.items()},
+            self.timestep.to(device),
+            tuple(target.to(device) for target in self.targets),
+        )
+
+    @property
+    def size_bytes(self) -> int:
+        """Of all tensors."""
+        given = (*self.args, *self.kwargs.values(), *self.targets)
+        return sum(x.numel() * x.element_size() for x in given if isinstance(x, Tensor))
+
 
 def parts(denoiser: nn.Module) -> list[str]:
     """Names of what is reconstructed as one: residual and transformer blocks, and every other quantized layer alone."""
@@ -127,6 +142,30 @@ def chosen_pairs(data: CalibrationSet, prompts_per_step: int, seed: int) -> list
     ]
 
 
+def in_chunks(
+    pairs: Sequence[tuple[Tensor, int]], branches: int, at_once: int
+) -> tuple[list[tuple[Tensor, int]], Tensor]:
+    """`pairs` with at most `at_once` prompts each; and, of their samples, which ones those of `pairs` are in order.
+
+    Samples of a pass are all prompts of the negative branch, then all of the positive one.
+
+    Returns:
+        Pairs, and int64 [samples].
+    """
+    chunks: list[tuple[Tensor, int]] = []
+    places: list[Tensor] = []
+    start = 0
+    for prompt, step in pairs:
+        samples = torch.arange(branches * prompt.numel()).reshape(branches, -1)
+        parts = samples.split(at_once, dim=1)
+        # Sample `there[i]` of this pass is the i-th that its chunks give.
+        there = torch.cat([part.flatten() for part in parts])
+        places.append(start + there.argsort())
+        start += there.numel()
+        chunks += [(chunk, step) for chunk in prompt.split(at_once)]
+    return chunks, torch.cat(places)
+
+
 def passes(
     denoiser: nn.Module, data: CalibrationSet, pairs: Sequence[tuple[Tensor, int]]
 ) -> Iterator[tuple[Callable[[], object], Tensor]]:
@@ -143,9 +182,16 @@ def collect(
     name: str,
     data: CalibrationSet,
     pairs: Sequence[tuple[Tensor, int]],
+    at_once: int | None = None,
 ) -> Samples:
-    """What the quantized network gives to its part `name`, and what the full-precision one answers there."""
+    """What the quantized network gives to its part `name`, and what the full-precision one answers there.
+
+    At most `at_once` prompts are run together, which changes nothing about the samples or their order.
+    """
     calls, timesteps, targets = [], [], []
+    order = None
+    if at_once is not None and any(prompt.numel() > at_once for prompt, _ in pairs):
+        pairs, order = in_chunks(pairs, data.targets.shape[2], at_once)
     for (run, timestep), (run_teacher, _) in zip(
         passes(student, data, pairs), passes(teacher, data, pairs), strict=True
     ):
@@ -153,12 +199,13 @@ def collect(
         targets.append(answered(teacher, name, run_teacher))
         timesteps.append(timestep)
     sizes = [timestep.numel() for timestep in timesteps]
-    return Samples(
+    samples = Samples(
         tuple(_join(values, sizes) for values in zip(*(args for args, _ in calls), strict=True)),
         {key: _join([kwargs[key] for _, kwargs in calls], sizes) for key in calls[0][1]},
         torch.cat(timesteps),
         tuple(torch.cat(parts) for parts in zip(*targets, strict=True)),
     )
+    return samples if order is None else samples.batch(order)
 
 
 def tensors(output: Any) -> tuple[Tensor, ...]:
@@ -172,6 +219,10 @@ def _per_sample(value: object, count: int) -> bool:
 
 def _take(value: Any, index: Tensor, count: int) -> Any:
     return value[index] if _per_sample(value, count) else value
+
+
+def _put(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value
 
 
 def _join(values: Sequence[Any], sizes: Sequence[int]) -> Any:

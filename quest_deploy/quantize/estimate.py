@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from quest_deploy.config import FinetuneConfig, PhaseConfig
@@ -27,9 +27,13 @@ from quest_deploy.quantize.insert import LayerQParams, quantizable_layers
 from quest_deploy.quantize.layers import TimestepContext
 from quest_deploy.quantize.memory import (
     GIGABYTE,
-    PeakMemory,
     enable_checkpointing,
+    forward_memory,
+    kept_bytes,
+    placeholder,
+    prompts_at_once,
     size_bytes,
+    weight_bytes,
     without_trajectories,
     without_values,
 )
@@ -94,18 +98,17 @@ def estimate(model: str | Path, config: FinetuneConfig) -> tuple[list[PartEstima
     if recipe.gradient_checkpointing:
         enable_checkpointing(student, context)
     speed = measure_speed(loaded, student, data, context)
-    weights = sum(
-        size_bytes([*module.parameters(), *module.buffers()])
-        for module in (loaded.denoiser, *loaded.text_encoders.values(), loaded.vae)
-        if module is not None
-    )
+    weights = weight_bytes(loaded)
     pairs = data.num_prompts * data.timesteps.numel()
     shown = data.timesteps.numel() * min(parts.PROMPTS_PER_STEP, data.num_prompts)
-    kept = size_bytes(data.tensors())
-    if recipe.targets == "recompute":
-        kept -= size_bytes(_targets(data))
+    kept = kept_bytes(data, recipe.targets)
     in_memory = kept if recipe.targets != "disk" else 0
-    many = weights + _forward_memory(loaded.denoiser, data, context, parts.BATCH_PROMPTS)
+    forward = forward_memory(loaded.denoiser, data)
+
+    def passes(most: int, beside: int = 0) -> int:
+        prompts = min(prompts_at_once(loaded, data, recipe, most, beside), data.num_prompts)
+        return weights + in_memory + beside + forward.fixed + forward.each * prompts
+
     layers = {name: layer for name, layer in quantizable_layers(loaded.denoiser).items() if name in bits}
     width = parts.POSITIONS_PER_STEP + calibrate.EXTREME_ROWS
     seen = sum(4 * data.timesteps.numel() * width * layer.weight.shape[1] for layer in layers.values())
@@ -113,13 +116,13 @@ def estimate(model: str | Path, config: FinetuneConfig) -> tuple[list[PartEstima
         PartEstimate(
             part="record trajectories",
             seconds=pairs * speed.forward_s,
-            memory_bytes=many + in_memory,
+            memory_bytes=passes(parts.BATCH_PROMPTS),
             disk_bytes=kept,
         ),
         PartEstimate(
             part="collect activations",
             seconds=shown * speed.forward_s,
-            memory_bytes=many + in_memory + seen,
+            memory_bytes=passes(parts.PROMPTS_PER_STEP, seen),
             disk_bytes=seen,
         ),
         PartEstimate(
@@ -131,15 +134,17 @@ def estimate(model: str | Path, config: FinetuneConfig) -> tuple[list[PartEstima
     ]
     if recipe.initializer != "nearest":
         chunks = list(gptq.chunks(loaded.denoiser, list(bits)))
-        hessians = max((_hessian_bytes(layers, names) for names in chunks), default=0)
+        room = parts.hessian_room(loaded, data, recipe)
+        own = [some for names in chunks for some in gptq.chunks(loaded.denoiser, names, room)]
+        hessians = max((_hessian_bytes(layers, names) for names in own), default=0)
         rounding: float | None = None
         if recipe.initializer == "gptq":
-            rounding = len(chunks) * shown * speed.forward_s + _rounding_seconds(layers, chunks)
+            rounding = len(own) * shown * speed.forward_s + _rounding_seconds(layers, chunks)
         result.append(
             PartEstimate(
                 part="round weights",
                 seconds=rounding,
-                memory_bytes=many + in_memory + hessians,
+                memory_bytes=passes(parts.PROMPTS_PER_STEP, hessians),
                 disk_bytes=size_bytes([layer.weight for layer in layers.values()]),
             )
         )
@@ -149,7 +154,7 @@ def estimate(model: str | Path, config: FinetuneConfig) -> tuple[list[PartEstima
             PartEstimate(
                 part="choose layers",
                 seconds=(len(bits) + 1) * measured * speed.forward_s,
-                memory_bytes=many + in_memory,
+                memory_bytes=passes(auto_layers.PROMPTS),
                 disk_bytes=0,
             )
         )
@@ -171,28 +176,6 @@ def estimate(model: str | Path, config: FinetuneConfig) -> tuple[list[PartEstima
         )
     )
     return result, speed
-
-
-def placeholder(model: LoadedModel, config: FinetuneConfig) -> CalibrationSet:
-    """A calibration set of the shapes that recording would give, whose tensors take no memory."""
-    recipe = config.recipe
-    prompts, steps = recipe.calibration_prompts, recipe.calibration_steps
-    shape = model.latent_shape
-    positive, negative = calibrate.told_to(model, config.prompts[:1], recipe.guidance_scale)
-    one = torch.zeros(())
-    return CalibrationSet(
-        timesteps=model.denoiser_time(
-            torch.linspace(model.scheduler.config.num_train_timesteps - 1, 0, steps)
-        ),
-        latents=one.expand(prompts, steps, *shape),
-        targets=one.expand(prompts, steps, 1 if negative is None else 2, *shape),
-        positive={name: value.expand(prompts, *value.shape[1:]) for name, value in positive.items()},
-        negative=negative or {},
-    )
-
-
-def _targets(data: CalibrationSet) -> list[Tensor]:
-    return [data.targets] if isinstance(data.targets, Tensor) else []
 
 
 def _any_scales(
@@ -247,15 +230,6 @@ def _timed(run: Callable[[], object]) -> float:
 def _products_per_second() -> float:
     a = torch.ones(PRODUCT_SIZE, PRODUCT_SIZE)
     return 2 * PRODUCT_SIZE**3 / _timed(lambda: a @ a)
-
-
-@torch.no_grad()
-def _forward_memory(denoiser: nn.Module, data: CalibrationSet, context: TimestepContext, prompts: int) -> int:
-    bare, shapes = without_values(denoiser, context), without_trajectories(data)
-    at = torch.zeros(min(prompts, data.num_prompts), dtype=torch.int64)
-    with PeakMemory() as memory:
-        predict(bare, *shapes.inputs(at, at))
-    return memory.peak
 
 
 def _search_seconds(

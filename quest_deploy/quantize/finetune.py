@@ -37,7 +37,8 @@ from quest_deploy.quantize.auto_layers import check_auto, choose_layers
 from quest_deploy.quantize.checkpoint import freeze, save_checkpoint
 from quest_deploy.quantize.insert import LayerQParams, insert, quantizable_layers
 from quest_deploy.quantize.layers import TimestepContext
-from quest_deploy.quantize.operands import find_operands
+from quest_deploy.quantize.memory import prompts_at_once
+from quest_deploy.quantize.operands import PROMPTS_PER_STEP, find_operands
 from quest_deploy.quantize.parallel import Workers, device_of, find_workers, place
 from quest_deploy.quantize.parts import Progress, find_scales, record, reporter, round_weights
 from quest_deploy.quantize.phases import Inputs, train_phases
@@ -206,7 +207,15 @@ def _quantize(
         data = record(model, config, work, progress)
         qparams = find_scales(model, data, bits, config, work, progress, timeless=trace.timeless)
         report = reporter(progress, "collect attention operands")
-        operands = find_operands(model.denoiser, data, recipe, work, seed=config.seed, report=report)
+        operands = find_operands(
+            model.denoiser,
+            data,
+            recipe,
+            work,
+            seed=config.seed,
+            report=report,
+            at_once=prompts_at_once(model, data, recipe, PROMPTS_PER_STEP),
+        )
         rounded, history = round_weights(model, data, qparams, config, work, progress)
         config, chosen = choose_layers(
             model.denoiser, trace.roles, data, qparams, rounded, config, work, progress

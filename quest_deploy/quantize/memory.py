@@ -13,8 +13,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from quest_deploy.config import FinetuneConfig, Recipe, Targets
 from quest_deploy.errors import ConfigError
-from quest_deploy.quantize.calibrate import CalibrationSet
+from quest_deploy.model.components import predict
+from quest_deploy.model.load import LoadedModel
+from quest_deploy.quantize.calibrate import CalibrationSet, told_to
 from quest_deploy.quantize.insert import quantized_layers
 from quest_deploy.quantize.layers import TimestepContext
 from quest_deploy.quantize.losses import Draw, Objective, network_loss
@@ -23,6 +26,7 @@ from quest_deploy.quantize.walk import Steps
 
 META = torch.device("meta")
 GIGABYTE = 10**9
+PROMPTS = 8
 
 
 class PeakMemory(TorchDispatchMode):
@@ -130,6 +134,16 @@ class PassMemory:
     fixed: int
     each: int
 
+    @classmethod
+    def measured(cls, peak: Callable[[int], int], most: int) -> PassMemory:
+        """From the peaks of passes over one and over `most`.
+
+        A peak is the largest of many sums, each linear in the batch, so that between the two it is never underrated.
+        """
+        one = peak(1)
+        each = max(1, -(-(peak(most) - one) // (most - 1)))
+        return cls(fixed=max(0, one - each), each=each)
+
     def most(self, budget: float) -> int:
         """How many fit into `budget` bytes."""
         return int((budget - self.fixed) // max(1, self.each))
@@ -177,6 +191,119 @@ def pass_memory(
     return PassMemory(fixed=max(0, peaks[0] - each), each=each)
 
 
+@torch.no_grad()
+def forward_memory(
+    denoiser: nn.Module, data: CalibrationSet, context: TimestepContext | None = None
+) -> PassMemory:
+    """What a pass without gradients takes for each prompt, all branches, beside the parameters.
+
+    Args:
+        denoiser: Quantized or not. No value is read.
+        data: Gives shapes.
+        context: The denoiser's, if it is quantized.
+    """
+    context = context or TimestepContext(torch.empty(0))
+    before = context.now
+    bare, shapes = without_values(denoiser, context), without_trajectories(data)
+
+    def peak(count: int) -> int:
+        at = torch.zeros(count, dtype=torch.int64)
+        with PeakMemory() as memory:
+            predict(bare, *shapes.inputs(at, at))
+        return memory.peak
+
+    found = PassMemory.measured(peak, PROMPTS)
+    context.now = before
+    return found
+
+
+def limit_count(most: int, held_bytes: float, limit_gb: float | None, each: PassMemory) -> int:
+    """How many prompts or samples go through a pass at once: `most`, or what the limit leaves room for.
+
+    Args:
+        most: Without a limit.
+        held_bytes: What is in memory all the time.
+        limit_gb: What may be, at most; None means no limit.
+        each: Of the pass.
+
+    Raises:
+        ConfigError: not even one fits.
+    """
+    if limit_gb is None:
+        return most
+    found = each.most(limit_gb * GIGABYTE - held_bytes)
+    if found < 1:
+        raise _too_little(limit_gb, held_bytes + each.fixed + each.each, "")
+    return min(most, found)
+
+
+def _too_little(limit_gb: float, needed_bytes: float, otherwise: str) -> ConfigError:
+    return ConfigError(
+        f"memory_limit_gb is {limit_gb:g}, expected at least {needed_bytes / GIGABYTE:.2f} for this model and recipe; "
+        f"raise it{otherwise}"
+    )
+
+
+def placeholder(model: LoadedModel, config: FinetuneConfig) -> CalibrationSet:
+    """A calibration set of the shapes that recording would give, whose tensors take no memory."""
+    recipe = config.recipe
+    prompts, steps = recipe.calibration_prompts, recipe.calibration_steps
+    shape = model.latent_shape
+    positive, negative = told_to(model, config.prompts[:1], recipe.guidance_scale)
+    one = torch.zeros(())
+    return CalibrationSet(
+        timesteps=model.denoiser_time(
+            torch.linspace(model.scheduler.config.num_train_timesteps - 1, 0, steps)
+        ),
+        latents=one.expand(prompts, steps, *shape),
+        targets=one.expand(prompts, steps, 1 if negative is None else 2, *shape),
+        positive={name: value.expand(prompts, *value.shape[1:]) for name, value in positive.items()},
+        negative=negative or {},
+    )
+
+
+def weight_bytes(model: LoadedModel) -> int:
+    """Of everything of a model that is in memory."""
+    modules = (model.denoiser, *model.text_encoders.values(), model.vae)
+    return sum(
+        size_bytes([*module.parameters(), *module.buffers()]) for module in modules if module is not None
+    )
+
+
+def kept_bytes(data: CalibrationSet, targets: Targets) -> int:
+    """Of what recording gives that is kept, in memory or on disk."""
+    size = size_bytes(data.tensors())
+    if targets == "recompute" and isinstance(data.targets, Tensor):
+        size -= size_bytes([data.targets])
+    return size
+
+
+def held_bytes(model: LoadedModel, data: CalibrationSet, recipe: Recipe) -> int:
+    """Of the model, and of what was recorded unless that is read from disk."""
+    return weight_bytes(model) + (0 if recipe.targets == "disk" else kept_bytes(data, recipe.targets))
+
+
+def prompts_at_once(
+    model: LoadedModel, data: CalibrationSet, recipe: Recipe, most: int, beside_bytes: int = 0
+) -> int:
+    """How many prompts go through the full-precision denoiser at once.
+
+    Args:
+        model: Full precision.
+        data: Recorded trajectories, or their :func:`placeholder`.
+        recipe: Its limit, and where targets are kept.
+        most: Without a limit.
+        beside_bytes: What else is in memory meanwhile.
+
+    Raises:
+        ConfigError: not even one fits.
+    """
+    if recipe.memory_limit_gb is None:
+        return most
+    held = held_bytes(model, data, recipe) + beside_bytes
+    return limit_count(most, held, recipe.memory_limit_gb, forward_memory(model.denoiser, data))
+
+
 def size_bytes(tensors: Mapping[str, Tensor] | list[Tensor]) -> int:
     """Of all of them together."""
     values = tensors.values() if isinstance(tensors, Mapping) else tensors
@@ -201,9 +328,9 @@ def limit_slices(
     found = (pairs.most(budget), 1 if walks is None else walks.most(budget))
     if min(found) < 1:
         largest = max(pair.fixed + pair.each for pair in (pairs, walks) if pair is not None)
-        needed = (held_bytes + largest) / GIGABYTE
-        raise ConfigError(
-            f"memory_limit_gb is {limit_gb:g}, expected at least {needed:.2f} for this model and recipe; raise it, set "
-            "gradient_checkpointing, choose fewer layers, or shorten walk_length"
+        raise _too_little(
+            limit_gb,
+            held_bytes + largest,
+            ", set gradient_checkpointing, choose fewer layers, or shorten walk_length",
         )
     return found

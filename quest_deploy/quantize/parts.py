@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +18,13 @@ from quest_deploy.quantize.calibrate import CalibrationSet
 from quest_deploy.quantize.initialize import initialize_layer
 from quest_deploy.quantize.insert import LayerQParams, quantizable_layers
 from quest_deploy.quantize.layers import Quantizable, TimestepContext
+from quest_deploy.quantize.memory import (
+    GIGABYTE,
+    forward_memory,
+    held_bytes,
+    placeholder,
+    prompts_at_once,
+)
 from quest_deploy.quantize.resume import Throttle, WorkDirectory, flatten_qparams, unflatten_qparams
 
 logger = logging.getLogger(__name__)
@@ -37,6 +44,7 @@ def record(
     recipe, total = config.recipe, config.recipe.calibration_prompts
     device = first_device(model.denoiser)
     parts, names = [], []
+    at_once = prompts_at_once(model, placeholder(model, config), recipe, BATCH_PROMPTS)
     done = work.load(TRAJECTORIES)
     for start in range(0, total if done is None else 0, BATCH_PROMPTS):
         names.append(f"{TRAJECTORIES}-{start:06d}")
@@ -48,7 +56,7 @@ def record(
                 steps=recipe.calibration_steps,
                 guidance_scale=recipe.guidance_scale,
                 seed=config.seed + start,
-                batch_size=BATCH_PROMPTS,
+                batch_size=at_once,
             )
             tensors = part.tensors()
             if recipe.targets == "recompute":
@@ -96,6 +104,9 @@ def find_scales(
             report=reporter(progress, "collect activations"),
             work=work,
             names=bits,
+            at_once=prompts_at_once(
+                model, data, recipe, PROMPTS_PER_STEP, _seen_bytes(model, data, list(bits))
+            ),
         )
         work.save("inputs", inputs)
         work.drop(work.names(calibrate.PIECES))
@@ -144,7 +155,16 @@ def round_weights(
     """Weights rounded by the initializer (none: all go to nearest), by layer; and what there is to tell of it."""
     if config.recipe.initializer == "adaround":
         context, report = TimestepContext(data.boundaries()), reporter(progress, "round weights")
-        weights, errors = adaround.reconstruct(model.denoiser, data, qparams, context, config, work, report)
+        weights, errors = adaround.reconstruct(
+            model.denoiser,
+            data,
+            qparams,
+            context,
+            config,
+            work,
+            report,
+            held_bytes(model, data, config.recipe),
+        )
         return weights, {"adaround": errors}
     if config.recipe.initializer == "gptq":
         return compensate_errors(model, data, qparams, config, work, progress), {}
@@ -161,8 +181,14 @@ def compensate_errors(
 ) -> dict[str, Tensor]:
     """Weights rounded with error compensation, as many layers at a time as their Hessians leave memory for."""
     rounded: dict[str, Tensor] = {}
-    for index, names in enumerate(gptq.chunks(model.denoiser, list(qparams))):
-        key = f"rounded-{index:04d}"
+    recipe, room = config.recipe, hessian_room(model, data, config.recipe)
+    at_once = prompts_at_once(model, data, recipe, PROMPTS_PER_STEP, 0 if room is None else int(room))
+    together = [
+        (f"rounded-{index:04d}" + (f"+{part:04d}" if part else ""), some, names)
+        for index, names in enumerate(gptq.chunks(model.denoiser, list(qparams)))
+        for part, some in enumerate(gptq.chunks(model.denoiser, names, room))
+    ]
+    for key, names, beside in together:
         saved = work.load(key)
         if saved is None:
             part = gptq.compensate(
@@ -170,6 +196,8 @@ def compensate_errors(
                 data,
                 qparams,
                 names,
+                beside=beside,
+                at_once=at_once,
                 prompts_per_step=PROMPTS_PER_STEP,
                 rows_per_step=ROWS_PER_STEP,
                 seed=config.seed,
@@ -188,6 +216,27 @@ def compensate_errors(
             "%d layers are too wide or grouped and are rounded to nearest, e.g. %s", len(left), left[0]
         )
     return rounded
+
+
+def hessian_room(model: LoadedModel, data: CalibrationSet, recipe: Recipe) -> float | None:
+    """Bytes of Hessians that are gathered together: half of what the limit leaves beside a pass; None without one.
+
+    Rounding, which comes after the passes, has the other half. One layer's Hessian is gathered in any case.
+    """
+    if recipe.memory_limit_gb is None:
+        return None
+    prompts_at_once(model, data, recipe, PROMPTS_PER_STEP)
+    held = held_bytes(model, data, recipe)
+    forward = forward_memory(model.denoiser, data)
+    left = recipe.memory_limit_gb * GIGABYTE - held - forward.fixed - forward.each
+    return max(0.0, min(left / 2, gptq.MAX_HESSIAN_BYTES))
+
+
+def _seen_bytes(model: LoadedModel, data: CalibrationSet, names: Sequence[str]) -> int:
+    """What the inputs of layers take that are kept while activations are collected."""
+    layers = quantizable_layers(model.denoiser)
+    rows = data.timesteps.numel() * (POSITIONS_PER_STEP + calibrate.EXTREME_ROWS)
+    return sum(4 * rows * layers[name].weight.shape[1] for name in names)
 
 
 def reporter(progress: Progress, stage: str) -> Callable[[int, int], None]:
