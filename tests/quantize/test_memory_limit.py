@@ -186,10 +186,10 @@ def test_the_memory_of_a_block_s_rounding_is_what_it_takes(
     rounding = [adaround.start_rounding(layer) for layer in adaround.quantized_layers(part).values()]
     for layer, one in zip(adaround.quantized_layers(part).values(), rounding, strict=True):
         layer.rounding = one.soft
-    for count, more in ((1, 0.1), (24, 0.1), (12, 0.25)):
+    for count in (1, 12, 24):
         with PeakMemory() as memory:
             adaround._error(part, given.batch(torch.arange(count)), context).backward()
-        assert memory.peak <= told.fixed + count * told.each <= (1 + more) * memory.peak
+        assert memory.peak <= told.fixed + count * told.each <= 1.25 * memory.peak
 
 
 def test_a_pass_without_gradients_takes_what_was_told(
