@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from quest_deploy.quantize.layers import TimestepContext
 from quest_deploy.quantize.operands import find_operands
 from quest_deploy.quantize.parts import POSITIONS_PER_STEP, PROMPTS_PER_STEP, initialize_one
 from quest_deploy.quantize.resume import Throttle, WorkDirectory
-from quest_deploy.quantize.select import layer_bits
+from quest_deploy.quantize.select import for_layer, layer_bits
 from quest_deploy.quantize.sensitivity import (
     Entry,
     Pairs,
@@ -44,6 +44,7 @@ def measure(
     config: AnalyzeConfig,
     work: WorkDirectory,
     progress: Progress,
+    timeless: Collection[str] = (),
 ) -> dict[str, Any]:
     """Everything of the document that is measured.
 
@@ -55,6 +56,7 @@ def measure(
         config: How much is measured.
         work: Where finished layers are kept.
         progress: Told how far each part is.
+        timeless: Layers that the timestep does not reach, which have one activation scale.
     """
     keep = sorted(
         {int(step) for step in torch.linspace(0, data.timesteps.numel() - 1, HISTOGRAM_STEPS).round()}
@@ -79,9 +81,9 @@ def measure(
         seed=config.seed,
         report=reporter(progress, "collect attention operands"),
     )
-    student = start(denoiser, inputs, operands, data, roles, config, progress)
+    student = start(denoiser, inputs, operands, data, roles, config, progress, timeless)
     pairs = choose_pairs(data, steps=config.sensitivity_steps, prompts=config.sensitivity_prompts)
-    entries = _sensitivity(denoiser, data, inputs, roles, pairs, config, work, progress)
+    entries = _sensitivity(denoiser, data, inputs, roles, pairs, config, work, progress, timeless)
     sensitivity = {
         "bits": list(config.bits),
         "timesteps": data.timesteps[pairs.step.reshape(pairs.steps, -1)[:, 0]].tolist(),
@@ -121,6 +123,7 @@ def start(
     roles: Mapping[str, Role],
     config: AnalyzeConfig,
     progress: Progress,
+    timeless: Collection[str] = (),
 ) -> nn.Module:
     """A copy of the denoiser quantized by the recipe, before finetuning and rounded to nearest.
 
@@ -132,6 +135,7 @@ def start(
         roles: The part that each layer plays.
         config: Holds the recipe.
         progress: Told how far it is.
+        timeless: Layers that the timestep does not reach, which have one activation scale.
     """
     student = copy.deepcopy(denoiser)
     qparams = {}
@@ -139,7 +143,8 @@ def start(
     # Where tables take the place of layers that carry time, those start as exact as the layers themselves.
     layers = {name: layer for name, layer in quantizable_layers(denoiser).items() if name in bits}
     for done, (name, layer) in enumerate(layers.items(), start=1):
-        qparams[name] = initialize_one(layer, inputs[name], bits[name], config.recipe)
+        recipe = for_layer(config.recipe, name, timeless)
+        qparams[name] = initialize_one(layer, inputs[name], bits[name], recipe)
         progress(ProgressEvent(stage="search scales", completed=done, total=len(layers)))
     context = TimestepContext(data.boundaries())
     insert(student, qparams, context)
@@ -236,6 +241,7 @@ def _sensitivity(
     config: AnalyzeConfig,
     work: WorkDirectory,
     progress: Progress,
+    timeless: Collection[str],
 ) -> list[Entry]:
     """The entries of all layers; those that an interrupted run left are taken over."""
     saved = work.load("sensitivity")
@@ -262,6 +268,7 @@ def _sensitivity(
         pairs=pairs,
         finished=finished,
         after_layer=after_layer,
+        timeless=timeless,
     )
 
 

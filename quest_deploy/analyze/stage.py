@@ -115,7 +115,7 @@ def analyze(
             batch_size=BATCH_PROMPTS,
             report=reporter(report, "record trajectories"),
         )
-        roles = trace(loaded).roles
+        traced = trace(loaded)
         document = {
             "schema_version": SCHEMA_VERSION,
             "config": to_dict(config),
@@ -123,7 +123,7 @@ def analyze(
             "checkpoint": None
             if checkpoint is None
             else {"path": str(checkpoint), "digest": inputs["checkpoint"]},
-            **measure(loaded.denoiser, quantized, data, roles, config, work, report),
+            **measure(loaded.denoiser, quantized, data, traced.roles, config, work, report, traced.timeless),
         }
         with write_artifact(
             output, stage="analysis", config=to_dict(config), inputs=inputs, overwrite=overwrite

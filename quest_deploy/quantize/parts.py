@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -26,6 +25,7 @@ from quest_deploy.quantize.memory import (
     prompts_at_once,
 )
 from quest_deploy.quantize.resume import Throttle, WorkDirectory, flatten_qparams, unflatten_qparams
+from quest_deploy.quantize.select import for_layer
 
 logger = logging.getLogger(__name__)
 
@@ -118,10 +118,8 @@ def find_scales(
     layers = quantizable_layers(model.denoiser)
     for done, name in enumerate(inputs, start=1):
         if name not in qparams:
-            time_aware = recipe.time_aware and name not in timeless
-            qparams[name] = initialize_one(
-                layers[name], inputs[name], bits[name], replace(recipe, time_aware=time_aware)
-            )
+            own = for_layer(recipe, name, timeless)
+            qparams[name] = initialize_one(layers[name], inputs[name], bits[name], own)
             if throttle.due() or done == len(inputs):
                 tensors, facts = flatten_qparams(qparams)
                 work.save("scales", tensors, **facts)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from quest_deploy.config import Recipe
 from quest_deploy.errors import ConfigError
@@ -111,3 +112,8 @@ def layer_bits(roles: Mapping[str, Role], recipe: Recipe) -> dict[str, tuple[int
             weight, activation = bits[name]
             bits[name] = (override.weight_bits or weight, override.activation_bits or activation)
     return bits
+
+
+def for_layer(recipe: Recipe, name: str, timeless: Collection[str]) -> Recipe:
+    """`recipe` as it holds for one layer: those that the timestep does not reach have one activation scale."""
+    return dataclasses.replace(recipe, time_aware=False) if name in timeless else recipe

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ from quest_deploy.quantize.grid import channel_shape, weight_bounds
 from quest_deploy.quantize.initialize import initialize_layer
 from quest_deploy.quantize.insert import Role, channel_axis, insert, quantizable_layers
 from quest_deploy.quantize.layers import ActivationQuantizer, Quantizable, TimestepContext
+from quest_deploy.quantize.select import for_layer
 
 BATCH_PAIRS = 16
 Entry = dict[str, Any]
@@ -104,6 +105,7 @@ def measure_sensitivity(
     pairs: Pairs,
     finished: Mapping[str, Entry],
     after_layer: Callable[[Entry, int, int], None],
+    timeless: Collection[str] = (),
 ) -> list[Entry]:
     """Quantize each layer alone, to each of `bits`.
 
@@ -117,6 +119,7 @@ def measure_sensitivity(
         pairs: Which predictions are compared.
         finished: Entries that are there already, by layer.
         after_layer: Told each entry, and how many of how many layers are done.
+        timeless: Layers that the timestep does not reach, which have one activation scale in any case.
 
     Returns:
         One entry a layer, in module order.
@@ -131,7 +134,8 @@ def measure_sensitivity(
         entry = finished.get(name)
         if entry is None:
             damage = {}
-            for wanted, weight, quantizer in quantized_parts(layer, inputs[name], recipe, bits):
+            own = for_layer(recipe, name, timeless)
+            for wanted, weight, quantizer in quantized_parts(layer, inputs[name], own, bits):
                 with quantized_alone(layer, weight, quantizer, context):
                     prediction = predict(denoiser, data, pairs, recipe.guidance_scale)
                 damage[str(wanted)] = damage_between(reference, prediction, pairs.steps)

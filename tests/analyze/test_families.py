@@ -7,58 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from quest_deploy.analyze.config import AnalyzeConfig
 from quest_deploy.analyze.stage import analyze
 from quest_deploy.errors import ConfigError
 from quest_deploy.files import read_json
-from tests.families.models import shaken
+from tests.families.models import save_model
+from tests.families.text_models import save_text_model
+
+KINDS = {"unconditional": "ddpm", "class-conditional": "dit"}
 
 
-def unconditional(folder: Path) -> None:
-    """Pixels, no guidance."""
-    from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
-
-    unet = UNet2DModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D",) * 2,
-        up_block_types=("UpBlock2D",) * 2,
-        add_attention=False,
-    )
-    DDPMPipeline(unet=unet, scheduler=DDIMScheduler()).save_pretrained(folder)
-
-
-def class_conditional(folder: Path) -> None:
-    """A transformer with learned variance, whose time embedding depends on the class."""
-    from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
-
-    transformer = DiTTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=8,
-        in_channels=4,
-        out_channels=8,
-        num_layers=2,
-        sample_size=8,
-        num_embeds_ada_norm=3,
-        norm_num_groups=1,
-    )
-    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4)
-    DiTPipeline(transformer=shaken(transformer), vae=vae, scheduler=DDIMScheduler()).save_pretrained(folder)
-
-
-MODELS = {"unconditional": unconditional, "class-conditional": class_conditional}
-
-
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_model_that_reads_no_text_is_analyzed(
     kind: str, tmp_path: Path, analyze_config: AnalyzeConfig, quick_plots: None
 ) -> None:
-    torch.manual_seed(0)
-    MODELS[kind](tmp_path / "model")
+    save_model(KINDS[kind], tmp_path / "model")
     recipe = dataclasses.replace(analyze_config.recipe, split=True)
     config = dataclasses.replace(analyze_config, recipe=recipe, prompts=(), bits=("a4",))
     result: dict[str, Any] = read_json(
@@ -76,6 +40,19 @@ def test_model_that_reads_no_text_is_analyzed(
 
 
 def test_prompt_that_is_no_class_is_refused(tmp_path: Path, analyze_config: AnalyzeConfig) -> None:
-    class_conditional(tmp_path / "model")
+    save_model("dit", tmp_path / "model")
     with pytest.raises(ConfigError, match="is no class of this model"):
         analyze(tmp_path / "model", tmp_path / "out", analyze_config)
+
+
+def test_layers_that_the_timestep_does_not_reach_are_analyzed_too(
+    tmp_path: Path, analyze_config: AnalyzeConfig, quick_plots: None
+) -> None:
+    """PixArt embeds the size of an image in layers that run twice for each, and never hear of the timestep."""
+    save_text_model("pixart-sized", tmp_path / "model")
+    result: dict[str, Any] = read_json(
+        analyze(tmp_path / "model", tmp_path / "out", analyze_config).path / "analysis.json"
+    )
+    damage = {layer["name"]: layer["damage"] for layer in result["sensitivity"]["layers"]}
+    sizes = [name for name in damage if "resolution_embedder" in name]
+    assert sizes and all(damage[name]["a8"]["relative_error"] > 0 for name in sizes)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +15,8 @@ from quest_deploy.model.load import LoadedModel, load_model
 from quest_deploy.parity import compare
 from quest_deploy.parity.gates import Gate
 from quest_deploy.quantize.insert import quantizable_layers
+from tests.families import models as no_text
+from tests.families import text_models as text
 
 Watch = Callable[[LoadedModel, Iterable[str]], contextlib.AbstractContextManager[dict[str, Tensor]]]
 KINDS = ("dit", "class-unet", "ldm", "ddpm")
@@ -34,28 +34,16 @@ RECIPE = Recipe(
 )
 
 
-def _module(name: str) -> ModuleType:
-    # Tests are imported by path, so a module beside them has no name of its own.
-    path = Path(__file__).with_name(f"{name}.py")
-    spec = importlib.util.spec_from_file_location(f"family_{name}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="session")
 def models() -> ModuleType:
     """Makers of tiny models that read no text."""
-    return _module("models")
+    return no_text
 
 
 @pytest.fixture(scope="session")
 def text_models() -> ModuleType:
     """Makers of tiny models that read text."""
-    _module("text_parts")
-    return _module("text_models")
+    return text
 
 
 @pytest.fixture(scope="session")

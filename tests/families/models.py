@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+
+from tests.families.text_parts import VAE, shaken, vae
 
 CLASSES = {"0": "zero, nought", "1": "one", "2": "two"}
 UNET = {
@@ -19,25 +20,10 @@ UNET = {
     "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
     "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
 }
-VAE: dict[str, Any] = {
-    "block_out_channels": (8, 8),
-    "norm_num_groups": 4,
-    "down_block_types": ("DownEncoderBlock2D",) * 2,
-    "up_block_types": ("UpDecoderBlock2D",) * 2,
-    "mid_block_add_attention": False,
-}
-
-
-def shaken(module: nn.Module) -> nn.Module:
-    """`module` with no parameter left at zero: a fresh DiT would ignore whatever it is given."""
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.05)
-    return module
 
 
 def dit() -> Any:
-    from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+    from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
     transformer = DiTTransformer2DModel(
         num_attention_heads=2,
@@ -49,8 +35,7 @@ def dit() -> Any:
         patch_size=2,
         num_embeds_ada_norm=3,
     )
-    vae = AutoencoderKL(latent_channels=4, **VAE)
-    return DiTPipeline(transformer=shaken(transformer), vae=vae, scheduler=DDIMScheduler())
+    return DiTPipeline(transformer=shaken(transformer), vae=vae(), scheduler=DDIMScheduler())
 
 
 def class_unet() -> Any:
@@ -71,7 +56,7 @@ def ldm() -> Any:
     from diffusers import DDIMScheduler, LDMPipeline, UNet2DModel, VQModel
 
     unet = UNet2DModel(sample_size=8, in_channels=3, out_channels=3, **UNET)
-    vqvae = VQModel(latent_channels=3, num_vq_embeddings=32, **VAE)
+    vqvae = VQModel(num_vq_embeddings=32, **(VAE | {"latent_channels": 3}))
     return LDMPipeline(vqvae=vqvae, unet=shaken(unet), scheduler=DDIMScheduler(clip_sample=False))
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from family_text_parts import (
+
+from tests.families.text_parts import (
     HIDDEN,
     PROJECTED,
     clip,
