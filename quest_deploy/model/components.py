@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quest_deploy.model.denoisers import DOWN_RESIDUAL, is_packed
+from quest_deploy.model.denoisers import CONTROL, DOWN_RESIDUAL, MID_RESIDUAL, is_packed
 from quest_deploy.model.packing import pack, positions, unpack
 from quest_deploy.model.tensors import TIMESTEP, ComponentSpec
 
@@ -127,6 +127,23 @@ class ControlNet(nn.Module):
         told = diffusers_arguments(dict(zip(self.inputs[2:], rest, strict=True)))
         down, mid = self.controlnet(sample, timestep=expanded(timestep, sample), **told, return_dict=False)
         return (*down, mid)
+
+
+def with_residuals(
+    controlnet: ControlNet, sample: Tensor, timestep: Tensor, conditioning: Conditioning
+) -> dict[str, Tensor]:
+    """`conditioning` with what a ControlNet sees in the picture, in place of it.
+
+    Args:
+        controlnet: The network.
+        sample: float32 [b, c, h, w].
+        timestep: float32 [1] or [b].
+        conditioning: [b, ...] by input name, with `controlnet_cond` in [0, 1], [b, 3, H, W].
+    """
+    given = {"sample": sample, TIMESTEP: timestep, **conditioning}
+    *down, mid = controlnet(*(given[name] for name in controlnet.inputs))
+    rest = {name: value for name, value in conditioning.items() if name != CONTROL}
+    return {**rest, **{f"{DOWN_RESIDUAL}{i}": value for i, value in enumerate(down)}, MID_RESIDUAL: mid}
 
 
 def predict(denoiser: nn.Module, sample: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:

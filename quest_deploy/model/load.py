@@ -105,6 +105,13 @@ class LoadedModel:
         return timestep.to(torch.float32) / self.family.timestep_divisor
 
     @property
+    def control(self) -> ControlNet | None:
+        """The ControlNet with the inputs of its specification, or None."""
+        if self.controlnet is None:
+            return None
+        return ControlNet(self.controlnet, self.specs[str(self.family.controlnet)])
+
+    @property
     def conditioner(self) -> Conditioner:
         """What tells the denoiser what to draw; the text encoders run on the CPU or wherever they are."""
         vae: Any = self.vae

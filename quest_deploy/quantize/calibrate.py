@@ -16,17 +16,25 @@ from quest_deploy import sampling
 from quest_deploy.errors import CalibrationError
 from quest_deploy.model.components import (
     Conditioning,
+    ControlNet,
     first_device,
     join_conditioning,
     predict,
 )
 from quest_deploy.model.load import LoadedModel
 from quest_deploy.quantize.insert import channel_axis, quantizable_layers
-from quest_deploy.quantize.recomputed import CPU, RECOMPUTED_AT_ONCE, Recomputed, conditioning_of
+from quest_deploy.quantize.pictures import pictures, sees_pictures, without_pictures
+from quest_deploy.quantize.recomputed import (
+    CPU,
+    RECOMPUTED_AT_ONCE,
+    Recomputed,
+    conditioning_of,
+    controlled,
+)
 from quest_deploy.quantize.resume import GENERATOR, Throttle, WorkDirectory
-from quest_deploy.quantize.rows import RowChoice
+from quest_deploy.quantize.rows import EXTREME_ROWS as EXTREME_ROWS
+from quest_deploy.quantize.rows import RowChoice, by_group
 
-EXTREME_ROWS = 2
 BRANCHES = ("positive", "negative")
 PIECES = "inputs-"
 Report = Callable[[int, int], None]
@@ -43,8 +51,10 @@ class CalibrationSet:
         targets: float32 [P, T, B, c, h, w]: its output for the negative and the positive branch (B = 2), or its only
             one (B = 1).
         positive: What the denoiser was told for each prompt, [P, ...] by input name.
-        negative: What it was told for the negative branch, [1, ...] by input name; empty where B = 1.
+        negative: What it was told for the negative branch, [1, ...] by input name; what is missing is the same as for
+            the positive one. Empty where B = 1.
         device: Where batches are put; the tensors above stay where they are.
+        control: The ControlNet that looks at pictures before each call of the denoiser, on `device`; None without one.
     """
 
     timesteps: Tensor
@@ -53,6 +63,7 @@ class CalibrationSet:
     positive: Conditioning
     negative: Conditioning
     device: torch.device = CPU
+    control: ControlNet | None = None
 
     @property
     def guided(self) -> bool:
@@ -74,23 +85,25 @@ class CalibrationSet:
         return (ordered[1:] + ordered[:-1]) / 2
 
     def conditioning(self, prompt: Tensor) -> dict[str, Tensor]:
-        """What the denoiser is told for the prompts int64 [n], of both branches, negative ones first."""
+        """What denoiser and ControlNet are told for the prompts int64 [n], of both branches, negative ones first."""
         return conditioning_of(self.positive, self.negative, prompt, self.device)
 
-    def inputs(self, prompt: Tensor, step: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def told(self, sample: Tensor, timestep: Tensor, conditioning: Conditioning) -> Conditioning:
+        """What the denoiser is told at `sample` [Bn, c, h, w] and `timestep` [Bn], of :meth:`conditioning`."""
+        return controlled(self.control, sample, timestep, conditioning)
+
+    def inputs(self, prompt: Tensor, step: Tensor) -> tuple[Tensor, Tensor, Conditioning]:
         """What the denoiser is given on all branches of (prompt, step) pairs int64 [n], negative branches first.
 
         Returns:
             sample [Bn, c, h, w], timestep [Bn], conditioning [Bn, ...] by name.
         """
         branches = self.targets.shape[2]
-        return (
-            torch.cat([self.latents[prompt, step]] * branches).to(self.device),
-            self.timesteps[step].repeat(branches).to(self.device),
-            self.conditioning(prompt),
-        )
+        sample = torch.cat([self.latents[prompt, step]] * branches).to(self.device)
+        timestep = self.timesteps[step].repeat(branches).to(self.device)
+        return sample, timestep, self.told(sample, timestep, self.conditioning(prompt))
 
-    def batch(self, prompt: Tensor, step: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor], Tensor]:
+    def batch(self, prompt: Tensor, step: Tensor) -> tuple[Tensor, Tensor, Conditioning, Tensor]:
         """As :meth:`inputs`, and what the full-precision denoiser answered, [Bn, c, h, w]."""
         target = torch.cat(self.targets[prompt, step].unbind(1)).to(self.device)
         return (*self.inputs(prompt, step), target)
@@ -106,7 +119,11 @@ class CalibrationSet:
 
 
 def from_tensors(
-    tensors: dict[str, Tensor], *, teacher: nn.Module | None = None, device: torch.device = CPU
+    tensors: dict[str, Tensor],
+    *,
+    teacher: nn.Module | None = None,
+    device: torch.device = CPU,
+    control: ControlNet | None = None,
 ) -> CalibrationSet:
     """The inverse of :meth:`CalibrationSet.tensors`.
 
@@ -114,6 +131,7 @@ def from_tensors(
         tensors: By name.
         teacher: The full-precision denoiser, which answers again where the targets are missing.
         device: Where batches are put.
+        control: The model's ControlNet, if it has one.
     """
     branches: dict[str, dict[str, Tensor]] = {branch: {} for branch in BRANCHES}
     for key, value in tensors.items():
@@ -122,7 +140,7 @@ def from_tensors(
             branches[branch][name] = value
     targets = tensors.get("targets")
     kept: dict[str, Any] = {"timesteps": tensors["timesteps"], "latents": tensors["latents"]}
-    kept |= {**branches, "device": device}
+    kept |= {**branches, "device": device, "control": control}
     if targets is not None:
         return CalibrationSet(**kept, targets=targets)
     assert teacher is not None
@@ -193,7 +211,7 @@ def record_trajectories(
         CalibrationError: the scheduler visits a timestep twice, or a NaN or infinity appears.
         ConfigError: a prompt is no class of a class-conditional model.
     """
-    device = first_device(model.denoiser)
+    device, control = first_device(model.denoiser), model.control
     parts = []
     for start in range(0, len(prompts), batch_size):
         chunk = prompts[start : start + batch_size]
@@ -202,8 +220,12 @@ def record_trajectories(
         seeds = range(seed + start, seed + start + len(chunk))
         seen, answered, visited = [], [], []
 
+        def run(sample: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+            time = model.denoiser_time(timestep)
+            return predict(model.denoiser, sample, time, controlled(control, sample, time, conditioning))
+
         def all_branches(sample: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
-            output = predict(model.denoiser, sample, model.denoiser_time(timestep), conditioning)
+            output = run(sample, timestep, conditioning)
             answered.append(torch.stack(output.chunk(branches), dim=1).to(CPU))  # noqa: B023
             return output
 
@@ -211,25 +233,28 @@ def record_trajectories(
             seen.append(step.latents.to(CPU))  # noqa: B023
             visited.append(float(model.denoiser_time(step.timestep)))  # noqa: B023
 
-        generators = sampling.generators_of(seeds)
-        sampling.denoise(
-            all_branches,
-            sampling.make_scheduler(None, model.scheduler.config),
-            sampling.draw_noise(generators, latent_shape or model.latent_shape).to(device),
-            {name: value.to(device) for name, value in positive.items()},
-            None
-            if negative is None
-            else {
-                name: value.expand(len(chunk), *value.shape[1:]).to(device)
-                for name, value in negative.items()
-            },
-            steps=steps,
-            # A guidance scale of 1 or less would skip the negative branch, whose answers are needed as well.
-            guidance_scale=max(guidance_scale, 1.0 + 1e-6),
-            flow=flow_of(model),
-            generators=generators,
-            callback=keep,
-        )
+        def draw(denoise: sampling.Denoise, callback: Callable[[sampling.Step], None] | None) -> Tensor:
+            generators = sampling.generators_of(seeds)  # noqa: B023
+            told = conditioning_of(positive, negative or {}, torch.arange(len(chunk)), device)  # noqa: B023
+            either = {name: value.chunk(branches) for name, value in told.items()}  # noqa: B023
+            return sampling.denoise(
+                denoise,
+                sampling.make_scheduler(None, model.scheduler.config),
+                sampling.draw_noise(generators, latent_shape or model.latent_shape).to(device),
+                {name: value[-1] for name, value in either.items()},
+                {name: value[0] for name, value in either.items()} if branches == 2 else None,  # noqa: B023
+                steps=steps,
+                # A guidance scale of 1 or less would skip the negative branch, whose answers are needed as well.
+                guidance_scale=max(guidance_scale, 1.0 + 1e-6),
+                flow=flow_of(model),
+                generators=generators,
+                callback=callback,
+            )
+
+        if sees_pictures(model):
+            positive |= pictures(model, draw(run, None).to(CPU), seeds)
+            negative = None if negative is None else without_pictures(negative)
+        draw(all_branches, keep)
         parts.append(
             CalibrationSet(
                 timesteps=torch.tensor(visited),
@@ -237,6 +262,8 @@ def record_trajectories(
                 targets=torch.stack(answered, dim=1),
                 positive=positive,
                 negative=negative or {},
+                device=device,
+                control=control,
             )
         )
         report(min(start + batch_size, len(prompts)), len(prompts))
@@ -253,6 +280,7 @@ def join(parts: Sequence[CalibrationSet]) -> CalibrationSet:
         "positive": join_conditioning([part.positive for part in parts]),
         "negative": parts[0].negative,
         "device": parts[0].device,
+        "control": parts[0].control,
     }
     first = parts[0].targets
     if isinstance(first, Recomputed):
@@ -354,22 +382,7 @@ def collect_inputs(
                 f"layer {name!r}: got {len(rows)} runs in {steps} calls of the denoiser, expected as many in each; "
                 "a denoiser with unused layers is not supported"
             )
-    return {name: torch.stack(_by_group(rows, steps)) for name, rows in kept.items()}
-
-
-def _by_group(rows: Sequence[Tensor], steps: int) -> list[Tensor]:
-    """Rows [s + 2, c] of every run, in order, as those of each group; runs of one call are mixed."""
-    runs = len(rows) // steps
-    groups = []
-    for step in reversed(range(steps)):
-        together = torch.stack(list(rows[step * runs : (step + 1) * runs]))
-        # Every run gives its share of the positions, so that all layers have the same number.
-        positions = together.shape[1] - EXTREME_ROWS
-        run = torch.arange(positions) % runs
-        kept = together[run, torch.arange(positions)]
-        low, high = together[:, -2].amin(dim=0), together[:, -1].amax(dim=0)
-        groups.append(torch.cat([kept, low[None], high[None]]))
-    return groups
+    return {name: torch.stack(by_group(rows, steps)) for name, rows in kept.items()}
 
 
 def _go_on(

@@ -16,11 +16,13 @@ from torch.utils.checkpoint import checkpoint
 from quest_deploy.config import FinetuneConfig, Recipe, Targets
 from quest_deploy.errors import ConfigError
 from quest_deploy.model.components import predict
+from quest_deploy.model.denoisers import CONTROL
 from quest_deploy.model.load import LoadedModel
 from quest_deploy.quantize.calibrate import CalibrationSet, told_to
 from quest_deploy.quantize.insert import quantized_layers
 from quest_deploy.quantize.layers import TimestepContext
 from quest_deploy.quantize.losses import Draw, Objective, network_loss
+from quest_deploy.quantize.pictures import control_shape, sees_pictures, without_pictures
 from quest_deploy.quantize.trace import tensors_in
 from quest_deploy.quantize.walk import Steps
 
@@ -119,6 +121,9 @@ def without_trajectories(data: CalibrationSet) -> CalibrationSet:
         positive={name: one(value) for name, value in data.positive.items()},
         negative={name: one(value) for name, value in data.negative.items()},
         device=META,
+        control=None
+        if data.control is None
+        else without_values(data.control, TimestepContext(torch.empty(0))),
     )
 
 
@@ -250,6 +255,10 @@ def placeholder(model: LoadedModel, config: FinetuneConfig) -> CalibrationSet:
     prompts, steps = recipe.calibration_prompts, recipe.calibration_steps
     shape = model.latent_shape
     positive, negative = told_to(model, config.prompts[:1], recipe.guidance_scale)
+    if sees_pictures(model):
+        negative = None if negative is None else without_pictures(negative)
+        if model.controlnet is not None:
+            positive[CONTROL] = torch.zeros(1, *control_shape(model))
     one = torch.zeros(())
     return CalibrationSet(
         timesteps=model.denoiser_time(
@@ -259,12 +268,13 @@ def placeholder(model: LoadedModel, config: FinetuneConfig) -> CalibrationSet:
         targets=one.expand(prompts, steps, 1 if negative is None else 2, *shape),
         positive={name: value.expand(prompts, *value.shape[1:]) for name, value in positive.items()},
         negative=negative or {},
+        control=model.control,
     )
 
 
 def weight_bytes(model: LoadedModel) -> int:
     """Of everything of a model that is in memory."""
-    modules = (model.denoiser, *model.text_encoders.values(), model.vae)
+    modules = (model.denoiser, *model.text_encoders.values(), model.vae, model.controlnet)
     return sum(
         size_bytes([*module.parameters(), *module.buffers()]) for module in modules if module is not None
     )

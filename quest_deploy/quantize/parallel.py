@@ -118,5 +118,7 @@ def device_of(device: str, workers: Workers) -> torch.device:
 
 
 def place(model: LoadedModel, device: torch.device) -> None:
-    """Put the denoiser, which does nearly all of the work, on `device`."""
+    """Put the denoiser, and a ControlNet that runs before each of its calls, on `device`."""
     model.denoiser.to(device)
+    if model.controlnet is not None:
+        model.controlnet.to(device)

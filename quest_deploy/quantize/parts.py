@@ -65,7 +65,9 @@ def record(
         else:
             tensors = saved[0]
         if recipe.targets != "disk":
-            parts.append(calibrate.from_tensors(tensors, teacher=model.denoiser, device=device))
+            parts.append(
+                calibrate.from_tensors(tensors, teacher=model.denoiser, device=device, control=model.control)
+            )
         completed = min(start + BATCH_PROMPTS, total)
         progress(ProgressEvent(stage="record trajectories", completed=completed, total=total))
     if recipe.targets != "disk":
@@ -75,7 +77,7 @@ def record(
         done = work.load(TRAJECTORIES)
     assert done is not None
     # safetensors maps the file: rows are read when they are asked for.
-    return calibrate.from_tensors(done[0], teacher=model.denoiser, device=device)
+    return calibrate.from_tensors(done[0], teacher=model.denoiser, device=device, control=model.control)
 
 
 def find_scales(

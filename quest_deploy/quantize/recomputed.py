@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from quest_deploy.model.components import Conditioning, join_conditioning, predict
+from quest_deploy.model.components import (
+    Conditioning,
+    ControlNet,
+    join_conditioning,
+    predict,
+    with_residuals,
+)
+from quest_deploy.model.denoisers import CONTROL
 
 CPU = torch.device("cpu")
 RECOMPUTED_AT_ONCE = 8
@@ -24,6 +32,7 @@ class Recomputed:
         positive: As there.
         negative: As there.
         device: As there.
+        control: As there.
     """
 
     teacher: nn.Module
@@ -32,6 +41,7 @@ class Recomputed:
     positive: Conditioning
     negative: Conditioning
     device: torch.device = CPU
+    control: ControlNet | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -46,9 +56,10 @@ class Recomputed:
         branches = self.shape[2]
         latents = torch.cat([self.latents[prompt, step]] * branches).to(self.device)
         timestep = self.timesteps[step].repeat(branches).to(self.device)
-        told = conditioning_of(self.positive, self.negative, prompt, self.device)
+        told: Conditioning = conditioning_of(self.positive, self.negative, prompt, self.device)
         # The teacher's answers are exact whatever the student's float operations run in.
         with torch.autocast(self.device.type, enabled=False):
+            told = controlled(self.control, latents, timestep, told)
             output = predict(self.teacher, latents, timestep, told)
         return torch.stack(output.chunk(branches), dim=1)
 
@@ -61,5 +72,17 @@ def conditioning_of(
     if not negative:
         return chosen
     n = prompt.numel()
-    other = {name: value.expand(n, *value.shape[1:]).to(device) for name, value in negative.items()}
+    other = chosen | {name: value.expand(n, *value.shape[1:]).to(device) for name, value in negative.items()}
     return join_conditioning([other, chosen])
+
+
+def controlled(
+    control: ControlNet | None, sample: Tensor, timestep: Tensor, conditioning: Conditioning
+) -> Conditioning:
+    """What a denoiser is told after a ControlNet looked at the picture, if there are both."""
+    if control is None or CONTROL not in conditioning:
+        return conditioning
+    # As the teacher's answers, exact whatever the student's float operations run in.
+    exact = torch.autocast(sample.device.type, enabled=False) if not sample.is_meta else nullcontext()
+    with exact:
+        return with_residuals(control, sample, timestep, conditioning)

@@ -8,10 +8,12 @@ those that lie in it. Where a batch is one chunk, that is drawing rows of what t
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+
+EXTREME_ROWS = 2
 
 
 class RowChoice:
@@ -74,3 +76,18 @@ class RowChoice:
     def place(self, name: str, run: int) -> int:
         """Where in a list that got an entry at each run of a layer, in first chunks alone, that of this run is."""
         return run - len(self.drawn[name])
+
+
+def by_group(rows: Sequence[Tensor], steps: int) -> list[Tensor]:
+    """Rows [s + 2, c] of every run, in order, as those of each group; runs of one call are mixed."""
+    runs = len(rows) // steps
+    groups = []
+    for step in reversed(range(steps)):
+        together = torch.stack(list(rows[step * runs : (step + 1) * runs]))
+        # Every run gives its share of the positions, so that all layers have the same number.
+        positions = together.shape[1] - EXTREME_ROWS
+        run = torch.arange(positions) % runs
+        kept = together[run, torch.arange(positions)]
+        low, high = together[:, -2].amin(dim=0), together[:, -1].amax(dim=0)
+        groups.append(torch.cat([kept, low[None], high[None]]))
+    return groups

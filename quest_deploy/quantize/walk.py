@@ -100,12 +100,10 @@ def walk_errors(
     shape = (-1, *[1] * (latents.ndim - 1))
     for step in range(length):
         at = start + step
-        output = predict(
-            denoiser,
-            torch.cat([latents] * branches),
-            data.timesteps[at].repeat(branches).to(data.device),
-            conditioning,
-        ).to(torch.float32)
+        sample = torch.cat([latents] * branches)
+        timestep = data.timesteps[at].repeat(branches).to(data.device)
+        told = data.told(sample, timestep, conditioning)
+        output = predict(denoiser, sample, timestep, told).to(torch.float32)
         prediction = guide(output, guidance_scale) if data.guided else output
         keep, move = (factor[at].reshape(shape).to(data.device) for factor in (steps.keep, steps.move))
         latents = keep * latents + move * prediction
