@@ -52,7 +52,7 @@ def bench(settings: Settings) -> Bench:
     conditions = {**settings.describe(), "recipes": None, "noise_seeds": None, "model": identity(MODEL)}
     key = hash_mapping({"conditions": conditions, "code": sources_digest(MEASURED_BY)})
     folder = settings.work / FOLDER / f"reference-{key[:12]}"
-    known = tuple(reference(settings, folder, seed) for seed in settings.noise_seeds)
+    known = tuple(reference(MODEL, settings, folder, seed) for seed in settings.noise_seeds)
     return Bench(settings=settings, key=key, known=known)
 
 

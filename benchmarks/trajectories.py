@@ -48,13 +48,20 @@ class Reference:
 
 
 def record(
-    prompts: Sequence[str], *, steps: int, guidance_scale: float, seed: int, batch_size: int, file: Path
+    model: Path,
+    prompts: Sequence[str],
+    *,
+    steps: int,
+    guidance_scale: float,
+    seed: int,
+    batch_size: int,
+    file: Path,
 ) -> CalibrationSet:
-    """The full-precision model's trajectories, kept in `file`."""
+    """The trajectories of the full-precision `model`, kept in `file`."""
     if file.is_file():
         return calibrate.from_tensors(load_file(file))
     data = calibrate.record_trajectories(
-        load_model(MODEL),
+        load_model(model),
         prompts,
         steps=steps,
         guidance_scale=guidance_scale,
@@ -66,9 +73,10 @@ def record(
     return data
 
 
-def reference(settings: Settings, folder: Path, seed: int) -> Reference:
-    """Trajectories and images of the full-precision model, recorded once and shared by all rows."""
+def reference(model: Path, settings: Settings, folder: Path, seed: int) -> Reference:
+    """Trajectories and images of the full-precision `model`, recorded once and shared by all rows."""
     data = record(
+        model,
         settings.prompts,
         steps=settings.denoising_steps,
         guidance_scale=settings.guidance_scale,
@@ -78,7 +86,7 @@ def reference(settings: Settings, folder: Path, seed: int) -> Reference:
     )
     file = folder / f"images-{seed}.safetensors"
     if not file.is_file():
-        with load_pipeline(MODEL) as pipeline:
+        with load_pipeline(model) as pipeline:
             save(file, {"images": draw(pipeline, settings, seed)})
     return Reference(seed=seed, data=data, images=load_file(file)["images"])
 
@@ -222,6 +230,7 @@ def minmax_checkpoint(settings: Settings, recipe: Recipe, output: Path, cache: P
     config = FinetuneConfig(recipe=recipe, prompts=load_prompts(default="calibration"), seed=settings.seed)
     model = load_model(MODEL)
     data = record(
+        MODEL,
         config.prompts[: recipe.calibration_prompts],
         steps=recipe.calibration_steps,
         guidance_scale=recipe.guidance_scale,

@@ -30,6 +30,7 @@ def calibration_trajectories(settings: Settings, recipe: Recipe, first: int, las
         "seed": settings.seed,
     }
     return record(
+        MODEL,
         load_prompts(default="calibration")[first:last],
         steps=recipe.calibration_steps,
         guidance_scale=recipe.guidance_scale,

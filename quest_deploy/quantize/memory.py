@@ -6,7 +6,7 @@ import copy
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ from quest_deploy.quantize.walk import Steps
 META = torch.device("meta")
 GIGABYTE = 10**9
 PROMPTS = 8
+Module = TypeVar("Module", bound=nn.Module)
 
 
 class PeakMemory(TorchDispatchMode):
@@ -93,7 +94,7 @@ def enable_checkpointing(denoiser: nn.Module, context: TimestepContext) -> None:
         ) from error
 
 
-def without_values(denoiser: nn.Module, context: TimestepContext) -> nn.Module:
+def without_values(denoiser: Module, context: TimestepContext) -> Module:
     """A copy of `denoiser` whose tensors have shapes and no values; it shares `context`."""
     memo: dict[int, Any] = {id(context): context}
     for tensor in (*denoiser.parameters(), *denoiser.buffers()):
