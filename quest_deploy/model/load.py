@@ -160,11 +160,12 @@ def load_directory(directory: Path, **components: Any) -> LoadedModel:
     index = read_config(directory / "model_index.json")
     with loading_errors(directory):
         for name in needed:
-            components[name] = _load_component(directory / name, index.get(name))
+            component_class = _component_class(directory / name, index.get(name))
+            components[name] = load_component(directory / name, component_class)
         if family.pipeline == SINGLE_FILE_FAMILY.pipeline:
             # The pipeline of diffusers corrects the schedulers of its first models.
             pipeline = _pipeline_class(family).from_pretrained(
-                str(directory), use_safetensors=True, **_options(), **components
+                str(directory), use_safetensors=True, feature_extractor=None, **_options(), **components
             )
         else:
             for name in family.companions:
@@ -190,16 +191,21 @@ def _component_class(folder: Path, entry: object) -> Any:
     return component_class
 
 
-def _load_component(folder: Path, entry: object) -> nn.Module:
-    """One part with all its weights; `entry` is its line of ``model_index.json``.
+def load_component(folder: Path, component_class: Any) -> nn.Module:
+    """One part with all its weights, float32. Where a file lacks a tensor, both libraries make one up and only warn.
 
-    Where a file lacks a tensor, both libraries make one up and only warn.
+    Args:
+        folder: Its configuration, and its weights as safetensors.
+        component_class: A model class of diffusers or transformers.
+
+    Raises:
+        ModelLoadError: a tensor is missing or has another shape.
     """
-    component_class = _component_class(folder, entry)
-    library, class_name = component_class.__module__.split(".")[0], component_class.__name__
+    _hide_loading_bars()
+    class_name = component_class.__name__
     # diffusers refuses tensors of other shapes by itself and names them; transformers does not name them.
     options = {"torch_dtype": _dtype()}
-    if library == "transformers":
+    if any(base.__module__.startswith("transformers.") for base in component_class.__mro__):
         options = {"dtype": _dtype(), "ignore_mismatched_sizes": True}
     module, info = component_class.from_pretrained(
         folder, use_safetensors=True, output_loading_info=True, **options
