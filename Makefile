@@ -2,6 +2,7 @@
 #   make demo    the whole path on the bundled model: finetune, export, build, generate, compare
 #   make test    the default tests          make lint    style, types, import layers
 #   make bench-export   architectures and export modes
+#   make interop optimum-onnx runs exported models (its packages go to .interop/)
 #   make bench   the committed benchmarks   make clean   caches and build leftovers (never artifacts/)
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ BIN := .venv/bin
 STAMP := .venv/quest-deploy-installed
 PIP := $(BIN)/pip --disable-pip-version-check install -qq -c constraints.txt
 
-.PHONY: demo test lint bench bench-export clean
+.PHONY: demo test interop lint bench bench-export clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -18,6 +19,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
+
+interop: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not gpu' $(PYTEST_ARGS) tests/interop/test_optimum.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check -q .

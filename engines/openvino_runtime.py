@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from quest_deploy.artifacts import read_artifact
+from quest_deploy.engines.adapted import AdaptedEngine
 from quest_deploy.engines.base import Closing, Engine, as_arrays, cannot_run, check_inputs
+from quest_deploy.engines.foreign import fitted_components
 from quest_deploy.errors import ArtifactError, MissingDependencyError, StaleArtifactError
 from quest_deploy.model.spec import ComponentSpec, component_specs
 
@@ -77,8 +79,12 @@ def load_openvino_engines(onnx_dir: Path, *, threads: int | None = None) -> dict
     if threads is not None:
         options["INFERENCE_NUM_THREADS"] = threads
     engines: dict[str, Engine] = {}
+    fitted = fitted_components(source)
     for name, spec in component_specs(source.path).items():
         compiled = compile_graph(core, source.path / name / ONNX_NAME, options)
+        if name in fitted:
+            engines[name] = AdaptedEngine(fitted[name], OpenVinoEngine(fitted[name].graph, compiled))
+            continue
         check_names(spec, compiled)
         engines[name] = OpenVinoEngine(spec, compiled)
     logger.debug("compiled %s with OpenVINO at %s", source.path, PRECISION)

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from quest_deploy.artifacts import read_artifact
+from quest_deploy.engines.adapted import AdaptedEngine
 from quest_deploy.engines.base import Closing, Engine, as_arrays, cannot_run, check_inputs
+from quest_deploy.engines.foreign import fitted_components
 from quest_deploy.engines.libraries import gpus
 from quest_deploy.errors import ArtifactError, MissingDependencyError, StaleArtifactError
 from quest_deploy.model.spec import ComponentSpec, component_specs
@@ -77,8 +79,12 @@ def load_ort_engines(onnx_dir: Path, *, threads: int | None = None) -> dict[str,
         options.intra_op_num_threads = threads
     providers = choose_providers(onnxruntime.get_available_providers(), has_gpu=bool(gpus()))
     engines: dict[str, Engine] = {}
+    fitted = fitted_components(source)
     for name, spec in component_specs(source.path).items():
         session = open_session(source.path / name / ONNX_NAME, options, providers)
+        if name in fitted:
+            engines[name] = AdaptedEngine(fitted[name], OrtEngine(fitted[name].graph, session))
+            continue
         check_names(spec, session)
         engines[name] = OrtEngine(spec, session)
     logger.debug("opened %s with %s", source.path, ", ".join(providers))
@@ -108,7 +114,8 @@ def open_session(path: Path, options: Any, providers: list[str]) -> Any:
     except _runtime_errors() as error:
         raise ArtifactError(
             f"'{path}': ONNX Runtime {onnxruntime.__version__} cannot load it ({_first_line(error)}); "
-            "export the model again with `quest-deploy export --target onnxruntime`"
+            f"`quest-deploy lint {path} --target onnxruntime` may say why, and "
+            "`quest-deploy export --target onnxruntime` writes graphs that it takes"
         ) from error
 
 

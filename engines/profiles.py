@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from quest_deploy.config import BuildConfig, ShapeRange
 from quest_deploy.errors import ConfigError, EngineInputError
@@ -48,17 +49,20 @@ Profile = Mapping[str, InputRange]
 """One optimization profile: a range for each input, by name."""
 
 
-def component_profiles(model_dir: Path, config: BuildConfig) -> dict[str, Profile]:
+def component_profiles(
+    model_dir: Path, config: BuildConfig, graphs: Mapping[str, ComponentSpec] = MappingProxyType({})
+) -> dict[str, Profile]:
     """The optimization profile of every component.
 
     Args:
         model_dir: Directory with the components' configuration files.
         config: What the engines must be able to draw.
+        graphs: What the graphs take, where that differs from what the configuration files say.
 
     Raises:
         ConfigError: a requested size does not divide into the model's latents.
     """
-    specs = component_specs(model_dir)
+    specs = {**component_specs(model_dir), **graphs}
     ranges = dimension_ranges(model_dir, specs, config)
     return {name: profile_of(spec, ranges[name]) for name, spec in specs.items()}
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from quest_deploy.artifacts import Artifact, check_output, read_artifact, write_artifact
 from quest_deploy.config import BuildConfig, to_dict
+from quest_deploy.engines.foreign import fitted_components, is_foreign, to_json
 from quest_deploy.engines.libraries import check_tensorrt, gpus, title_of
 from quest_deploy.engines.profiles import Profile, component_profiles
 from quest_deploy.engines.trt_process import Progress, run_worker
@@ -20,6 +21,9 @@ logger = logging.getLogger(__name__)
 
 ONNX_NAME = "model.onnx"
 PLAN_NAME = "model.plan"
+
+# What a pipeline reads beside the engines; another tool's external data may have any name.
+_COMPANION_SUFFIXES = (".json", ".txt", ".md", ".model", ".safetensors", "")
 
 # By default TensorRT for RTX builds for Ampere and everything after it (NVIDIA's documentation).
 _AHEAD_OF_TIME = "any (ahead of time)"
@@ -37,7 +41,7 @@ def build_engine(
     """Build the engines of an exported model.
 
     Args:
-        onnx_dir: An `onnx` artifact.
+        onnx_dir: An `onnx` artifact, or ONNX of another tool in the same layout.
         output: The `engines` artifact to write.
         config: Backend and the shapes that the engines must accept.
         progress: Called with 100 units for each component.
@@ -57,7 +61,9 @@ def build_engine(
             "driver); build there, or ahead of time with --backend tensorrt-rtx"
         )
     source = read_artifact(Path(onnx_dir), stage="onnx")
-    profiles = component_profiles(source.path, config)
+    fitted = fitted_components(source)
+    graphs = {name: component.graph for name, component in fitted.items()}
+    profiles = component_profiles(source.path, config, graphs)
     for name in profiles:
         check_graph(name, source.path / name / ONNX_NAME, config.backend)
     with write_artifact(
@@ -70,6 +76,8 @@ def build_engine(
         copy_companions(source, writer.path)
         built = run_worker(make_job(source.path, writer.path, profiles, config), progress)
         writer.details.update(make_details(source, profiles, config, built))
+        if fitted:
+            writer.details["interfaces"] = to_json(fitted)
     return read_artifact(output, stage="engines")
 
 
@@ -110,7 +118,8 @@ def check_graph(component: str, path: Path, backend: str) -> None:
 def copy_companions(source: Artifact, output: Path) -> None:
     """Copy what a pipeline needs beside the engines: tokenizer, scheduler and configuration files."""
     for name in source.manifest.files:
-        if not Path(name).name.startswith(ONNX_NAME):
+        foreign_weights = is_foreign(source) and Path(name).suffix not in _COMPANION_SUFFIXES
+        if not Path(name).name.startswith(ONNX_NAME) and not foreign_weights:
             (output / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source.path / name, output / name)
 
@@ -185,5 +194,7 @@ def make_details(
 
 def precision_of(source: Artifact) -> str:
     """The arithmetic of the denoiser, as the export chose it: TensorRT follows the graph's types."""
+    if is_foreign(source):
+        return "as in the graph, which another tool wrote"
     mode, dtype = source.manifest.config.get("mode", "none"), source.manifest.config.get("dtype", "fp32")
     return str(dtype) if mode == "none" else f"{mode} (Q/DQ), {dtype} elsewhere"

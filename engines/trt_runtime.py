@@ -12,7 +12,9 @@ from torch import Tensor
 
 from quest_deploy.artifacts import read_artifact
 from quest_deploy.config import TensorRTBackend
+from quest_deploy.engines.adapted import AdaptedEngine
 from quest_deploy.engines.base import Closing, Engine, check_inputs
+from quest_deploy.engines.foreign import from_json
 from quest_deploy.engines.libraries import gpus, import_tensorrt, title_of
 from quest_deploy.engines.profiles import InputRange, Profile, Shape, limits_of, select_profile
 from quest_deploy.engines.trt_api import CudaEngine, ExecutionContext, Runtime
@@ -109,11 +111,16 @@ def load_tensorrt_engines(engine_dir: Path, *, backend: TensorRTBackend) -> dict
     library = import_tensorrt(backend)
     runtime: Runtime = library.Runtime(library.Logger(library.Logger.ERROR))
     engines: dict[str, Engine] = {}
+    fitted = from_json(source.manifest.details.get("interfaces", {}))
     for name, spec in component_specs(source.path).items():
         plan = (source.path / name / PLAN_NAME).read_bytes()
         engine = runtime.deserialize_cuda_engine(plan)
         if engine is None:
             raise stale(name, source.path, source.manifest.details, backend, str(library.__version__))
+        if name in fitted:
+            loaded = TensorRTEngine(fitted[name].graph, engine, runtime)
+            engines[name] = AdaptedEngine(fitted[name], loaded)
+            continue
         engines[name] = TensorRTEngine(spec, engine, runtime)
     return engines
 

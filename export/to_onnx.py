@@ -14,12 +14,20 @@ from typing import Any
 import onnx_ir as ir
 from torch import nn
 
-from quest_deploy.artifacts import Artifact, hash_directory, read_artifact, stage_of, write_artifact
+from quest_deploy.artifacts import (
+    Artifact,
+    hash_directory,
+    read_artifact,
+    stage_of,
+    write_artifact,
+    write_json,
+)
 from quest_deploy.config import ExportConfig, ProgressEvent, to_dict
 from quest_deploy.errors import ExportError
 from quest_deploy.export.check import GraphSummary, check_file
 from quest_deploy.export.fragile import Arrays, Report, fragile_nodes, sample_inputs
 from quest_deploy.export.graph import component_graph
+from quest_deploy.model.carried import copy_notices, copy_safety, index_of_carried
 from quest_deploy.model.families import VAE_DECODER
 from quest_deploy.model.load import LoadedModel, load_model, wrap_components
 from quest_deploy.model.spec import (
@@ -28,6 +36,7 @@ from quest_deploy.model.spec import (
     decoder_granularity,
     family_of,
     latent_granularity,
+    read_config,
 )
 from quest_deploy.quantize.weight_only import drop_activation_quantizers
 
@@ -40,8 +49,7 @@ MODEL_FILE = "model.onnx"
 EXTERNAL_DATA_FILE = "model.onnx_data"
 # protobuf ends at 2 GB; but checking a file holds it several times, and without its weights it is small.
 INLINE_LIMIT_BYTES = 128_000_000
-COPIED_FILES = ("model_index.json", "quest.json", "README.md")
-LICENCE_PATTERN = "LICEN[CS]E*"
+INDEX, SUMMARY = "model_index.json", "quest.json"
 
 
 def export(
@@ -244,15 +252,15 @@ def weight_only_layer_names(module: nn.Module) -> list[str]:
 
 
 def copy_configuration(source: Path, output: Path) -> None:
-    """Copy what makes an ONNX directory self-contained: configurations, tokenizer, scheduler, model card, licence."""
+    """Copy what makes an ONNX directory self-contained: configurations, tokenizer, safety checker, licence."""
     for folder in family_of(source).companions:
         shutil.copytree(source / folder, output / folder)
-    for name in COPIED_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, output / name)
-    for licence in sorted(source.glob(LICENCE_PATTERN)):
-        if licence.is_file():
-            shutil.copyfile(licence, output / licence.name)
+    index = read_config(source / INDEX)
+    carried = copy_safety(source, output, index)
+    write_json(output / INDEX, index_of_carried(index, carried))
+    copy_notices(source, output)
+    if (source / SUMMARY).is_file():
+        shutil.copyfile(source / SUMMARY, output / SUMMARY)
     for name, path in config_paths(source).items():
         (output / name).mkdir(exist_ok=True)
         shutil.copyfile(path, output / name / "config.json")

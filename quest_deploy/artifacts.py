@@ -68,7 +68,8 @@ logger = logging.getLogger(__name__)
 MODEL_INDEX_NAME = "model_index.json"
 _MAX_PROBLEMS = 5
 # An artifact that lost its manifest must not pass for a model.
-_GRAPH_PATTERNS = ("*/model.onnx", "*/model.plan", "quest.json")
+_OWN_PATTERNS = ("*/model.plan", "quest.json")
+_GRAPH_PATTERN = "*/model.onnx"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +94,8 @@ def read_artifact(
 ) -> Artifact:
     """Open an artifact and verify the hash of each of its files.
 
+    ONNX that another tool wrote has no manifest: its files are hashed as they are, and `details` say ``foreign``.
+
     Args:
         path: Directory of the artifact.
         stage: Stage, or stages, that the caller can use; None for any.
@@ -111,6 +114,9 @@ def read_artifact(
                 f"'{path}' is {kind}, expected stage {' or '.join(map(repr, allowed))}; "
                 f"make one with {made_by(stage)}"
             )
+    if is_foreign_onnx(path):
+        manifest = _foreign_manifest(path)
+        return Artifact(path=path, manifest=manifest, digest=digest_of(manifest))
     manifest = read_manifest(path)
     problems = _differences(path, manifest, verify)
     if problems:
@@ -147,15 +153,48 @@ def _differences(path: Path, manifest: Manifest, verify: bool) -> list[str]:
     return problems + [f"{name} is not in the manifest (move it away)" for name in extra]
 
 
+def is_foreign_onnx(path: Path) -> bool:
+    """Whether `path` is a directory of ONNX files in optimum-onnx's layout that another tool wrote.
+
+    A directory of quest-deploy that lost its manifest is none, as far as it can be told by its other files.
+    """
+    return (
+        not (path / MANIFEST_NAME).exists()
+        and (path / MODEL_INDEX_NAME).is_file()
+        and any(path.glob(_GRAPH_PATTERN))
+        and not any(file for pattern in _OWN_PATTERNS for file in path.glob(pattern))
+    )
+
+
+def _foreign_manifest(path: Path) -> Manifest:
+    with remembered_digests() as cache:
+        files = {
+            name: FileEntry(sha256=cache.digest(path / name), size_bytes=(path / name).stat().st_size)
+            for name in list_files(path)
+            if not is_hidden(name)
+        }
+    return Manifest(
+        schema_version=SCHEMA_VERSION,
+        stage="onnx",
+        config={},
+        details={"foreign": True},
+        inputs={},
+        tools={},
+        files=files,
+    )
+
+
 def stage_of(path: Path) -> str:
-    """Stage of what lies at `path`; "model" for a diffusers directory or a single safetensors file."""
+    """Stage of what lies at `path`: "model" for a diffusers directory or a single file, "onnx" for any tool's ONNX."""
     path = Path(path)
     if path.is_file():
         refuse_pickle(path)
         if path.suffix == ".safetensors":
             return "model"
     elif path.is_dir() and not (path / MANIFEST_NAME).exists():
-        graphs = [file for pattern in _GRAPH_PATTERNS for file in path.glob(pattern)]
+        if is_foreign_onnx(path):
+            return "onnx"
+        graphs = [file for pattern in (*_OWN_PATTERNS, _GRAPH_PATTERN) for file in path.glob(pattern)]
         if (path / MODEL_INDEX_NAME).is_file() and not graphs:
             return "model"
         what = (

@@ -107,6 +107,7 @@ class GenerateConfig:
     """One request. Image `i` of prompt `p` has seed `seed + p * num_images + i`.
 
     A class-conditional model takes names or numbers of classes for prompts; an unconditional one takes none.
+    `safety_checker` has images checked where the model brings a checker, and replaces what it flags by black images.
     """
 
     prompts: tuple[str, ...] = ()
@@ -119,6 +120,7 @@ class GenerateConfig:
     height: int | None = None
     width: int | None = None
     batch_size: int = 4
+    safety_checker: bool = True
 
     def __post_init__(self) -> None:
         problems: list[str] = []

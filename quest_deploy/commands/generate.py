@@ -34,6 +34,11 @@ from quest_deploy.config import BACKENDS, GenerateConfig
 @click.option("--height", type=int, help="Pixels.  [default: the model's own]")
 @click.option("--width", type=int, help="Pixels.  [default: the model's own]")
 @click.option("--batch-size", type=int, default=GenerateConfig.batch_size, show_default=True)
+@click.option(
+    "--safety-checker/--no-safety-checker",
+    default=GenerateConfig.safety_checker,
+    help="Blacken images that the model's own safety checker flags, if it brings one.  [default: do]",
+)
 @click.option("--threads", type=int, help="CPU threads.  [default: the runtime's choice]")
 @overwrite_option
 @verb()
@@ -53,6 +58,7 @@ def generate(
     height: int | None,
     width: int | None,
     batch_size: int,
+    safety_checker: bool,
     threads: int | None,
     overwrite: bool,
 ) -> Result:
@@ -78,6 +84,7 @@ def generate(
         height=height,
         width=width,
         batch_size=batch_size,
+        safety_checker=safety_checker,
     )
 
     from quest_deploy.pipeline import generate as run

@@ -174,13 +174,14 @@ def load_directory(directory: Path, *, deferred: bool = False, **components: Any
     index = read_config(directory / "model_index.json")
     with loading_errors(directory):
         for name in needed:
-            folder, entry = directory / name, index.get(name)
-            component = _load_deferred(folder, entry) if deferred else None
-            components[name] = _load_component(folder, entry) if component is None else component
+            folder = directory / name
+            component_class = _component_class(folder, index.get(name))
+            component = _load_deferred(folder, component_class) if deferred else None
+            components[name] = load_component(folder, component_class) if component is None else component
         if family.pipeline == SINGLE_FILE_FAMILY.pipeline:
             # The pipeline of diffusers corrects the schedulers of its first models.
             pipeline = _pipeline_class(family).from_pretrained(
-                str(directory), use_safetensors=True, **_options(), **components
+                str(directory), use_safetensors=True, feature_extractor=None, **_options(), **components
             )
         else:
             for name in family.companions:
@@ -206,11 +207,10 @@ def _component_class(folder: Path, entry: object) -> Any:
     return component_class
 
 
-def _load_deferred(folder: Path, entry: object) -> nn.Module | None:
+def _load_deferred(folder: Path, component_class: Any) -> nn.Module | None:
     """One part with its large weights left in their files; None where that cannot be."""
     from accelerate import init_empty_weights
 
-    component_class = _component_class(folder, entry)
     with init_empty_weights(include_buffers=False):
         if component_class.__module__.startswith("transformers."):
             component: nn.Module = component_class(component_class.config_class.from_pretrained(folder))
@@ -225,16 +225,21 @@ def _load_deferred(folder: Path, entry: object) -> nn.Module | None:
     return component.eval()
 
 
-def _load_component(folder: Path, entry: object) -> nn.Module:
-    """One part with all its weights; `entry` is its line of ``model_index.json``.
+def load_component(folder: Path, component_class: Any) -> nn.Module:
+    """One part with all its weights, float32. Where a file lacks a tensor, both libraries make one up and only warn.
 
-    Where a file lacks a tensor, both libraries make one up and only warn.
+    Args:
+        folder: Its configuration, and its weights as safetensors.
+        component_class: A model class of diffusers or transformers.
+
+    Raises:
+        ModelLoadError: a tensor is missing or has another shape.
     """
-    component_class = _component_class(folder, entry)
-    library, class_name = component_class.__module__.split(".")[0], component_class.__name__
+    _hide_loading_bars()
+    class_name = component_class.__name__
     # diffusers refuses tensors of other shapes by itself and names them; transformers does not name them.
     options = {"torch_dtype": _dtype()}
-    if library == "transformers":
+    if any(base.__module__.startswith("transformers.") for base in component_class.__mro__):
         options = {"dtype": _dtype(), "ignore_mismatched_sizes": True}
     module, info = component_class.from_pretrained(
         folder, use_safetensors=True, output_loading_info=True, **options

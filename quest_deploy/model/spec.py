@@ -92,7 +92,8 @@ def family_of(model_dir: Path) -> Family:
         ModelLoadError: the pipeline is of a kind that is not supported.
     """
     index = read_config(model_dir / "model_index.json")
-    kind = index.get("_class_name")
+    # optimum-onnx calls what it saved ORTStableDiffusionPipeline.
+    kind = str(index.get("_class_name")).removeprefix("ORT")
     if kind not in FAMILIES:
         known = ", ".join(FAMILIES)
         raise ModelLoadError(

@@ -15,6 +15,7 @@ from quest_deploy import sampling
 from quest_deploy.config import GenerateConfig, ProgressEvent
 from quest_deploy.errors import ConfigError, QuestDeployError
 from quest_deploy.pipeline.images import to_pil
+from quest_deploy.pipeline.safety import SafetyChecker
 from quest_deploy.pipeline.text_to_image import Pipeline
 from quest_deploy.sampling import Step
 
@@ -36,11 +37,19 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class Drawn:
-    """One image, and its share of the seconds that its batch took."""
+    """One image, and its share of the seconds that its batch took.
+
+    Attributes:
+        job: What was asked for.
+        image: What was drawn; black where the safety checker flagged it.
+        seconds: Its share.
+        flagged: What the safety checker said; None where none was asked.
+    """
 
     job: Job
     image: Image.Image
     seconds: float
+    flagged: bool | None = None
 
 
 def make_jobs(config: GenerateConfig) -> list[Job]:
@@ -74,7 +83,12 @@ def check_prompts(pipeline: Pipeline, config: GenerateConfig) -> None:
 
 
 def draw_images(
-    pipeline: Pipeline, config: GenerateConfig, scheduler: Any, progress: Progress | None = None
+    pipeline: Pipeline,
+    config: GenerateConfig,
+    scheduler: Any,
+    progress: Progress | None = None,
+    *,
+    safety_checker: SafetyChecker | None = None,
 ) -> Iterator[Drawn]:
     """Draw all images, `batch_size` at a time.
 
@@ -83,6 +97,7 @@ def draw_images(
         config: Prompts, schedule and seeds.
         scheduler: Used up to count the timesteps, of which some schedulers visit more than there are steps.
         progress: Told after each denoising step, in images times timesteps.
+        safety_checker: Blackens what it flags; None asks nobody.
 
     Raises:
         ConfigError: the scheduler cannot do that many steps.
@@ -102,10 +117,14 @@ def draw_images(
     for start in range(0, len(jobs), config.batch_size):
         batch = jobs[start : start + config.batch_size]
         began = time.perf_counter()
-        pictures = [to_pil(image) for image in draw_batch(pipeline, config, batch, count)]
+        images = draw_batch(pipeline, config, batch, count)
+        flags: list[bool | None] = [None] * len(batch)
+        if safety_checker is not None:
+            images, flags[:] = safety_checker.check(images)
+        pictures = [to_pil(image) for image in images]
         seconds = (time.perf_counter() - began) / len(batch)
-        for job, picture in zip(batch, pictures, strict=True):
-            yield Drawn(job=job, image=picture, seconds=seconds)
+        for job, picture, flagged in zip(batch, pictures, flags, strict=True):
+            yield Drawn(job=job, image=picture, seconds=seconds, flagged=flagged)
 
 
 def draw_batch(

@@ -15,6 +15,7 @@ from quest_deploy.engines.base import Engine
 from quest_deploy.errors import ConfigError
 from quest_deploy.model.families import TEXT_ENCODER, VAE_DECODER
 from quest_deploy.pipeline.parts import run_in_parts
+from quest_deploy.pipeline.safety import SafetyChecker
 
 
 class _StandIn(nn.Module):
@@ -105,6 +106,7 @@ def diffusers_pipeline(
     tokenizer: Any,
     scheduler: Any,
     device: torch.device,
+    safety_checker: SafetyChecker | None = None,
 ) -> Any:
     """Join engines, tokenizer and scheduler to a `StableDiffusionPipeline`.
 
@@ -114,6 +116,7 @@ def diffusers_pipeline(
         tokenizer: `CLIPTokenizer`.
         scheduler: A scheduler of its own: the pipeline steps it.
         device: Where the engines take their inputs.
+        safety_checker: Blackens what it flags; None asks nobody.
     """
     return StableDiffusionPipeline(
         text_encoder=TextEncoderStandIn(engines[TEXT_ENCODER], configs[TEXT_ENCODER], device),
@@ -121,7 +124,7 @@ def diffusers_pipeline(
         vae=VaeStandIn(engines[VAE_DECODER], configs[VAE_DECODER], device),
         tokenizer=tokenizer,
         scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
+        safety_checker=None if safety_checker is None else safety_checker.module,
+        feature_extractor=None if safety_checker is None else safety_checker.processor,
+        requires_safety_checker=safety_checker is not None,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,19 @@ from quest_deploy.artifacts import (
     write_artifact,
 )
 from quest_deploy.config import GenerateConfig, to_dict
+from quest_deploy.model.carried import SAFETY_CHECKER
 from quest_deploy.model.denoisers import takes_guidance
 from quest_deploy.pipeline.draw import Drawn, Progress, check_prompts, draw_images
 from quest_deploy.pipeline.images import MAX_CELLS, MAX_COLUMNS, Cell, contact_sheet, save_png, thumbnail
 from quest_deploy.pipeline.load import load_pipeline
+from quest_deploy.pipeline.safety import SafetyChecker, load_safety_checker
 from quest_deploy.pipeline.text_to_image import Pipeline
 
 logger = logging.getLogger(__name__)
 
 STAGE = "images"
 CONTACT_SHEET = "contact-sheet.png"
+_VERDICTS = {None: "not asked", False: "passed", True: "flagged: the image was replaced by a black one"}
 
 
 def generate(
@@ -51,7 +55,7 @@ def generate(
         overwrite: Replace an existing directory of images.
 
     Raises:
-        ArtifactError: `path` or `output` cannot be used.
+        ArtifactError: `path`, its safety checker or `output` cannot be used.
         ConfigError: the backend, the scheduler or the image size does not fit the model.
         QuestDeployError: a component gave a NaN or an infinity.
     """
@@ -64,27 +68,33 @@ def generate(
         guided = pipeline.has_negative or takes_guidance(pipeline.denoiser_spec)
         if config.guidance_scale > 1 and not guided:
             logger.info("the model has no negative branch, so the guidance scale has no effect")
+        checker = load_safety_checker(path, pipeline.device) if config.safety_checker else None
         with write_artifact(
             output, stage=STAGE, config=to_dict(config), inputs={"source": digest}, overwrite=overwrite
         ) as writer:
-            _write_images(writer, pipeline, config, digest, progress)
+            _write_images(writer, pipeline, config, digest, progress, checker)
     return read_artifact(output, stage=STAGE)
 
 
 def _write_images(
-    writer: ArtifactWriter, pipeline: Pipeline, config: GenerateConfig, digest: str, progress: Progress | None
+    writer: ArtifactWriter,
+    pipeline: Pipeline,
+    config: GenerateConfig,
+    digest: str,
+    progress: Progress | None,
+    checker: SafetyChecker | None,
 ) -> None:
     scheduler = pipeline.make_scheduler(config.scheduler)
     facts = _facts(pipeline, config, type(scheduler).__name__, digest)
     cells: list[Cell] = []
     images: list[dict[str, Any]] = []
     start = time.perf_counter()
-    for drawn in draw_images(pipeline, config, scheduler, progress):
+    for drawn in draw_images(pipeline, config, scheduler, progress, safety_checker=checker):
         job = drawn.job
         save_png(
             drawn.image,
             writer.path / job.file_name,
-            {"prompt": job.prompt, "seed": str(job.seed), **facts},
+            {"prompt": job.prompt, "seed": str(job.seed), **facts, SAFETY_CHECKER: _VERDICTS[drawn.flagged]},
         )
         images.append(_entry(drawn))
         if len(cells) < MAX_CELLS:
@@ -94,6 +104,11 @@ def _write_images(
     sheet.save(writer.path / CONTACT_SHEET)
     if len(images) > len(cells):
         logger.info("the contact sheet shows the first %d of %d images", len(cells), len(images))
+    if checker is not None:
+        flagged = [image["file"] for image in images if image["flagged"]]
+        logger.info(
+            "the safety checker flagged %d of %d images%s", len(flagged), len(images), _named(flagged)
+        )
     writer.details.update(
         backend=pipeline.backend,
         device=str(pipeline.device),
@@ -101,8 +116,13 @@ def _write_images(
         scheduler=type(scheduler).__name__,
         seconds=round(seconds, 4),
         seconds_per_image=round(seconds / len(images), 4),
+        safety_checker=checker is not None,
         images=images,
     )
+
+
+def _named(files: Sequence[str]) -> str:
+    return f", which are black: {', '.join(files)}" if files else ""
 
 
 def sheet_columns(cells: int, num_images: int) -> int:
@@ -121,6 +141,7 @@ def _entry(drawn: Drawn) -> dict[str, Any]:
         "prompt": job.prompt,
         "seed": job.seed,
         "seconds": round(drawn.seconds, 4),
+        "flagged": drawn.flagged,
     }
 
 

@@ -313,13 +313,17 @@ class Pipeline(Closing):
         """What the decoder is given for `latents`."""
         return unscaled(self.configs[VAE_DECODER], latents)
 
-    def as_diffusers(self) -> Any:
+    def as_diffusers(self, *, safety_checker: bool = True) -> Any:
         """A `diffusers.StableDiffusionPipeline` around the same engines, for code that expects one.
 
-        Its scheduler may be replaced as usual, and it draws what this pipeline draws. It has no VAE encoder, no safety
-        checker and no weights: what changes weights (LoRA, IP-Adapter, `clip_skip`) is refused.
+        Its scheduler may be replaced as usual, and it draws what this pipeline draws. It has no VAE encoder and no
+        weights: what changes weights (LoRA, IP-Adapter, `clip_skip`) is refused.
+
+        Args:
+            safety_checker: Take the model's safety checker along, if it brings one.
 
         Raises:
+            ArtifactError: the safety checker cannot be used.
             ConfigError: the pipeline is of another kind.
         """
         if self.family.pipeline != "StableDiffusionPipeline":
@@ -327,9 +331,11 @@ class Pipeline(Closing):
                 f"a {self.family.pipeline} has no diffusers stand-in yet; call encode, denoise and decode instead"
             )
         from quest_deploy.pipeline.drop_in import diffusers_pipeline
+        from quest_deploy.pipeline.safety import load_safety_checker
 
+        checker = load_safety_checker(self.path, self.device) if safety_checker else None
         return diffusers_pipeline(
-            self.engines, self.configs, self.tokenizer, self.make_scheduler(), self.device
+            self.engines, self.configs, self.tokenizer, self.make_scheduler(), self.device, checker
         )
 
     def close(self) -> None:

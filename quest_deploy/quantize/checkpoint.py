@@ -26,6 +26,7 @@ from quest_deploy.artifacts import read_artifact
 from quest_deploy.config import Recipe, to_dict
 from quest_deploy.errors import ArtifactError, CalibrationError, StaleArtifactError
 from quest_deploy.files import read_json, write_json
+from quest_deploy.model.carried import copy_notices, copy_safety
 from quest_deploy.model.components import parameters_frozen
 from quest_deploy.model.deferred import DEFERRED_BYTES, META, StoredFile, defer, fill
 from quest_deploy.model.load import LoadedModel, load_directory
@@ -47,7 +48,6 @@ WEIGHTS = "quest.safetensors"
 REST = "rest."
 MALFORMED = (AttributeError, RuntimeError, TypeError, ValueError)
 LIBRARIES = ("diffusers", "transformers")
-CARRIED = ("README.md", "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE")
 
 
 def freeze(denoiser: nn.Module) -> None:
@@ -130,7 +130,10 @@ def save_checkpoint(
             shutil.copytree(source, folder / name, ignore=_not_carried)
         else:
             part.save_pretrained(folder / name)
-    write_json(folder / "model_index.json", model_index(model))
+    index = model_index(model)
+    if carried := copy_safety(model.path, folder, model.index):
+        index |= {**carried, "requires_safety_checker": model.index.get("requires_safety_checker", True)}
+    write_json(folder / "model_index.json", index)
     write_json(
         folder / SUMMARY,
         {
@@ -146,9 +149,7 @@ def save_checkpoint(
             "history": history,
         },
     )
-    for name in CARRIED:
-        if (model.path / name).is_file():
-            shutil.copyfile(model.path / name, folder / name)
+    copy_notices(model.path, folder)
 
 
 def write_component(folder: Path, module: nn.Module) -> None:
@@ -207,7 +208,7 @@ def parts(model: LoadedModel) -> dict[str, Any]:
 
 
 def model_index(model: LoadedModel) -> dict[str, Any]:
-    """``model_index.json`` of a pipeline with the model's components and no safety checker."""
+    """``model_index.json`` of a pipeline with the model's components; no safety checker is among them."""
     family = model.family
     index: dict[str, Any] = {"_class_name": family.pipeline}
     text = {name for part in family.text for name in (part.name, part.tokenizer)}

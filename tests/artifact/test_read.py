@@ -190,7 +190,18 @@ def test_what_is_no_artifact_says_so(tmp_path: Path, prepare: object, message: s
             read(path)
 
 
-@pytest.mark.parametrize("file", ["unet/model.onnx", "unet/model.plan", "quest.json"])
+def test_onnx_of_another_tool_is_onnx_with_the_hashes_of_its_files(tmp_path: Path) -> None:
+    (tmp_path / "unet").mkdir()
+    for name in ("model_index.json", "unet/model.onnx"):
+        (tmp_path / name).write_text("{}")
+    assert stage_of(tmp_path) == "onnx"
+    artifact = read_artifact(tmp_path, stage="onnx")
+    assert sorted(artifact.manifest.files) == ["model_index.json", "unet/model.onnx"]
+    (tmp_path / "unet" / "model.onnx").write_text("[]")
+    assert read_artifact(tmp_path).digest != artifact.digest
+
+
+@pytest.mark.parametrize("file", ["unet/model.plan", "quest.json"])
 def test_artifact_that_lost_its_manifest_does_not_pass_for_a_model(tmp_path: Path, file: str) -> None:
     (tmp_path / "unet").mkdir()
     for name in ("model_index.json", file):

@@ -92,8 +92,16 @@ DAMAGE: dict[str, tuple[Callable[[Path, Path], object], str]] = {
 }
 
 
-@pytest.mark.parametrize(("verb", "stage"), READERS, ids=map("-".join, READERS))
-@pytest.mark.parametrize("name", DAMAGE)
+@pytest.mark.parametrize(
+    ("name", "verb", "stage"),
+    [
+        pytest.param(name, *reader, id=f"{name}-{'-'.join(reader)}")
+        for name in DAMAGE
+        for reader in READERS
+        # Without a manifest, graphs in full precision are those of any other tool.
+        if (name, reader[1]) != ("no manifest", "onnx")
+    ],
+)
 def test_damaged_artifact(
     verb: str, stage: str, name: str, tmp_path: Path, tiny_model: Path, request: pytest.FixtureRequest
 ) -> None:

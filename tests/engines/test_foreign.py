@@ -1,0 +1,117 @@
+"""Graphs of other exporters, fitted to the pipeline's types and shapes."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+from quest_deploy.engines.adapted import AdaptedEngine
+from quest_deploy.engines.foreign import fit, from_json, to_json
+from quest_deploy.errors import ArtifactError, EngineInputError
+from quest_deploy.model.spec import ComponentSpec, TensorSpec
+from quest_deploy.model.tensors import float_tensor
+
+SPEC = ComponentSpec(
+    name="unet",
+    inputs=(float_tensor("sample", "batch", 4, "height", "width"), float_tensor("timestep", "steps")),
+    outputs=(float_tensor("out_sample", "batch", 4, "height", "width"),),
+)
+LATENTS = ("batch_size", 4, "latent_height", "latent_width")
+
+
+def graph(sample: TensorSpec | None = None, timestep: TensorSpec | None = None) -> ComponentSpec:
+    """A graph as others export it: other symbols, half precision, a scalar timestep."""
+    half = TensorSpec(name="sample", dtype="float16", shape=LATENTS)
+    whole = TensorSpec(name="timestep", dtype="int64", shape=())
+    return ComponentSpec(
+        name="unet",
+        inputs=(timestep or whole, sample or half),
+        outputs=(dataclasses.replace(half, name="out_sample"),),
+    )
+
+
+class Remembering:
+    """Stands for a runtime: keeps what it was given."""
+
+    def __init__(self) -> None:
+        self.given: dict[str, Tensor] = {}
+
+    def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
+        self.given = inputs
+        return {"out_sample": inputs["sample"]}
+
+    def close(self) -> None:
+        self.given = {}
+
+
+def test_inputs_are_given_in_the_graphs_types_and_outputs_come_in_float32() -> None:
+    runtime = Remembering()
+    engine = AdaptedEngine(fit(SPEC, graph()), runtime)
+    outputs = engine(sample=torch.rand(2, 4, 8, 8), timestep=torch.tensor([17.6]))
+    assert runtime.given["sample"].dtype == torch.float16
+    assert (runtime.given["timestep"].ndim, int(runtime.given["timestep"])) == (0, 18)
+    assert outputs["out_sample"].dtype == torch.float32
+
+
+def test_the_pipeline_sees_its_own_types_and_symbols() -> None:
+    assert fit(SPEC, graph()).spec == SPEC
+
+
+def test_symbols_of_the_graph_become_those_of_the_pipeline() -> None:
+    fitted = fit(SPEC, graph())
+    assert {tensor.name: tensor.shape for tensor in fitted.graph.inputs} == {
+        "sample": ("batch", 4, "height", "width"),
+        "timestep": (),
+    }
+
+
+def test_a_size_that_the_graph_fixes_is_a_number() -> None:
+    fixed = TensorSpec(name="sample", dtype="float32", shape=("b", 4, 64, 64))
+    fitted = fit(SPEC, graph(sample=fixed))
+    assert fitted.spec.inputs[0].shape == ("batch", 4, 64, 64)
+
+
+def test_several_timesteps_are_refused_where_the_graph_takes_one() -> None:
+    engine = AdaptedEngine(fit(SPEC, graph()), Remembering())
+    with pytest.raises(EngineInputError, match="got 2 values, the graph takes one for the whole batch"):
+        engine(sample=torch.rand(2, 4, 8, 8), timestep=torch.tensor([1.0, 2.0]))
+    engine(sample=torch.rand(2, 4, 8, 8), timestep=torch.tensor([2.0, 2.0]))
+
+
+@pytest.mark.parametrize(
+    ("sample", "message"),
+    [
+        (TensorSpec(name="sample", dtype="float16", shape=(2, 4, "h", "w")), r"has shape \[2, 4, 'h', 'w'\]"),
+        (TensorSpec(name="sample", dtype="float16", shape=("b", 3, "h", "w")), r"has shape \['b', 3, "),
+        (TensorSpec(name="sample", dtype="float16", shape=("b", "h", "w")), r"has shape \['b', 'h', 'w'\]"),
+        (TensorSpec(name="sample", dtype="int8", shape=LATENTS), "has int8, expected one of float32"),
+        (TensorSpec(name="sample", dtype="bfloat16", shape=LATENTS), "has bfloat16, expected one of float32"),
+        (TensorSpec(name="latents", dtype="float16", shape=LATENTS), "the graph has no input 'sample', only"),
+    ],
+)
+def test_what_does_not_fit_is_named(sample: TensorSpec, message: str) -> None:
+    with pytest.raises(ArtifactError, match=message):
+        fit(SPEC, graph(sample=sample))
+
+
+def test_an_output_that_nothing_reads_may_be_missing_and_others_may_not() -> None:
+    texts = ComponentSpec(
+        name="text_encoder",
+        inputs=(TensorSpec(name="input_ids", dtype="int64", shape=("batch", 24)),),
+        outputs=(
+            float_tensor("last_hidden_state", "batch", 24, 8),
+            float_tensor("pooler_output", "batch", 8),
+        ),
+    )
+    first, second = texts.outputs
+    assert fit(texts, dataclasses.replace(texts, outputs=(first,))).spec.outputs == (first,)
+    with pytest.raises(ArtifactError, match="no output 'last_hidden_state'"):
+        fit(texts, dataclasses.replace(texts, outputs=(second,)))
+
+
+def test_a_manifest_keeps_it() -> None:
+    fitted = {"unet": fit(SPEC, graph())}
+    assert from_json(to_json(fitted)) == fitted
