@@ -44,7 +44,9 @@ def record(
     recipe, total = config.recipe, config.recipe.calibration_prompts
     device = first_device(model.denoiser)
     parts, names = [], []
-    at_once = prompts_at_once(model, placeholder(model, config), recipe, BATCH_PROMPTS)
+    at_once = BATCH_PROMPTS
+    if recipe.memory_limit_gb is not None:
+        at_once = prompts_at_once(model, placeholder(model, config), recipe, BATCH_PROMPTS)
     done = work.load(TRAJECTORIES)
     for start in range(0, total if done is None else 0, BATCH_PROMPTS):
         names.append(f"{TRAJECTORIES}-{start:06d}")

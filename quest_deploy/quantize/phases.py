@@ -22,6 +22,7 @@ from quest_deploy.quantize.memory import (
     limit_slices,
     pass_memory,
     size_bytes,
+    weight_bytes,
 )
 from quest_deploy.quantize.parallel import ALONE, Workers
 from quest_deploy.quantize.parts import Progress
@@ -135,11 +136,7 @@ def phase_memory(
     model, student, data, recipe = inputs.model, inputs.student, inputs.data, inputs.recipe
     groups = train.trainable(student, phase, inputs.trace.roles, temporal=name == "temporal")
     learned = size_bytes(train.learned(groups))
-    held = sum(
-        size_bytes([*module.parameters(), *module.buffers()])
-        for module in (student, model.denoiser, *model.text_encoders.values(), model.vae)
-        if module is not None
-    )
+    held = weight_bytes(model) + size_bytes([*student.parameters(), *student.buffers()])
     if recipe.targets == "memory":
         held += size_bytes(data.tensors())
     bare = Objective(
