@@ -259,7 +259,7 @@ def placeholder(model: LoadedModel, config: FinetuneConfig) -> CalibrationSet:
     if sees_pictures(model):
         negative = None if negative is None else without_pictures(negative)
         if model.controlnet is not None:
-            positive[CONTROL] = torch.zeros(1, *control_shape(model))
+            positive[CONTROL] = torch.zeros(1, *control_shape(model, shape[1:]))
     one = torch.zeros(())
     return CalibrationSet(
         timesteps=model.denoiser_time(

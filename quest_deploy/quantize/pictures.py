@@ -50,7 +50,7 @@ def pictures(model: LoadedModel, latents: Tensor, seeds: Sequence[int]) -> dict[
         kept = drawn * (1 - F.interpolate(masks, size=drawn.shape[-2:])).to(drawn)
         found = VaeEncoder(vae)(kept)[0].chunk(2, dim=1)[0]
         return {MASKED: torch.cat([masks, scaled(vae.config, found).cpu()], dim=1)}
-    shape = control_shape(model)
+    shape = control_shape(model, latents.shape[-2:])
     whole = F.interpolate(drawn.cpu() / 2 + 0.5, size=shape[1:], mode="bilinear", antialias=True).clamp(0, 1)
     # ControlNets read lines (edges, poses) or whole pictures (depth, tiles): every other one is of each kind.
     shown = torch.stack([edges(one) if seed % 2 else one for one, seed in zip(whole, seeds, strict=True)])
@@ -83,9 +83,9 @@ def edges(picture: Tensor) -> Tensor:
     return lines.to(picture.dtype).expand_as(picture)
 
 
-def control_shape(model: LoadedModel) -> tuple[int, int, int]:
-    """Channels, height and width of what the ControlNet of a model looks at."""
+def control_shape(model: LoadedModel, size: Sequence[int]) -> tuple[int, int, int]:
+    """Channels, height and width of what the ControlNet of a model looks at, for latents of that height and width."""
     network: Any = model.controlnet
     scale = 2 ** (len(network.config.conditioning_embedding_out_channels) - 1)
-    _, height, width = model.latent_shape
-    return (int(network.config.conditioning_channels), height * scale, width * scale)
+    height, width = (side * scale for side in size)
+    return (int(network.config.conditioning_channels), height, width)
