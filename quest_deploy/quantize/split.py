@@ -74,6 +74,7 @@ def _like(conv: nn.Conv2d, weight: Tensor, bias: Tensor | None) -> nn.Conv2d:
         conv.padding,  # type: ignore[arg-type]
         conv.dilation,  # type: ignore[arg-type]
         bias=bias is not None,
+        device=weight.device,
     )
     half.weight.data = weight.clone()
     if bias is not None and half.bias is not None:
