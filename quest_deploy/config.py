@@ -157,6 +157,62 @@ class ParityConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BenchConfig:
+    """What is drawn while time is measured, and how often.
+
+    Attributes:
+        prompts: Or classes; none for an unconditional model.
+        steps: Denoising steps.
+        guidance_scale: Of classifier-free guidance.
+        scheduler: By name; None for the model's own.
+        height: In pixels; None for the model's own.
+        width: In pixels; None for the model's own.
+        num_images: For each prompt.
+        batch_size: Images at a time.
+        runs: Measured runs of a process.
+        warmup: Runs before them.
+        rounds: How often the subjects take turns, each time in a new process.
+        threads: CPU threads; None leaves the choice to the runtime.
+    """
+
+    prompts: tuple[str, ...] = ()
+    steps: int = 25
+    guidance_scale: float = 7.5
+    scheduler: str | None = None
+    height: int | None = None
+    width: int | None = None
+    num_images: int = 1
+    batch_size: int = 1
+    runs: int = 3
+    warmup: int = 1
+    rounds: int = 3
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        problems: list[str] = []
+        at_least(problems, 1, runs=self.runs, rounds=self.rounds)
+        at_least(problems, 0, warmup=self.warmup)
+        if self.threads is not None:
+            at_least(problems, 1, threads=self.threads)
+        raise_if_any(problems, "bench")
+        GenerateConfig(**self.request())
+
+    def request(self) -> dict[str, Any]:
+        """The fields of :class:`GenerateConfig`."""
+        names = (
+            "prompts",
+            "steps",
+            "guidance_scale",
+            "scheduler",
+            "height",
+            "width",
+            "num_images",
+            "batch_size",
+        )
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True, kw_only=True)
 class ProgressEvent:
     """How far a stage is: `completed` of `total` units of `stage`, with the latest figures."""
 

@@ -61,5 +61,9 @@ class EngineInputError(QuestDeployError):
     """A tensor that an engine does not accept (name, shape or dtype)."""
 
 
+class BenchError(QuestDeployError):
+    """A measurement that cannot be made."""
+
+
 class ParityError(QuestDeployError):
     """A comparison that cannot be made (not one that failed: that is exit code 3)."""

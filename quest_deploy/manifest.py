@@ -20,6 +20,7 @@ COMMANDS = {
     "engines": "quest-deploy build-engine ONNX_DIR -o DIR",
     "images": "quest-deploy generate DIR PROMPT -o DIR",
     "parity": "quest-deploy parity REFERENCE CANDIDATE -o DIR",
+    "bench": "quest-deploy bench DIR -o DIR",
     "analysis": "quest-deploy analyze MODEL -o DIR",
 }
 STAGES = tuple(COMMANDS)

@@ -9,7 +9,18 @@ import click
 from quest_deploy import __version__
 
 # In the order of the path from a model to an image. Module and function are named after the verb.
-VERBS = ("finetune", "export", "lint", "build-engine", "generate", "parity", "analyze", "inspect", "doctor")
+VERBS = (
+    "finetune",
+    "export",
+    "lint",
+    "build-engine",
+    "generate",
+    "parity",
+    "bench",
+    "analyze",
+    "inspect",
+    "doctor",
+)
 
 
 class LazyGroup(click.Group):

@@ -1,0 +1,173 @@
+"""Measures one subject in this process: a job as JSON on standard input, its figures as the last line of output."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quest_deploy.config import GenerateConfig
+from quest_deploy.errors import QuestDeployError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from quest_deploy.engines.base import Engine
+    from quest_deploy.pipeline import Pipeline
+
+STATUS = Path("/proc/self/status")
+ERROR = "error"
+
+
+@dataclass
+class TimedEngine:
+    """An engine that notes how long each call takes.
+
+    Attributes:
+        engine: The engine.
+        synchronize: Waits for the device.
+        seconds: One figure for each call.
+    """
+
+    engine: Engine
+    synchronize: Callable[[], None]
+    seconds: list[float] = field(default_factory=list)
+
+    @property
+    def spec(self) -> Any:
+        """The component's inputs and outputs."""
+        return self.engine.spec
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.engine, name)
+
+    def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
+        """Run once."""
+        self.synchronize()
+        started = time.perf_counter()
+        outputs = self.engine(**inputs)
+        self.synchronize()
+        self.seconds.append(time.perf_counter() - started)
+        return outputs
+
+    def close(self) -> None:
+        """Free everything."""
+        self.engine.close()
+
+
+def measure(job: Mapping[str, Any]) -> dict[str, Any]:
+    """Draw the same images several times.
+
+    Returns:
+        `loops`, the seconds of each run; `calls`, by component, for each run the seconds of its calls; bytes of
+        memory; and what ran it.
+    """
+    import diffusers  # noqa: F401 - part of what every subject imports, and so of the baseline
+    import torch
+
+    from quest_deploy.pipeline import load_pipeline
+
+    if job["threads"] is not None:
+        torch.set_num_threads(job["threads"])
+    _import_runtime(job["backend"])
+    baseline = memory_bytes("VmRSS")
+    with load_pipeline(job["path"], backend=job["backend"], threads=job["threads"]) as pipeline:
+        synchronize = _synchronize(pipeline.device)
+        if job["compiled"]:
+            compile_components(pipeline)
+        timed = {name: TimedEngine(engine, synchronize) for name, engine in pipeline.engines.items()}
+        pipeline.engines = dict(timed)
+        config = GenerateConfig(**job["request"])
+        for _ in range(job["warmup"]):
+            _draw(pipeline, config)
+        loops: list[float] = []
+        calls: dict[str, list[list[float]]] = {name: [] for name in timed}
+        for _ in range(job["runs"]):
+            for engine in timed.values():
+                engine.seconds.clear()
+            synchronize()
+            started = time.perf_counter()
+            _draw(pipeline, config)
+            synchronize()
+            loops.append(time.perf_counter() - started)
+            for name, engine in timed.items():
+                calls[name].append([*engine.seconds])
+        device = pipeline.device
+    return {
+        "loops": loops,
+        "calls": calls,
+        "images": len(config.prompts) * config.num_images,
+        "memory_bytes": {
+            "imports": baseline,
+            "peak": memory_bytes("VmHWM") - baseline,
+            "device_peak": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+        },
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+    }
+
+
+def _draw(pipeline: Pipeline, config: GenerateConfig) -> None:
+    from quest_deploy.pipeline.draw import draw_batch, make_jobs
+
+    jobs = make_jobs(config)
+    for start in range(0, len(jobs), config.batch_size):
+        draw_batch(pipeline, config, jobs[start : start + config.batch_size], lambda images: None)
+
+
+def compile_components(pipeline: Pipeline) -> None:
+    """Let torch.compile compile every component, at its first call."""
+    import torch
+
+    from quest_deploy.engines.torch_runtime import TorchEngine
+
+    for engine in pipeline.engines.values():
+        assert isinstance(engine, TorchEngine) and engine.module is not None
+        engine.module = torch.compile(engine.module)  # type: ignore[assignment]
+
+
+def _import_runtime(backend: str) -> None:
+    if backend == "onnxruntime":
+        import onnxruntime  # noqa: F401
+    elif backend == "openvino":
+        import openvino  # noqa: F401
+
+
+def _synchronize(device: Any) -> Callable[[], None]:
+    import torch
+
+    return (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else lambda: None
+
+
+def memory_bytes(name: str, status: Path = STATUS) -> int:
+    """A field of this process's status in Linux, for example "VmRSS" (now) or "VmHWM" (at most so far)."""
+    for line in status.read_text(encoding="utf-8").splitlines():
+        key, _, value = line.partition(":")
+        if key == name:
+            return int(value.split()[0]) * 1024
+    raise ValueError(f"{status}: has no {name}")
+
+
+def main() -> int:
+    """Read a job, measure, and print the figures or one message."""
+    job = json.load(sys.stdin)
+    try:
+        result = measure(job)
+    except QuestDeployError as error:
+        result = {ERROR: str(error)}
+    except RuntimeError as error:
+        if not job["compiled"]:
+            raise
+        # The compiler's own errors are many; the first line names the cause.
+        result = {
+            ERROR: f"torch.compile failed: {(str(error).strip().splitlines() or ['no message'])[0][:300]}"
+        }
+    print(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

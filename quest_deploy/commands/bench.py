@@ -1,0 +1,99 @@
+"""`quest-deploy bench`: what an artifact costs to run, beside others in the same run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from quest_deploy.commands.progress import show_progress
+from quest_deploy.commands.verb import (
+    Result,
+    artifact_result,
+    format_size,
+    format_table,
+    output_option,
+    overwrite_option,
+    verb,
+)
+from quest_deploy.config import BenchConfig
+
+
+@click.command(short_help="Latency, throughput and memory.")
+@click.argument("subjects", metavar="DIR[:BACKEND]...", nargs=-1, required=True)
+@output_option
+@click.option(
+    "--prompt", "prompts", multiple=True, metavar="TEXT", help="May be given several times.  [default: one]"
+)
+@click.option("--steps", type=int, default=BenchConfig.steps, show_default=True, help="Denoising steps.")
+@click.option("--guidance-scale", type=float, default=BenchConfig.guidance_scale, show_default=True)
+@click.option("--scheduler", metavar="NAME", help="[default: the model's own]")
+@click.option("--height", type=int, help="Pixels.  [default: the model's own]")
+@click.option("--width", type=int, help="Pixels.  [default: the model's own]")
+@click.option(
+    "--num-images", type=int, default=BenchConfig.num_images, show_default=True, help="For each prompt."
+)
+@click.option("--batch-size", type=int, default=BenchConfig.batch_size, show_default=True)
+@click.option(
+    "--runs", type=int, default=BenchConfig.runs, show_default=True, help="Measured runs of a process."
+)
+@click.option("--warmup", type=int, default=BenchConfig.warmup, show_default=True, help="Runs before them.")
+@click.option(
+    "--rounds", type=int, default=BenchConfig.rounds, show_default=True, help="Processes for each DIR."
+)
+@click.option("--threads", type=int, help="CPU threads.  [default: the runtime's choice]")
+@overwrite_option
+@verb()
+def bench(
+    *, subjects: tuple[str, ...], output: Path, prompts: tuple[str, ...], overwrite: bool, **options: Any
+) -> Result:
+    """Measure how fast each DIR draws, and what memory it takes; the first is what the others are compared with.
+
+    A DIR is a model, checkpoint, ONNX or engines directory; `:BACKEND` after it runs it with that (for example
+    `onnx:openvino`), and `:torch-compile` compiles a model. They take turns, each time in a new process.
+    """
+    from quest_deploy.artifacts import stage_of
+    from quest_deploy.bench import bench as run
+    from quest_deploy.bench.stage import RESULT
+    from quest_deploy.bench.subject import parse_subject
+    from quest_deploy.files import read_json
+    from quest_deploy.model.spec import classes_of, family_of
+    from quest_deploy.prompts import load_prompts
+
+    if not prompts:
+        first = parse_subject(subjects[0]).path
+        stage_of(first)
+        if classes_of(first) is not None:
+            prompts = ("0",)
+        elif family_of(first).has_text:
+            prompts = load_prompts(default="heldout")[:1]
+    config = BenchConfig(prompts=prompts, **options)
+    with show_progress() as progress:
+        artifact = run(subjects, output, config, progress=progress, overwrite=overwrite)
+    result = read_json(artifact.path / RESULT)
+    written = artifact_result(artifact, f"open {output / 'bench.svg'}", bench=result)
+    return Result(data=written.data, text=f"{table(result)}\n{written.text}")
+
+
+def table(result: dict[str, Any]) -> str:
+    """One line for each subject."""
+    rows = [("what", "seconds", "p95", "images/s", "times as fast", "outside engines", "memory")]
+    base = next(iter(result["rows"].values()))["loop"]["median_s"]
+    for label, row in result["rows"].items():
+        if "loop" not in row:
+            rows.append((label, row["error"], *[""] * 5))
+            continue
+        loop, memory = row["loop"], row["memory_bytes"]
+        rows.append(
+            (
+                label,
+                f"{loop['median_s']:.3g}",
+                f"{loop['p95_s']:.3g}",
+                f"{loop['images_per_s']:.3g}",
+                f"{base / loop['median_s']:.2f}",
+                f"{100 * loop['overhead']:.1f} %",
+                format_size(memory["peak"] if memory["device_peak"] is None else memory["device_peak"]),
+            )
+        )
+    return format_table(rows)

@@ -1,0 +1,144 @@
+"""`quest-deploy bench`: figures from single calls, and whole runs on the tiny model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from quest_deploy.bench import bench
+from quest_deploy.bench.figures import percentile, summarize
+from quest_deploy.bench.plot import OUTSIDE, parts, plot
+from quest_deploy.bench.subject import parse_subject
+from quest_deploy.bench.worker import TimedEngine, memory_bytes
+from quest_deploy.commands import main
+from quest_deploy.config import BenchConfig
+from quest_deploy.errors import ArtifactError, BenchError, ConfigError
+
+SHORT: dict[str, Any] = {"prompts": ("pizza",), "steps": 2, "runs": 2, "warmup": 0, "rounds": 1, "threads": 1}
+
+
+def turn(loops: list[float], calls: dict[str, list[list[float]]], peak: int = 100) -> dict[str, Any]:
+    memory = {"imports": 50, "peak": peak, "device_peak": None}
+    return {"loops": loops, "calls": calls, "images": 2, "memory_bytes": memory, "device": "cpu"}
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.95, 95), (0.5, 50), (0.01, 1), (1.0, 100), (0.001, 1)])
+def test_percentiles_are_values_that_occurred(share: float, expected: int) -> None:
+    assert percentile([*range(100, 0, -1)], share) == expected
+
+
+def test_a_percentile_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="no values"):
+        percentile([], 0.5)
+
+
+def test_the_loop_the_calls_and_what_is_outside_of_them() -> None:
+    turns = [
+        turn([10.0, 12.0], {"unet": [[4.0, 4.0], [5.0, 4.0]], "vae_encoder": [[], []]}, peak=100),
+        turn([11.0], {"unet": [[4.0, 5.0]], "vae_encoder": [[]]}, peak=300),
+    ]
+    found = summarize(turns)
+    loop = found["loop"]
+    assert (loop["runs"], loop["median_s"], loop["p95_s"]) == (3, 11.0, 12.0)
+    assert loop["images_per_s"] == pytest.approx(2 / 11)
+    # 2 of 10, 3 of 12 and 2 of 11.
+    assert loop["overhead"] == pytest.approx(0.2)
+    assert found["components"] == {"unet": {"calls": 2, "median_s": 4.0, "p95_s": 5.0}}
+    assert found["memory_bytes"] == {"imports": 50, "peak": 300, "device_peak": None}
+
+
+def test_the_parts_of_a_run_are_its_calls_and_the_rest() -> None:
+    row = summarize([turn([10.0], {"unet": [[4.0, 4.0]], "vae_decoder": [[1.0]]})])
+    assert parts(row) == pytest.approx({"unet": 8.0, "vae_decoder": 1.0, OUTSIDE: 1.0})
+    picture = plot({"onnx": row, "engines": {"error": "no GPU"}})
+    assert "onnx" in picture
+    assert "engines" not in picture
+
+
+def test_an_engine_that_is_timed_answers_as_it_does_without() -> None:
+    class Double:
+        spec, device = "its spec", "cpu"
+
+        def __call__(self, **inputs: int) -> dict[str, int]:
+            return {name: 2 * value for name, value in inputs.items()}
+
+    waited: list[str] = []
+    timed = TimedEngine(Double(), lambda: waited.append("waited"))  # type: ignore[arg-type]
+    assert timed(x=2) == {"x": 4}  # type: ignore[arg-type,comparison-overlap]
+    assert (timed.spec, timed.device, len(timed.seconds), len(waited)) == ("its spec", "cpu", 1, 2)
+
+
+def test_memory_is_what_linux_says(tmp_path: Path) -> None:
+    status = tmp_path / "status"
+    status.write_text("Name:\tpython\nVmHWM:\t  2048 kB\nVmRSS:\t  1024 kB\n")
+    assert (memory_bytes("VmRSS", status), memory_bytes("VmHWM", status)) == (1024**2, 2 * 1024**2)
+    with pytest.raises(ValueError, match="VmPeak"):
+        memory_bytes("VmPeak", status)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "backend", "compiled"),
+    [("", "onnxruntime", False), (":openvino", "openvino", False), (":onnxruntime", "onnxruntime", False)],
+)
+def test_a_subject_is_a_directory_and_a_backend(
+    tiny_onnx: Path, suffix: str, backend: str, compiled: bool
+) -> None:
+    subject = parse_subject(f"{tiny_onnx}{suffix}")
+    assert (subject.path, subject.backend, subject.compiled) == (tiny_onnx, backend, compiled)
+
+
+def test_a_model_may_be_compiled(tiny_model: Path) -> None:
+    subject = parse_subject(f"{tiny_model}:torch-compile")
+    assert (subject.backend, subject.compiled) == ("torch", True)
+
+
+def test_what_cannot_run_is_refused_before_anything_is_measured(
+    tiny_onnx: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    for subject, error in (
+        (f"{tiny_onnx}:torch-compile", ConfigError),
+        (f"{tiny_model}:abacus", ConfigError),
+        (f"{tmp_path / 'missing'}", ArtifactError),
+    ):
+        with pytest.raises(error):
+            bench([str(tiny_onnx), subject], tmp_path / "bench", BenchConfig(**SHORT))
+    with pytest.raises(ConfigError, match="twice"):
+        bench([str(tiny_onnx)] * 2, tmp_path / "bench", BenchConfig(**SHORT))
+    assert not (tmp_path / "bench").exists()
+
+
+def test_every_mistake_of_a_configuration_is_told() -> None:
+    with pytest.raises(ConfigError) as error:
+        BenchConfig(runs=0, rounds=0, warmup=-1)
+    for name in ("runs", "rounds", "warmup"):
+        assert name in str(error.value)
+
+
+def test_the_command_measures_in_turns(tiny_onnx: Path, tiny_model: Path, tmp_path: Path) -> None:
+    arguments = ["--prompt", "pizza", "--steps", "2", "--runs", "2", "--rounds", "1", "--threads", "1"]
+    output = tmp_path / "bench"
+    done = CliRunner().invoke(
+        main, ["bench", str(tiny_model), str(tiny_onnx), "-o", str(output), "--json", *arguments]
+    )
+    assert done.exit_code == 0, done.output
+    result = json.loads((output / "bench.json").read_text())
+    assert json.loads(done.stdout)["bench"] == result
+    assert [row["backend"] for row in result["rows"].values()] == ["torch", "onnxruntime"]
+    for row in result["rows"].values():
+        loop, unet = row["loop"], row["components"]["unet"]
+        assert loop["runs"] == 2
+        assert unet["calls"] == 2
+        assert 0 < unet["calls"] * unet["median_s"] < loop["p95_s"]
+        assert 0 < loop["overhead"] < 1
+        assert row["memory_bytes"]["peak"] > 0
+    assert (output / "bench.svg").read_text().startswith("<?xml")
+
+
+def test_a_subject_that_fails_is_named(tiny_onnx: Path, tmp_path: Path) -> None:
+    with pytest.raises(BenchError, match="scheduler"):
+        bench([str(tiny_onnx)], tmp_path / "bench", BenchConfig(**{**SHORT, "scheduler": "abacus"}))
+    assert not (tmp_path / "bench").exists()
