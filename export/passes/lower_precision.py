@@ -13,7 +13,8 @@ from quest_deploy.model.spec import TIMESTEP
 
 FLOAT = ir.DataType.FLOAT
 DTYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
-PRODUCTS = ("Conv", "MatMul", "Gemm")
+MATRIX_PRODUCTS = ("MatMul", "Gemm")
+PRODUCTS = ("Conv", *MATRIX_PRODUCTS)
 # They take any type and give the one they are told, or no float.
 POLYMORPHIC = ("Cast", "Shape", "Size")
 # Inputs whose type the operator fixes: regions and scales of an image.
@@ -33,6 +34,8 @@ class LowerPrecision(ir.passes.InPlacePass):
        of a QuantizeLinear; every scale.
     3. DequantizeLinear gives `dtype` by its `output_dtype`, so that a scale is the same number as in float32. Scales of
        blocks of INT4 are the exception: products with such weights exist with scales of the product's type alone.
+       Other weights that meet a float activation in a MatMul or Gemm get a Cast behind: ONNX Runtime fuses such a pair
+       without a look at the types, and then refuses it.
     4. Must not touch integers, nor inputs that an operator wants in float32 (scales of Resize).
 
     Args:
@@ -54,6 +57,8 @@ class LowerPrecision(ir.passes.InPlacePass):
             if node.attributes.get_int("block_size", 0) and node.op_type == "DequantizeLinear":
                 self._convert_input(graph, node, 1, self.dtype, casts)
                 node.outputs[0].dtype = self.dtype
+            elif node.op_type == "DequantizeLinear" and is_weight_alone(node):
+                continue
             elif node.op_type == "DequantizeLinear":
                 node.attributes["output_dtype"] = ir.AttrInt64("output_dtype", self.dtype)
                 node.outputs[0].dtype = self.dtype
@@ -102,6 +107,26 @@ class LowerPrecision(ir.passes.InPlacePass):
             node.name = f"{name}/Cast"
             graph.append(node)
             graph.outputs[index] = output
+
+
+def is_weight_alone(dequantize: ir.Node) -> bool:
+    """Whether stored codes are for matrix products with float activations."""
+    codes = dequantize.inputs[0]
+    producer = None if codes is None else codes.producer()
+    if producer is not None and producer.op_type == "Cast":
+        codes = producer.inputs[0]
+    uses = list(dequantize.outputs[0].uses())
+    if codes is None or not codes.is_initializer() or not uses:
+        return False
+    return all(
+        use.node.op_type in MATRIX_PRODUCTS and not _other_has_codes(use.node, use.idx) for use in uses
+    )
+
+
+def _other_has_codes(product: ir.Node, operand: int) -> bool:
+    others = [value for index, value in enumerate(product.inputs[:2]) if index != operand]
+    producers = [None if value is None else value.producer() for value in others]
+    return any(producer is not None and producer.op_type == "DequantizeLinear" for producer in producers)
 
 
 def stays_float(graph: ir.Graph) -> set[ir.Node]:

@@ -165,7 +165,7 @@ def main() -> int:
         result = {
             ERROR: f"torch.compile failed: {(str(error).strip().splitlines() or ['no message'])[0][:300]}"
         }
-    print(json.dumps(result))
+    sys.stdout.write(json.dumps(result) + "\n")
     return 0
 
 

@@ -54,9 +54,9 @@ def test_the_loop_the_calls_and_what_is_outside_of_them() -> None:
 def test_the_parts_of_a_run_are_its_calls_and_the_rest() -> None:
     row = summarize([turn([10.0], {"unet": [[4.0, 4.0]], "vae_decoder": [[1.0]]})])
     assert parts(row) == pytest.approx({"unet": 8.0, "vae_decoder": 1.0, OUTSIDE: 1.0})
-    picture = plot({"onnx": row, "engines": {"error": "no GPU"}})
-    assert "onnx" in picture
-    assert "engines" not in picture
+    picture = plot({"measured-row": row, "failed-row": {"error": "no GPU"}})
+    assert "measured-row" in picture
+    assert "failed-row" not in picture
 
 
 def test_an_engine_that_is_timed_answers_as_it_does_without() -> None:

@@ -52,6 +52,13 @@ from quest_deploy.export.lint.rules.structure import (
     unsupported_operator,
     unsupported_type,
 )
+from quest_deploy.export.lint.rules.types import (
+    bfloat16_opset,
+    double_precision,
+    mixed_types,
+    output_type_opset,
+    packed_scale_type,
+)
 from quest_deploy.export.lint.view import View
 
 Rule = Callable[[View, str], Iterator[Problem]]
@@ -69,6 +76,11 @@ RULES: tuple[Rule, ...] = (
     scale_count,
     scale_opset,
     scale_type,
+    packed_scale_type,
+    output_type_opset,
+    bfloat16_opset,
+    mixed_types,
+    double_precision,
     mismatched_scales,
     weight_scale_axis,
     activation_scale_granularity,

@@ -20,6 +20,36 @@ from quest_deploy.export.lint.view import (
 
 # The smallest head that TensorRT for RTX has an attention kernel for (8 was refused, 16 to 256 were taken).
 _SMALLEST_HEAD = 16
+# Operators that ONNX Runtime's CPU provider has no bfloat16 kernel for (tried); a Clip without bounds is dropped.
+_NO_BFLOAT16 = frozenset(
+    (
+        *("Add", "Sub", "Mul", "Div", "Max", "Min", "Pow", "Equal", "Greater", "Less", "Neg", "Abs", "Floor"),
+        *(
+            "Exp",
+            "Log",
+            "Sqrt",
+            "Reciprocal",
+            "Sin",
+            "Cos",
+            "Erf",
+            "Tanh",
+            "Sigmoid",
+            "Relu",
+            "HardSwish",
+            "Gelu",
+        ),
+        *(
+            "Softplus",
+            "Softmax",
+            "ReduceMean",
+            "ReduceSum",
+            "Expand",
+            "GroupNormalization",
+            "InstanceNormalization",
+        ),
+        "Resize",
+    )
+)
 _HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
@@ -48,14 +78,19 @@ def unsupported_operator(view: View, target: str) -> Iterator[Problem]:
 def unsupported_type(view: View, target: str) -> Iterator[Problem]:
     """ONNX Runtime's CPU kernels do not compute in bfloat16, and misread a type that is given twice.
 
-    1. For ONNX Runtime: a product, Q or DQ of bfloat16 breaks.
+    1. For ONNX Runtime: a product, Q, DQ, and arithmetic of bfloat16 break; what only moves or casts values does not.
     2. For ONNX Runtime: a QuantizeLinear with both a zero-point and `output_dtype` int8 breaks.
     3. Must not fire on other targets.
     """
     if target != ONNX_RUNTIME:
         return
     nodes = [product.node for product in view.products if product.node.op_type not in INTEGER_PRODUCTS]
-    for node in (*nodes, *view.linear_nodes):
+    others = [
+        node
+        for node in view.model.graph.all_nodes()
+        if node.op_type in _NO_BFLOAT16 or (node.op_type == "Clip" and len(node.inputs) > 1)
+    ]
+    for node in (*nodes, *view.linear_nodes, *others):
         values = (*node.inputs[:2], *node.outputs)
         if any(value is not None and value.dtype == ir.DataType.BFLOAT16 for value in values):
             yield Problem(

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 # Each registers its patterns when it is imported.
-from tests.export.lint import pattern_places, pattern_scales, pattern_types
+from tests.export.lint import pattern_modes, pattern_places, pattern_scales, pattern_types
 from tests.export.lint.pattern_products import PATTERNS
 
-__all__ = ["PATTERNS", "pattern_places", "pattern_scales", "pattern_types"]
+__all__ = ["PATTERNS", "pattern_modes", "pattern_places", "pattern_scales", "pattern_types"]

@@ -102,6 +102,19 @@ REPRESENTATIVE = [
     "qlinear_conv",
     "quantize_without_dequantize",
     "scale_count_wrong",
+    "mode_int8_fp16",
+    "mode_int8_bf16",
+    "mode_int4_fp16",
+    "mode_int4_bf16",
+    "mode_int4_fp16_float_scale",
+    "mode_int4_fp32_half_scale",
+    "mode_int4_channel_fp16_float_scale",
+    "mode_int8_alone_fp16",
+    "float_conv_bf16_opset21",
+    "float_matmul_double",
+    "mixed_add",
+    "mixed_conv",
+    "double_sqrt",
 ]
 
 

@@ -55,6 +55,29 @@ FIRES: dict[str, list[tuple[str, str, str]]] = {
         ("fp16_float_scale_without_output_type", RTX, BREAKS),
         ("double_scale", ORT, BREAKS),
     ],
+    "packed-scale-type": [
+        ("mode_int4_fp16_float_scale", RTX, BREAKS),
+        ("mode_int4_fp32_half_scale", RTX, BREAKS),
+        ("mode_int4_channel_fp16_gemm", RTX, BREAKS),
+        ("mode_int4_fp16_float_scale", ORT, BREAKS),
+        ("mode_int8_alone_fp16", ORT, BREAKS),
+    ],
+    "output-type-opset": [
+        ("mode_int8_fp16_opset22", ORT, BREAKS),
+        ("mode_int8_fp16_opset22", RTX, WARNING),
+        ("quantize_output_type_opset19", ORT, BREAKS),
+    ],
+    "bfloat16-opset": [("float_conv_bf16_opset21", ORT, BREAKS), ("float_conv_bf16_opset21", RTX, WARNING)],
+    "mixed-types": [
+        *(("mixed_add", target, BREAKS) for target in (RTX, ORT, OV)),
+        ("mixed_matmul", RTX, BREAKS),
+        ("mixed_conv", RTX, BREAKS),
+    ],
+    "double-precision": [
+        ("double_sqrt", RTX, WARNING),
+        ("float_matmul_double", OV, WARNING),
+        ("float_conv_double", ORT, BREAKS),
+    ],
     "mismatched-scales": [("conv_other_scale_behind", RTX, WARNING)],
     "weight-scale-axis": [("conv_w8_axis1_a8", RTX, WARNING), ("matmul_w8_axis0_a8", ORT, BREAKS)],
     "activation-scale-granularity": [
@@ -93,7 +116,11 @@ FIRES: dict[str, list[tuple[str, str, str]]] = {
         ("matmul_nbits", RTX, BREAKS),
         ("qlinear_conv", OV, BREAKS),
     ],
-    "unsupported-type": [("conv_bf16", ORT, BREAKS), ("type_given_twice", ORT, BREAKS)],
+    "unsupported-type": [
+        ("conv_bf16", ORT, BREAKS),
+        ("type_given_twice", ORT, BREAKS),
+        ("bf16_add", ORT, BREAKS),
+    ],
     "attention-operator": [("attention_operator", RTX, BREAKS)],
     "quantize-without-dequantize": [
         ("quantize_cast", RTX, WARNING),
@@ -130,6 +157,27 @@ SILENT: dict[str, list[tuple[str, str]]] = {
         ("conv_w8a8_channel_opset12", RTX),
     ],
     "scale-type": [("conv_fp16_float_scale", RTX), ("conv_fp16_casts", ORT), ("double_scale", RTX)],
+    "packed-scale-type": [
+        ("mode_int4_fp16", RTX),
+        ("mode_int8_alone_fp16", RTX),
+        ("mode_int8_alone_fp16_cast", ORT),
+        ("mode_int8_alone_fp16_half_scale", ORT),
+        ("mode_int8_fp16", ORT),
+        ("mode_int4_fp16_float_scale", OV),
+    ],
+    "output-type-opset": [("mode_int8_fp16", ORT), ("output_dtype_int8", ORT), ("conv_w8a8_opset13", ORT)],
+    "bfloat16-opset": [
+        ("float_conv_bf16_opset22", ORT),
+        ("float_matmul_bf16", RTX),
+        ("float_conv_fp16", ORT),
+    ],
+    "mixed-types": [
+        ("mode_int8_fp16", RTX),
+        ("fp16_add", ORT),
+        ("half_scale_of_float_data", RTX),
+        ("float_matmul_double", RTX),
+    ],
+    "double-precision": [("double_input", RTX), ("double_constant", OV), ("float_matmul_double", ORT)],
     "mismatched-scales": [("conv_w8a8", RTX), ("conv_dynamic_scale", RTX), ("conv_scale_nan", RTX)],
     "weight-scale-axis": [
         ("conv_w8a8", RTX),
@@ -167,7 +215,12 @@ SILENT: dict[str, list[tuple[str, str]]] = {
     ],
     "mixed-codes": [("matmul_w8a8", RTX), ("conv_w8_uint8_zero", RTX), ("matmul_w4_tensor_a8", ORT)],
     "unsupported-operator": [("conv_w8a8", RTX), ("microsoft_domain", RTX), ("qlinear_matmul", OV)],
-    "unsupported-type": [("conv_bf16", RTX), ("conv_fp16", ORT), ("output_dtype_int8", ORT)],
+    "unsupported-type": [
+        ("conv_bf16", RTX),
+        ("conv_fp16", ORT),
+        ("output_dtype_int8", ORT),
+        ("bf16_cast_alone", ORT),
+    ],
     "attention-operator": [
         ("attention_operator_fp16", RTX),
         ("attention_qkv_softmax", RTX),
