@@ -31,6 +31,13 @@ from quest_deploy.files import (
     storage_errors,
     write_json,
 )
+from quest_deploy.foreign import (
+    GRAPH_PATTERN,
+    MODEL_INDEX_NAME,
+    OWN_PATTERNS,
+    foreign_manifest,
+    is_foreign_onnx,
+)
 from quest_deploy.manifest import (
     MANIFEST_NAME,
     SCHEMA_VERSION,
@@ -65,11 +72,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-MODEL_INDEX_NAME = "model_index.json"
 _MAX_PROBLEMS = 5
-# An artifact that lost its manifest must not pass for a model.
-_OWN_PATTERNS = ("*/model.plan", "quest.json")
-_GRAPH_PATTERN = "*/model.onnx"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +118,7 @@ def read_artifact(
                 f"make one with {made_by(stage)}"
             )
     if is_foreign_onnx(path):
-        manifest = _foreign_manifest(path)
+        manifest = foreign_manifest(path)
         return Artifact(path=path, manifest=manifest, digest=digest_of(manifest))
     manifest = read_manifest(path)
     problems = _differences(path, manifest, verify)
@@ -153,37 +156,6 @@ def _differences(path: Path, manifest: Manifest, verify: bool) -> list[str]:
     return problems + [f"{name} is not in the manifest (move it away)" for name in extra]
 
 
-def is_foreign_onnx(path: Path) -> bool:
-    """Whether `path` is a directory of ONNX files in optimum-onnx's layout that another tool wrote.
-
-    A directory of quest-deploy that lost its manifest is none, as far as it can be told by its other files.
-    """
-    return (
-        not (path / MANIFEST_NAME).exists()
-        and (path / MODEL_INDEX_NAME).is_file()
-        and any(path.glob(_GRAPH_PATTERN))
-        and not any(file for pattern in _OWN_PATTERNS for file in path.glob(pattern))
-    )
-
-
-def _foreign_manifest(path: Path) -> Manifest:
-    with remembered_digests() as cache:
-        files = {
-            name: FileEntry(sha256=cache.digest(path / name), size_bytes=(path / name).stat().st_size)
-            for name in list_files(path)
-            if not is_hidden(name)
-        }
-    return Manifest(
-        schema_version=SCHEMA_VERSION,
-        stage="onnx",
-        config={},
-        details={"foreign": True},
-        inputs={},
-        tools={},
-        files=files,
-    )
-
-
 def stage_of(path: Path) -> str:
     """Stage of what lies at `path`: "model" for a diffusers directory or a single file, "onnx" for any tool's ONNX."""
     path = Path(path)
@@ -194,7 +166,7 @@ def stage_of(path: Path) -> str:
     elif path.is_dir() and not (path / MANIFEST_NAME).exists():
         if is_foreign_onnx(path):
             return "onnx"
-        graphs = [file for pattern in (*_OWN_PATTERNS, _GRAPH_PATTERN) for file in path.glob(pattern)]
+        graphs = [file for pattern in (*OWN_PATTERNS, GRAPH_PATTERN) for file in path.glob(pattern)]
         if (path / MODEL_INDEX_NAME).is_file() and not graphs:
             return "model"
         what = (

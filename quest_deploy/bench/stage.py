@@ -20,8 +20,7 @@ from quest_deploy.artifacts import (
     write_artifact,
 )
 from quest_deploy.bench.figures import summarize
-from quest_deploy.bench.subject import Subject, parse_subject
-from quest_deploy.bench.worker import ERROR
+from quest_deploy.bench.subject import ERROR, Subject, parse_subject
 from quest_deploy.config import BenchConfig, ProgressEvent, to_dict
 from quest_deploy.errors import BenchError, ConfigError
 from quest_deploy.files import write_json

@@ -10,6 +10,8 @@ from quest_deploy.engines import resolve_backend
 from quest_deploy.errors import ConfigError
 
 COMPILED = "torch-compile"
+ERROR = "error"
+"""The key of a message in place of figures."""
 
 
 @dataclass(frozen=True)

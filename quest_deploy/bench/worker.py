@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quest_deploy.bench.subject import ERROR
 from quest_deploy.config import GenerateConfig
+from quest_deploy.engines.base import Closing
 from quest_deploy.errors import QuestDeployError
 
 if TYPE_CHECKING:
@@ -20,11 +22,10 @@ if TYPE_CHECKING:
     from quest_deploy.pipeline import Pipeline
 
 STATUS = Path("/proc/self/status")
-ERROR = "error"
 
 
 @dataclass
-class TimedEngine:
+class TimedEngine(Closing):
     """An engine that notes how long each call takes.
 
     Attributes:
@@ -37,10 +38,8 @@ class TimedEngine:
     synchronize: Callable[[], None]
     seconds: list[float] = field(default_factory=list)
 
-    @property
-    def spec(self) -> Any:
-        """The component's inputs and outputs."""
-        return self.engine.spec
+    def __post_init__(self) -> None:
+        self.spec = self.engine.spec
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.engine, name)
