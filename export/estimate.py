@@ -22,6 +22,8 @@ FLOAT32_BYTES = 4
 # each module; and how often the largest weight, and a file without external data, are in memory at once.
 BYTES_OF_MODULE = 250_000
 COPIES_OF_WEIGHT, COPIES_OF_FILE = 4, 5
+# Of the activations while operators are tried in half precision, on images of 256 x 256 pixels.
+BYTES_OF_TRIALS = 700_000_000
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -57,6 +59,8 @@ def estimate(source: Path, config: ExportConfig) -> list[ComponentEstimate]:
         disk = round(sum(count * size for count, size in sizes))
         largest = max((count for count, _ in sizes), default=0) * FLOAT32_BYTES
         memory = before + BYTES_OF_MODULE * sum(1 for _ in module.modules()) + COPIES_OF_WEIGHT * largest
+        if config.dtype != "fp32":
+            memory += BYTES_OF_TRIALS
         if disk <= INLINE_LIMIT_BYTES:
             memory += COPIES_OF_FILE * disk
         found.append(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,7 +16,6 @@ import torch
 from onnx import helper
 
 from quest_deploy.export.passes.lower_precision import DTYPES, FLOAT, narrowed, stays_float
-from quest_deploy.metrics import snr_db
 from quest_deploy.model.components import denoiser_inputs, unscaled
 from quest_deploy.model.conditioning.text import tokenize
 from quest_deploy.model.deferred import streamed
@@ -28,6 +28,7 @@ from quest_deploy.quantize import calibrate
 ROUNDING_SNR_DB = {"fp16": 72.0, "bf16": 54.0}
 # Five bits: an operator that cancels more of what it is given than this is better off in float32.
 LOSS_DB = 30.0
+PIECE = 1 << 20
 IR_VERSION = 10
 PROMPTS, STEPS, GUIDANCE_SCALE, SEED = 2, 4, 5.0, 0
 # A denoiser of more parameters is tried on fewer and smaller images: its operators are many, and each is tried.
@@ -116,7 +117,7 @@ def fragile_nodes(
                 assert node.name is not None
                 given = {name: _narrow(value, kind, rounded) for name, value in given.items()}
                 (got,) = session.run(outputs[:1], _fed(session, given | narrow))
-                found = _snr_db(computed[outputs[0]], rounded(got, kind))
+                found = _snr_db(computed[outputs[0]], got, kind)
                 worst[node.name] = min(found, worst.get(node.name, math.inf))
             values.update(computed)
         for name in {*_names(node.inputs)}:
@@ -125,8 +126,18 @@ def fragile_nodes(
             for name in (*_names(node.inputs), *outputs):
                 if not readers[name]:
                     values.pop(name, None)
+        if max(value.nbytes for value in computed.values()) >= PIECE:
+            del given, computed, constants, narrow, session
+            return_freed_memory()
     report(len(graph), len(graph))
     return {name: found for name, found in worst.items() if not found >= limit}
+
+
+def return_freed_memory() -> None:
+    """Let the C library give freed memory back, where it is glibc: what large arrays took, it would keep for good."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _computes_floats(node: ir.Node) -> bool:
@@ -192,11 +203,23 @@ def _narrow(
     return how(values, dtype).astype(np.float32) if values.dtype == np.float32 else values
 
 
-def _snr_db(expected: np.ndarray, got: np.ndarray) -> float:
-    finite = np.isfinite(expected)
-    if not np.array_equal(finite, np.isfinite(got)):
-        return -math.inf
-    return float(snr_db(*(torch.from_numpy(one[finite].reshape(1, -1)) for one in (expected, got))))
+def _snr_db(expected: np.ndarray, got: np.ndarray, dtype: ir.DataType) -> float:
+    """Signal-to-noise ratio of `got` rounded to `dtype`, in dB; -inf where it is infinite elsewhere than `expected`."""
+    signal = noise = 0.0
+    wanted, answered = expected.reshape(-1), got.reshape(-1)
+    # In pieces: in float64 and all at once this would take more memory than everything else.
+    for start in range(0, wanted.size, PIECE):
+        piece = slice(start, start + PIECE)
+        here, there = wanted[piece], rounded(answered[piece], dtype)
+        finite = np.isfinite(here)
+        if not np.array_equal(finite, np.isfinite(there)):
+            return -math.inf
+        exact = here[finite].astype(np.float64)
+        error = exact - there[finite]
+        signal, noise = signal + float(exact @ exact), noise + float(error @ error)
+    if noise == 0:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal else -math.inf
 
 
 def rounded(values: np.ndarray, dtype: ir.DataType) -> np.ndarray:

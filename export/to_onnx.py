@@ -48,7 +48,7 @@ STAGE = "onnx"
 MODEL_FILE = "model.onnx"
 EXTERNAL_DATA_FILE = "model.onnx_data"
 # protobuf ends at 2 GB; but checking a file holds it several times, and without its weights it is small.
-INLINE_LIMIT_BYTES = 128_000_000
+INLINE_LIMIT_BYTES = 50_000_000
 INDEX, SUMMARY = "model_index.json", "quest.json"
 
 
