@@ -7,7 +7,9 @@ from typing import Any
 
 from benchmarks.baselines.rows import FINETUNED
 from benchmarks.baselines.rows import ROWS as BASELINES
+from benchmarks.cpu_speed import GOAL_OVER_DIFFUSERS, GOAL_OVER_NNCF
 from benchmarks.kid import overlap
+from benchmarks.large import COMPONENT, LIMIT_RATIO
 from benchmarks.order import GOAL as ORDER_GOAL
 from benchmarks.runtimes import within_gates
 from benchmarks.tables import Table, interval, number, yes
@@ -32,6 +34,8 @@ def goals(results: dict[str, Any]) -> Table | None:
         "runtimes": _runtimes,
         "engines": _engines,
         "cost": _cost,
+        "large": _large,
+        "cpu_speed": _cpu_speed,
     }
     rows = [row for name, section in sections.items() if name in results for row in section(results[name])]
     if not rows:
@@ -122,3 +126,20 @@ def _cost(result: dict[str, Any]) -> Iterator[Row]:
         f"{took:.3f} s",
         yes(took < HELP_SECONDS_GOAL),
     )
+
+
+def _large(result: dict[str, Any]) -> Iterator[Row]:
+    peak, size = result["export"]["peak_memory_bytes"], result["components"][COMPONENT]["size_bytes"]
+    yield (
+        f"a model as large as SDXL: peak memory of its export at most {LIMIT_RATIO:g} x the U-Net's bytes and 1 GB",
+        f"{peak / size:.2f} x",
+        yes(peak <= result["limit_bytes"]),
+    )
+
+
+def _cpu_speed(result: dict[str, Any]) -> Iterator[Row]:
+    speed = result["speed"]
+    for other, goal in (("diffusers", GOAL_OVER_DIFFUSERS), ("openvino-nncf", GOAL_OVER_NNCF)):
+        ratio = speed["openvino-int8"] / speed[other]
+        name = "diffusers" if other == "diffusers" else "NNCF's int8"
+        yield f"W8A8 in OpenVINO at least {goal:g} times as fast as {name}", number(ratio), yes(ratio >= goal)
