@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+
+from quest_deploy.errors import ModelLoadError
 
 Read = Callable[[], Tensor]
 Owner = tuple[nn.Module, str]
@@ -96,6 +98,9 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
 
     Of several variants ("fp16", "non_ema") the one without a name counts, as in diffusers; the parts of a model are
     those that its index lists.
+
+    Raises:
+        ModelLoadError: a file is corrupt.
     """
     index = next(
         (file for file in sorted(folder.glob(f"*{INDEX_SUFFIX}")) if file.name.count(".") == 3), None
@@ -105,7 +110,14 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
         files = [folder / name for name in sorted(names)]
     else:
         files = [file for file in sorted(folder.glob("*.safetensors")) if file.name.count(".") == 1]
-    return {name: stored.stored(name) for stored in map(StoredFile, files) for name in stored}
+    return {name: stored.stored(name) for stored in map(_opened, files) for name in stored}
+
+
+def _opened(file: Path) -> StoredFile:
+    try:
+        return StoredFile(file)
+    except SafetensorError as error:
+        raise ModelLoadError(f"{file}: is corrupt ({error}); restore it from its source") from error
 
 
 def defer(module: nn.Module, name: str, shape: tuple[int, ...], dtype: torch.dtype, read: Read) -> None:
