@@ -25,8 +25,9 @@ EDGES = 0.1
 
 def sees_pictures(model: LoadedModel) -> bool:
     """Whether the denoiser is told of a picture beside the prompt."""
-    channels = int(model.denoiser_spec.inputs[0].shape[1])
-    return model.controlnet is not None or (model.family.reads_images and channels > model.latent_shape[0])
+    if model.controlnet is not None or not model.family.reads_images:
+        return model.controlnet is not None
+    return int(model.denoiser_spec.inputs[0].shape[1]) > model.latent_shape[0]
 
 
 def without_pictures(told: Mapping[str, Tensor]) -> dict[str, Tensor]:
