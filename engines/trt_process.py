@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -9,7 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 from quest_deploy.config import ProgressEvent
@@ -43,21 +44,23 @@ def run_worker(
     """
     built: dict[str, dict[str, Any]] = {}
     names = [component["name"] for component in job["components"]]
-    for event in _events(job, command):
-        kind = event.pop("event")
-        if kind == "log":
-            _log(event)
-        elif kind == "progress":
-            _report(progress, names, event["component"], event["percent"], event["phase"])
-        elif kind == "built":
-            built[event.pop("component")] = event
-            _report(progress, names, names[len(built) - 1], 100, "done")
-        else:
-            raise _failure(job, event)
+    # Closed at once: an interruption must end the worker before what it writes to is removed.
+    with contextlib.closing(_events(job, command)) as events:
+        for event in events:
+            kind = event.pop("event")
+            if kind == "log":
+                _log(event)
+            elif kind == "progress":
+                _report(progress, names, event["component"], event["percent"], event["phase"])
+            elif kind == "built":
+                built[event.pop("component")] = event
+                _report(progress, names, names[len(built) - 1], 100, "done")
+            else:
+                raise _failure(job, event)
     return built
 
 
-def _events(job: Mapping[str, Any], command: Sequence[str]) -> Iterator[dict[str, Any]]:
+def _events(job: Mapping[str, Any], command: Sequence[str]) -> Generator[dict[str, Any], None, None]:
     """Start the worker, give it the job, and yield its events until it ends well."""
     with tempfile.TemporaryFile() as stderr:
         # A session of its own: Ctrl-C reaches this process alone, which then decides what becomes of the worker.

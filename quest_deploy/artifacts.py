@@ -311,9 +311,10 @@ def _remove_empty(folders: list[Path]) -> None:
 def _temporary_sibling(output: Path) -> Iterator[Path]:
     """A new hidden directory beside `output`, locked while this process lives, removed if left at the end."""
     temporary = output.with_name(f".{output.name}.partial-{secrets.token_hex(4)}")
-    temporary.mkdir()
     handle = -1
     try:
+        # In here: a Ctrl-C may come as soon as the directory is there.
+        temporary.mkdir()
         handle = os.open(temporary, os.O_RDONLY)
         with contextlib.suppress(
             OSError
