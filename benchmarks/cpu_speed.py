@@ -17,9 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks import stages
 from benchmarks.environment import header
-from benchmarks.settings import Settings, write_recipe
+from benchmarks.settings import Settings, one_update, write_recipe
 from benchmarks.tables import Table, number
-from quest_deploy.config import PhaseConfig, Recipe
 from quest_deploy.manifest import MANIFEST_NAME
 
 if TYPE_CHECKING:
@@ -55,7 +54,7 @@ def run(settings: Settings) -> dict[str, Any]:
     if not (model / "model_index.json").is_file():
         subprocess.run([sys.executable, "-m", "benchmarks.cpu_speed", "model", str(folder)], check=True)
     checkpoint = folder / "checkpoint"
-    recipe = write_recipe(one_update(), settings.work / "recipes")
+    recipe = write_recipe(one_update(weight_bits=8, batch_size=1), settings.work / "recipes")
     arguments = ("finetune", str(model), "--recipe", str(recipe), "--seed", "0")
     stages.required(
         stages.make(
@@ -85,21 +84,6 @@ def run(settings: Settings) -> dict[str, Any]:
         "rows": rows,
         "speed": speed,
     }
-
-
-def one_update() -> Recipe:
-    """W8A8 with one update in each phase: the arithmetic is the same after more."""
-    return Recipe(
-        name="w8a8-one-update",
-        weight_bits=8,
-        activation_bits=8,
-        calibration_prompts=2,
-        validation_prompts=1,
-        calibration_steps=2,
-        initializer="nearest",
-        temporal=PhaseConfig(layers="temporal", steps=1, batch_size=1),
-        sensitive=PhaseConfig(layers="all", steps=1, batch_size=1),
-    )
 
 
 def write_model(folder: Path) -> None:

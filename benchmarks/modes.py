@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.environment import header
-from benchmarks.settings import MODEL, Settings
+from benchmarks.settings import MODEL, Settings, one_update
 from benchmarks.stages import PACKAGE, sources_digest
 from benchmarks.tables import MISSING, Table, number, yes
 from quest_deploy.artifacts import read_json, write_json
@@ -133,25 +133,8 @@ def _checkpoint(model: Path, folder: Path) -> Path:
 
     path = folder / "checkpoint"
     if not (path / MANIFEST_NAME).is_file():
-        finetune(model, path, FinetuneConfig(recipe=recipe()), overwrite=True)
+        finetune(model, path, FinetuneConfig(recipe=one_update(weight_bits=4, batch_size=2)), overwrite=True)
     return path
-
-
-def recipe() -> Any:
-    """W4A8 with one update in each phase: the codes are compared, not the pictures."""
-    from quest_deploy.config import PhaseConfig, Recipe
-
-    return Recipe(
-        name="one-update",
-        weight_bits=4,
-        activation_bits=8,
-        calibration_prompts=2,
-        validation_prompts=1,
-        calibration_steps=2,
-        initializer="nearest",
-        temporal=PhaseConfig(layers="temporal", steps=1, batch_size=2),
-        sensitive=PhaseConfig(layers="all", steps=1, batch_size=2),
-    )
 
 
 def _denoiser(onnx: Path) -> str:

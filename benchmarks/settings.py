@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from quest_deploy.config import Recipe, to_dict
+from quest_deploy.config import PhaseConfig, Recipe, to_dict
 from quest_deploy.prompts import load_prompts
 from quest_deploy.quantize.recipe import PACKAGED, load_recipe
 
@@ -106,3 +106,18 @@ def write_recipe(recipe: Recipe, folder: Path) -> Path:
     fields = {key: value for key, value in to_dict(recipe).items() if key != "name"}
     path.write_text(yaml.safe_dump(fields, sort_keys=False), encoding="utf-8")
     return path
+
+
+def one_update(*, weight_bits: int, batch_size: int) -> Recipe:
+    """8-bit activations and one update in each phase: for what codes and kernels are, not pictures."""
+    return Recipe(
+        name=f"w{weight_bits}a8-one-update",
+        weight_bits=weight_bits,
+        activation_bits=8,
+        calibration_prompts=2,
+        validation_prompts=1,
+        calibration_steps=2,
+        initializer="nearest",
+        temporal=PhaseConfig(layers="temporal", steps=1, batch_size=batch_size),
+        sensitive=PhaseConfig(layers="all", steps=1, batch_size=batch_size),
+    )
