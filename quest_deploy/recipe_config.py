@@ -112,6 +112,8 @@ class Recipe:
             what they answer at each recorded timestep, in float32 and linear in between, which replaces them.
         migration_exponent: How much of the difficulty a channel row moves from the activations to the weights, from 0
             to 1; "auto" tries three and none for each layer.
+        shared_inputs: Whether layers of one module that read the same tensor (queries, keys and values) share one
+            activation quantizer and channel row, so that an engine quantizes that tensor once.
         split: Whether convolutions over a skip concatenation have a grid for each half.
         attention_bits: 4 or 8, of queries, keys and values; None leaves the products of attention in float.
         softmax_bits: 8, of the attention's probabilities beside them; None leaves those in float.
@@ -149,6 +151,7 @@ class Recipe:
     channel_wise: bool = True
     temporal_path: TemporalPath = "quantized"
     migration_exponent: float | Literal["auto"] = "auto"
+    shared_inputs: bool = False
     split: bool = False
     attention_bits: int | None = None
     softmax_bits: int | None = None

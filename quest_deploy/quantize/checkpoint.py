@@ -70,9 +70,10 @@ def layer_tensors(layer: QuantizedLayer) -> dict[str, Tensor]:
     if layer.bias is not None:
         tensors["bias"] = layer.bias.detach()
     if layer.quantizer is not None:
-        tensors["group_scale"] = layer.quantizer.group_scale()
+        # Copies: layers that read one tensor may share the quantizer, and safetensors stores no tensor twice.
+        tensors["group_scale"] = layer.quantizer.group_scale().clone()
         if layer.quantizer.row is not None:
-            tensors["row"] = layer.quantizer.row
+            tensors["row"] = layer.quantizer.row.clone()
     return tensors
 
 

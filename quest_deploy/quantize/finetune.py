@@ -35,7 +35,7 @@ from quest_deploy.prompts import load_prompts
 from quest_deploy.quantize.attention import insert_attention
 from quest_deploy.quantize.auto_layers import check_auto, choose_layers
 from quest_deploy.quantize.checkpoint import freeze, save_checkpoint
-from quest_deploy.quantize.insert import LayerQParams, insert, quantizable_layers
+from quest_deploy.quantize.insert import LayerQParams, insert, quantizable_layers, share_quantizers
 from quest_deploy.quantize.layers import TimestepContext
 from quest_deploy.quantize.memory import prompts_at_once
 from quest_deploy.quantize.operands import PROMPTS_PER_STEP, find_operands
@@ -205,7 +205,10 @@ def _quantize(
     # The others find every part finished, and only read it.
     with workers.main_first():
         data = record(model, config, work, progress)
-        qparams = find_scales(model, data, bits, config, work, progress, timeless=trace.timeless)
+        siblings = trace.siblings if recipe.shared_inputs else ()
+        qparams = find_scales(
+            model, data, bits, config, work, progress, timeless=trace.timeless, siblings=siblings
+        )
         report = reporter(progress, "collect attention operands")
         operands = find_operands(
             model.denoiser,
@@ -225,6 +228,7 @@ def _quantize(
     student = make_student(model, qparams, rounded, context)
     trace = insert_tables(student, model.denoiser, trace, context, data.device)
     insert_attention(student, operands, context)
+    share_quantizers(student, siblings)
     student.to(data.device)
     inputs = Inputs(
         model=model,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -99,6 +99,22 @@ def insert(denoiser: nn.Module, qparams: Mapping[str, LayerQParams], context: Ti
     """
     replace_layers(denoiser, qparams, context)
     denoiser.register_forward_pre_hook(timestep_hook(context), with_kwargs=True)
+
+
+def share_quantizers(denoiser: nn.Module, siblings: Iterable[Sequence[str]]) -> None:
+    """Give layers that read one tensor the same activation quantizer, which then learns from all of them.
+
+    Args:
+        denoiser: With quantized layers; those of a group that start from other numbers keep their own quantizer.
+        siblings: Names, as `Trace.siblings` has them.
+    """
+    layers = quantized_layers(denoiser)
+    for names in siblings:
+        shared: ActivationQuantizer | None = None
+        for layer in (layers[name] for name in names if name in layers):
+            if shared is not None and layer.quantizer is not None and layer.quantizer.equals(shared):
+                layer.quantizer = shared
+            shared = shared or layer.quantizer
 
 
 def _arguments(layer: Quantizable, qparams: LayerQParams) -> tuple[Tensor, int, ActivationQuantizer | None]:

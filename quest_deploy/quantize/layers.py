@@ -79,6 +79,15 @@ class ActivationQuantizer(nn.Module):
         """float32 [G]: the scale of each timestep group."""
         return self.log_scale.detach().exp() if not self.frozen else self.stored_scale
 
+    def equals(self, other: ActivationQuantizer) -> bool:
+        """Whether `other` gives the same codes for every input."""
+        if (self.qmin, self.qmax, self.channel_axis) != (other.qmin, other.qmax, other.channel_axis):
+            return False
+        if (self.row is None) != (other.row is None):
+            return False
+        same_row = self.row is None or other.row is None or torch.equal(self.row, other.row)
+        return same_row and torch.equal(self.group_scale(), other.group_scale())
+
     def tables(self) -> tuple[Tensor, Tensor, Tensor]:
         """s (0-d), r [G] and 1/r [G]."""
         if self.frozen:
@@ -255,7 +264,8 @@ class QuantizedLayer(nn.Module):
         self.low_rank_a = self.low_rank_b = self.rounding = self.shared = self._cached = None
         self.register_buffer("codes", codes.clone())
         self.register_buffer("stored_weight_scale", scale.clone())
-        if self.quantizer is not None:
+        # Layers that read one tensor may share theirs.
+        if self.quantizer is not None and not self.quantizer.frozen:
             self.quantizer.freeze(group_scale)
         self.frozen = True
 

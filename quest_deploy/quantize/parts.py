@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from quest_deploy.config import FinetuneConfig, ProgressEvent, Recipe
 from quest_deploy.model.components import first_device
@@ -91,10 +93,11 @@ def find_scales(
     progress: Progress,
     *,
     timeless: Collection[str] = (),
+    siblings: Iterable[Sequence[str]] = (),
 ) -> dict[str, LayerQParams]:
     """Starting scales of every layer with `bits`, from what it is given on the recorded trajectories.
 
-    The `timeless` ones have one scale for all timesteps.
+    The `timeless` ones have one scale for all timesteps; `siblings` of the same bits share scales and channel row.
     """
     recipe = config.recipe
     saved = work.load("inputs")
@@ -120,10 +123,14 @@ def find_scales(
     qparams = {} if saved is None else unflatten_qparams(*saved)
     throttle = Throttle()
     layers = quantizable_layers(model.denoiser)
+    beside = {name: [other for other in names if other in inputs] for names in siblings for name in names}
     for done, name in enumerate(inputs, start=1):
         if name not in qparams:
             own = for_layer(recipe, name, timeless)
-            qparams[name] = initialize_one(layers[name], inputs[name], bits[name], own)
+            together = [other for other in beside.get(name, (name,)) if bits[other] == bits[name]]
+            qparams |= initialize_together(
+                {other: layers[other] for other in together}, inputs[name], bits[name], own
+            )
             if throttle.due() or done == len(inputs):
                 tensors, facts = flatten_qparams(qparams)
                 work.save("scales", tensors, **facts)
@@ -144,6 +151,31 @@ def initialize_one(layer: Quantizable, inputs: Tensor, bits: tuple[int, int], re
         channel_wise=recipe.channel_wise,
         migration_exponent=recipe.migration_exponent,
     )
+
+
+def initialize_together(
+    layers: Mapping[str, Quantizable], inputs: Tensor, bits: tuple[int, int], recipe: Recipe
+) -> dict[str, LayerQParams]:
+    """Starting scales of layers that read the same tensor: as of one layer with all their outputs.
+
+    Args:
+        layers: Linear, if there are several.
+        inputs: As `collect_inputs` gives them.
+        bits: Of weights and activations.
+        recipe: How.
+    """
+    weights = [layer.weight.detach().cpu() for layer in layers.values()]
+    if len(weights) == 1:
+        return {name: initialize_one(layer, inputs, bits, recipe) for name, layer in layers.items()}
+    joint = nn.Linear(weights[0].shape[1], sum(len(weight) for weight in weights), bias=False, device="meta")
+    joint.weight = nn.Parameter(torch.cat(weights), requires_grad=False)
+    found = initialize_one(joint, inputs, bits, recipe)
+    scales = found.weight_scale.split([len(weight) for weight in weights])
+    # Copies: safetensors stores no tensor twice.
+    return {
+        name: dataclasses.replace(copy.deepcopy(found), weight_scale=scale.clone())
+        for name, scale in zip(layers, scales, strict=True)
+    }
 
 
 def round_weights(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -198,6 +198,8 @@ class Trace:
         slots: Where on the tape those outputs are.
         outlets: Layers that carry time and whose output meets a stream, with no other layer between; where on the
             tape their outputs are, by name in module order.
+        siblings: Groups of linear layers of one module that read the very same tensor, as those of queries, keys and
+            values do; in module order.
     """
 
     roles: dict[str, Role]
@@ -207,6 +209,7 @@ class Trace:
     tape: Tape
     slots: tuple[Slot, ...]
     outlets: dict[str, Slot]
+    siblings: tuple[tuple[str, ...], ...] = ()
 
     def at_outlets(self) -> Trace:
         """The same, with the outlets for ends."""
@@ -328,6 +331,7 @@ def trace_denoiser(denoiser: nn.Module, spec: ComponentSpec) -> Trace:
         tape=recorder.tape,
         slots=tuple(outputs[name] for name in ends),
         outlets={name: slot for name, slot in outputs.items() if name in recorder.joined},
+        siblings=_siblings(layers, recorder.fed),
     )
 
 
@@ -345,6 +349,16 @@ def _role(
         if TIMESTEP in origin.inputs and not streams & origin.inputs:
             return "temporal"
     return "other"
+
+
+def _siblings(
+    layers: Mapping[str, nn.Module], fed: Mapping[str, Sequence[Origin]]
+) -> tuple[tuple[str, ...], ...]:
+    groups: dict[tuple[str, int], list[str]] = {}
+    for name, origins in fed.items():
+        if len(origins) == 1 and isinstance(layers[name], nn.Linear):
+            groups.setdefault((name.rpartition(".")[0], id(origins[0])), []).append(name)
+    return tuple(tuple(names) for names in groups.values() if len(names) > 1)
 
 
 def _is_inner(name: str, fed: Mapping[str, Origin]) -> bool:

@@ -67,9 +67,12 @@ def trainable(
     chosen = select(roles, phase.layers)
     groups: list[dict[str, object]] = []
     generator = torch.Generator().manual_seed(0)
+    known: set[int] = set()
 
     def add(name: str, parameter: Tensor | None, rate: float) -> None:
-        if parameter is not None and rate > 0:
+        # Layers that read one tensor share their quantizer.
+        if parameter is not None and rate > 0 and id(parameter) not in known:
+            known.add(id(parameter))
             parameter.requires_grad_(True)
             groups.append({"params": [parameter], "lr": rate, "base_lr": rate, "name": name})
 

@@ -54,6 +54,14 @@ def test_float_graph_computes_what_torch_computes(
     assert snr_db(expected, run_onnx(float_unet.proto, inputs)["out_sample"]) >= 90
 
 
+def test_layers_of_one_input_and_one_grid_read_the_same_codes(w4a4_unet: Exported) -> None:
+    quantized = [node.name for node in w4a4_unet.proto.graph.node if node.op_type == "QuantizeLinear"]
+    attention = [name for name in quantized if ".attn1.to_" in name and ".to_out." not in name]
+    assert attention and all(".attn1.to_q.quantizer" in name for name in attention)
+    to_keys = [name for name in quantized if ".attn2.to_k." in name]
+    assert to_keys and not any(".attn2.to_v." in name for name in quantized)
+
+
 @pytest.mark.parametrize(("batch", "steps", "height", "width", "sequence"), SHAPES)
 def test_codes_agree_layer_by_layer(
     w4a4_unet: Exported, batch: int, steps: int, height: int, width: int, sequence: int

@@ -17,8 +17,10 @@ from quest_deploy.quantize.insert import (
     insert,
     quantizable_layers,
     quantized_layers,
+    share_quantizers,
 )
 from quest_deploy.quantize.layers import QuantizedConv2d, QuantizedLinear, TimestepContext
+from quest_deploy.quantize.trace import Trace
 
 Make = Callable[[int, int], tuple[nn.Module, TimestepContext]]
 
@@ -84,6 +86,35 @@ def test_a_call_tells_its_timestep_to_every_layer(
     unet(torch.zeros(2, 4, 8, 8), *arguments, encoder_hidden_states=text, **named)
     assert context.group.tolist() == group
     assert all(layer.context is context for layer in quantized_layers(unet).values())
+
+
+def test_queries_keys_and_values_read_one_tensor(traced: Trace) -> None:
+    block = "down_blocks.0.attentions.0.transformer_blocks.0"
+    assert tuple(f"{block}.attn1.to_{part}" for part in "qkv") in traced.siblings
+    # Queries of a cross attention come from the image, its keys and values from the text.
+    assert tuple(f"{block}.attn2.to_{part}" for part in "kv") in traced.siblings
+    assert len({name for names in traced.siblings for name in names}) == sum(map(len, traced.siblings))
+    assert all(
+        name.rpartition(".")[2] in ("to_q", "to_k", "to_v") for names in traced.siblings for name in names
+    )
+
+
+def test_siblings_with_the_same_scales_share_a_quantizer(quantize_tiny: Make, traced: Trace) -> None:
+    unet, _ = quantize_tiny(4, 4)
+    layers = quantized_layers(unet)
+    (first, second, third), other = (
+        [layers[name] for name in names] for names in (traced.siblings[0], traced.siblings[1])
+    )
+    kept = other[0].quantizer
+    for layer in (first, second, third):
+        layer.quantizer.log_scale.data.fill_(-1.0)
+    other[1].quantizer.log_scale.data.add_(1.0)
+    share_quantizers(unet, traced.siblings)
+    assert first.quantizer is second.quantizer is third.quantizer
+    assert other[0].quantizer is kept and other[1].quantizer is not kept
+    for layer in layers.values():
+        layer.freeze()
+    assert all(layer.quantizer.frozen for layer in layers.values())
 
 
 @pytest.mark.parametrize(

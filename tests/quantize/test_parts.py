@@ -12,7 +12,8 @@ from quest_deploy.config import PhaseConfig, Recipe
 from quest_deploy.model.load import LoadedModel
 from quest_deploy.quantize import affine
 from quest_deploy.quantize.insert import quantizable_layers
-from quest_deploy.quantize.parts import initialize_one
+from quest_deploy.quantize.parts import initialize_one, initialize_together
+from quest_deploy.quantize.trace import Trace
 
 LAYER = "mid_block.resnets.0.conv1"
 PHASE = PhaseConfig(layers="none", steps=0)
@@ -28,3 +29,21 @@ def test_a_layer_has_the_row_of_the_recipes_exponent(
     row = initialize_one(layer, x, (4, 4), recipe).row
     assert row is not None
     assert torch.equal(row, affine.migration_row(x, layer.weight.detach(), exponent))
+
+
+def test_layers_that_read_one_tensor_start_from_one_grid_and_row(
+    float_model: LoadedModel, inputs: dict[str, Tensor], traced: Trace
+) -> None:
+    names = traced.siblings[0]
+    layers = {name: quantizable_layers(float_model.denoiser)[name] for name in names}
+    x = inputs[names[0]] * torch.linspace(0.01, 9, inputs[names[0]].shape[-1])
+    recipe = dataclasses.replace(RECIPE, migration_exponent=0.5)
+    found = initialize_together(layers, x, (4, 4), recipe)
+    every = torch.cat([layer.weight.detach() for layer in layers.values()])
+    for name, layer in layers.items():
+        assert torch.equal(found[name].row, affine.migration_row(x, every, 0.5))
+        assert torch.equal(found[name].group_scale, found[names[0]].group_scale)
+        alone = affine.search_weight_scale(layer.weight.detach() * found[name].row, 4)
+        assert torch.allclose(found[name].weight_scale, alone)
+    rows = [initialize_one(layer, x, (4, 4), recipe).row for layer in layers.values()]
+    assert not torch.equal(rows[0], rows[1])
