@@ -8,6 +8,7 @@ from typing import Any
 from benchmarks.baselines.rows import FINETUNED
 from benchmarks.baselines.rows import ROWS as BASELINES
 from benchmarks.cpu_speed import GOAL_OVER_DIFFUSERS, GOAL_OVER_NNCF
+from benchmarks.generation import LIMIT_MEMORY, LIMIT_OVERHEAD, ratios
 from benchmarks.kid import overlap
 from benchmarks.large import COMPONENT, LIMIT_RATIO
 from benchmarks.order import GOAL as ORDER_GOAL
@@ -36,6 +37,7 @@ def goals(results: dict[str, Any]) -> Table | None:
         "cost": _cost,
         "large": _large,
         "cpu_speed": _cpu_speed,
+        "generation": _generation,
     }
     rows = [row for name, section in sections.items() if name in results for row in section(results[name])]
     if not rows:
@@ -135,6 +137,17 @@ def _large(result: dict[str, Any]) -> Iterator[Row]:
         f"{peak / size:.2f} x",
         yes(peak <= result["limit_bytes"]),
     )
+
+
+def _generation(result: dict[str, Any]) -> Iterator[Row]:
+    rows = ratios(result)
+    for name, runtime in (("ort-w4a8", "ONNX Runtime"), ("openvino-w4a8", "OpenVINO")):
+        overhead = rows[name]["overhead"]
+        requirement = f"Generation in {runtime}: at most {100 * LIMIT_OVERHEAD:.0f} % outside engines"
+        yield requirement, f"{100 * overhead:.2f} %", yes(overhead <= LIMIT_OVERHEAD)
+    memory = rows["ort-w4a8"]["memory"]
+    requirement = f"W4A8 generation: at most {LIMIT_MEMORY} of torch fp32's peak memory"
+    yield requirement, number(memory), yes(memory <= LIMIT_MEMORY)
 
 
 def _cpu_speed(result: dict[str, Any]) -> Iterator[Row]:

@@ -25,6 +25,7 @@ HEADINGS = {
     "modes": "Architectures and export modes",
     "large": "Large models",
     "cpu_speed": "Speed on the CPU",
+    "generation": "Generation on the CPU",
     "analysis": "Sensitivity to low bits",
     "differences": "Differences from the published quantizers",
 }
@@ -35,7 +36,7 @@ INTRODUCTION = """\
 
 What was measured on the bundled reference model. `make bench` measures it again; one benchmark alone:
 `python -m benchmarks quality` (or `baselines`, `ablation`, `kid`, `order`, `cost`, `engines`, `runtimes`, `families`,
-`modes`, `large`, `cpu_speed`, `analysis`, `differences`).
+`modes`, `large`, `cpu_speed`, `generation`, `analysis`, `differences`).
 """
 
 

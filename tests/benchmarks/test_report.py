@@ -66,6 +66,7 @@ def everything(made_up: ModuleType) -> dict[str, dict]:
         "modes": made_up.modes(),
         "large": made_up.large(),
         "cpu_speed": made_up.cpu_speed(),
+        "generation": made_up.generation(),
         "analysis": {**made_up.HEADER, **SENSITIVITY},
         "differences": {**made_up.HEADER, **DIFFERENCES},
     }
@@ -220,5 +221,8 @@ def test_goals_of_large_exports_and_of_speed(everything: dict[str, dict]) -> Non
     assert met(everything, "a model as large as SDXL") == "yes"
     # OpenVINO's int8 takes 3 s, diffusers 8 and NNCF's model 2.
     assert met(everything, "W8A8 in OpenVINO at least 2.5 times") == "**no**"
+    assert met(everything, "Generation in ONNX Runtime") == "yes"
+    assert met(everything, "Generation in OpenVINO") == "**no**"
+    assert met(everything, "W4A8 generation") == "yes"
     assert met(everything, "W8A8 with 8-bit attention in OpenVINO at least 2.5 times") == "yes"
     assert met(everything, "W8A8 in OpenVINO at least 1 times") == "**no**"

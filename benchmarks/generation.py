@@ -1,0 +1,107 @@
+"""What `generate` costs on the CPU beside its engines: the overhead of its loop, and peak memory (`quest-deploy bench`).
+
+The model is that of :mod:`benchmarks.cpu_speed`, drawn with guidance at 64 x 64 latents; weights are random, so there
+is nothing to see.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+from benchmarks import cpu_speed, stages
+from benchmarks.environment import header
+from benchmarks.settings import Settings, one_update, write_recipe
+from benchmarks.tables import Table, number, yes
+from quest_deploy.artifacts import read_json
+
+NAME = "generation"
+STEPS, THREADS, RUNS, ROUNDS = 4, 2, 2, 2
+LIMIT_OVERHEAD, LIMIT_MEMORY = 0.03, 0.6
+FLOAT, QUANTIZED = "fp32", "w4a8"
+# A row's label; the directory below the work folder, and what runs it.
+ROWS = {
+    "torch-fp32": ("torch, fp32 (the modules of diffusers)", "model", "torch"),
+    "ort-fp32": ("ONNX Runtime, fp32", FLOAT, "onnxruntime"),
+    "ort-w4a8": ("ONNX Runtime, W4A8", QUANTIZED, "onnxruntime"),
+    "openvino-w4a8": ("OpenVINO, W4A8", QUANTIZED, "openvino"),
+}
+
+
+def run(settings: Settings) -> dict[str, Any]:
+    """Make the files, then let `quest-deploy bench` measure all rows in turn."""
+    folder = settings.work / NAME
+    model, checkpoint = folder / "model", folder / "checkpoint"
+    if not (model / "model_index.json").is_file():
+        subprocess.run([sys.executable, "-m", "benchmarks.cpu_speed", "model", str(folder)], check=True)
+    recipe = write_recipe(one_update(weight_bits=4, batch_size=1), settings.work / "recipes")
+    finetune = ("finetune", str(model), "--seed", "0", "--recipe", str(recipe))
+    made = {"inputs": (model,), "sources": stages.QUANTIZER}
+    stages.required(stages.make(settings, f"finetune {NAME}", finetune, checkpoint, **made))
+    for name, source in ((FLOAT, model), (QUANTIZED, checkpoint)):
+        export = ("export", str(source))
+        stages.required(
+            stages.make(settings, f"export {NAME}-{name}", export, folder / name, inputs=(source,))
+        )
+    subjects = [f"{folder / name}:{backend}" for _, name, backend in ROWS.values()]
+    options = {"steps": STEPS, "threads": THREADS, "runs": RUNS, "rounds": ROUNDS}
+    arguments = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    output, paths = folder / "bench", (model, folder / FLOAT, folder / QUANTIZED)
+    stages.required(
+        stages.make(settings, f"bench {NAME}", ("bench", *subjects, *arguments), output, inputs=paths)
+    )
+    found = read_json(output / "bench.json")
+    return {
+        **header(settings),
+        "options": options,
+        "machine": found["machine"],
+        "rows": dict(zip(ROWS, found["rows"].values(), strict=True)),
+    }
+
+
+def ratios(result: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """By row: times as fast as the first, its share of the first's peak memory, and the loop's overhead."""
+    rows = result["rows"]
+    base = rows["torch-fp32"]
+    return {
+        name: {
+            "speed": base["loop"]["median_s"] / row["loop"]["median_s"],
+            "memory": row["memory_bytes"]["peak"] / base["memory_bytes"]["peak"],
+            "overhead": row["loop"]["overhead"],
+        }
+        for name, row in rows.items()
+    }
+
+
+def tables(result: dict[str, Any]) -> list[Table]:
+    """One row for each runtime."""
+    options = result["options"]
+    return [
+        Table(
+            title="Generation on the CPU: the whole loop",
+            columns=(
+                "what",
+                "times as fast",
+                "outside engines",
+                "at most 3 %",
+                "peak memory, share of torch fp32's",
+            ),
+            rows=tuple(
+                (
+                    ROWS[name][0],
+                    number(row["speed"]),
+                    f"{100 * row['overhead']:.2f} %",
+                    yes(row["overhead"] <= LIMIT_OVERHEAD),
+                    number(row["memory"]),
+                )
+                for name, row in ratios(result).items()
+            ),
+            labels=1,
+            note="`quest-deploy bench` on BK-SDM-Tiny's U-Net with 323 million random weights: one image of "
+            f"{cpu_speed.LATENTS} x {cpu_speed.LATENTS} latents with guidance, {options['steps']} steps, "
+            f"{options['threads']} threads; medians of {options['runs'] * options['rounds']} runs in "
+            f"{options['rounds']} processes each. Memory counts from the moment all libraries are imported. Goals: at "
+            f"most {100 * LIMIT_OVERHEAD:.0f} % outside engines; W4A8 in ONNX Runtime at most {LIMIT_MEMORY} of the memory.",
+        )
+    ]
