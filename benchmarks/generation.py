@@ -1,4 +1,4 @@
-"""What `generate` costs on the CPU beside its engines: the overhead of its loop, and peak memory (`quest-deploy bench`).
+"""What `generate` costs on the CPU beside its engines: its loop's overhead, and peak memory (`quest-deploy bench`).
 
 The model is that of :mod:`benchmarks.cpu_speed`, drawn with guidance at 64 x 64 latents; weights are random, so there
 is nothing to see.
@@ -102,6 +102,6 @@ def tables(result: dict[str, Any]) -> list[Table]:
             f"{cpu_speed.LATENTS} x {cpu_speed.LATENTS} latents with guidance, {options['steps']} steps, "
             f"{options['threads']} threads; medians of {options['runs'] * options['rounds']} runs in "
             f"{options['rounds']} processes each. Memory counts from the moment all libraries are imported. Goals: at "
-            f"most {100 * LIMIT_OVERHEAD:.0f} % outside engines; W4A8 in ONNX Runtime at most {LIMIT_MEMORY} of the memory.",
+            f"most {100 * LIMIT_OVERHEAD:.0f} % outside engines; W4A8 in ONNX Runtime {LIMIT_MEMORY} of the memory.",
         )
     ]
