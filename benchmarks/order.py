@@ -11,6 +11,8 @@ alone. What the published code writes to disk and reads back between passes is l
 from __future__ import annotations
 
 import json
+import os
+import socket
 import subprocess
 import sys
 import time
@@ -31,10 +33,13 @@ NAME = "order"
 RECIPE = "w4a8"
 ORDERS = {
     "here": "quest-deploy",
+    "here-shared": "quest-deploy, two processes of one thread (`accelerate launch`)",
     "published": "published order, and quantizers as published code writes them",
     "published-order": "published order, this project's quantizers",
     "update-a-pass": "the same with an update for every pass",
 }
+OWN = ("here", "here-shared")
+SHARED = "here-shared"
 REPETITIONS = 3
 PROMPTS = 8
 UPDATES, PASSES, WARM_UP = 4, 40, 3
@@ -50,11 +55,37 @@ def run(settings: Settings) -> dict[str, Any]:
     for repetition in range(1 if settings.quick else REPETITIONS):
         for order, times in found.items():
             print(f"\n{order}, {repetition + 1}", flush=True)
-            command = [sys.executable, "-m", "benchmarks.order", order, "quick" if settings.quick else "full"]
-            done = subprocess.run(command, check=True, capture_output=True, text=True)
-            times.append(json.loads(done.stdout.splitlines()[-1]))
+            times.append(_processes(order, quick=settings.quick))
     rows = {order: _least(times) for order, times in found.items()}
     return {**header(settings), "recipe": RECIPE, "rows": rows, "ratios": ratios(rows)}
+
+
+def _processes(order: str, *, quick: bool) -> dict[str, Any]:
+    """Figures of a loop in a process of its own; or in two that share updates, as `accelerate launch` starts them."""
+    command = [sys.executable, "-m", "benchmarks.order", order, "quick" if quick else "full"]
+    if order != SHARED:
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        return dict(json.loads(done.stdout.splitlines()[-1]))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    together = {
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "ACCELERATE_USE_CPU": "true",
+    }
+    running = [
+        subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **together, "RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1"},
+        )
+        for rank in ("0", "1")
+    ]
+    found = [json.loads(process.communicate()[0].splitlines()[-1]) for process in running]
+    return {**found[0], "peak_memory_bytes": sum(one["peak_memory_bytes"] for one in found)}
 
 
 def _least(times: list[dict[str, Any]]) -> dict[str, Any]:
@@ -69,10 +100,10 @@ def _least(times: list[dict[str, Any]]) -> dict[str, Any]:
 
 def ratios(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
     """How many times as long each other loop takes: by phase, and for the published passes of both."""
-    here = rows["here"]
+    here = rows[SHARED]
     result = {}
     for order, row in rows.items():
-        if order != "here":
+        if order != SHARED:
             result[order] = {
                 "phase_1": round(row["phase_1_ms"] / here["phase_1_ms"], 2),
                 "phase_2": round(row["phase_2_ms"] / here["phase_2_ms"], 2),
@@ -101,7 +132,7 @@ def worker(order: str, *, quick: bool) -> dict[str, Any]:
         temporal = name == "phase_1"
         groups = train.trainable(task.student, phase, task.trace.roles, temporal=temporal)
         optimizer = torch.optim.Adam(groups, lr=1.0)
-        if order == "here":
+        if order in OWN:
             cost[f"{name}_ms"] = _here(task, phase, optimizer, temporal=temporal, quick=quick)
         else:
             gathered = 1 if order == "update-a-pass" else GATHERED[name]
@@ -120,6 +151,7 @@ def _task(*, quick: bool) -> tuple[Task, dict[str, PhaseConfig]]:
     from quest_deploy.quantize.finetune import make_student, prepare
     from quest_deploy.quantize.insert import quantizable_layers
     from quest_deploy.quantize.layers import TimestepContext
+    from quest_deploy.quantize.parallel import find_workers
     from quest_deploy.quantize.parts import initialize_one
     from quest_deploy.quantize.phases import Inputs, make_task
     from quest_deploy.quantize.recipe import load_recipe
@@ -145,20 +177,30 @@ def _task(*, quick: bool) -> tuple[Task, dict[str, PhaseConfig]]:
     student = make_student(model, qparams, {}, context)
     student.requires_grad_(False)
     task = make_task(
-        Inputs(model=model, student=student, trace=trace, data=data, context=context, config=config)
+        Inputs(
+            model=model,
+            student=student,
+            trace=trace,
+            data=data,
+            context=context,
+            config=config,
+            workers=find_workers("cpu"),
+        )
     )
     return task, {"phase_1": recipe.temporal, "phase_2": recipe.sensitive}
 
 
 def _here(task: Task, phase: PhaseConfig, optimizer: Any, *, temporal: bool, quick: bool) -> float:
     """Milliseconds a pass in this project's loop."""
-    from quest_deploy.quantize.train import TIMESTEPS_PER_LOCAL_BATCH, _backpropagate
+    from quest_deploy.quantize.train import TIMESTEPS_PER_LOCAL_BATCH, _backpropagate, learned
 
     def update(step: int) -> None:
         optimizer.zero_grad(set_to_none=True)
-        _backpropagate(task, phase, step, temporal=temporal)
+        loss = _backpropagate(task, phase, step, temporal=temporal)
+        task.workers.sum_gradients(parameters, loss)
         optimizer.step()
 
+    parameters = list(learned(optimizer.param_groups).values())
     branches = task.data.targets.shape[2]
     network = (phase.batch_size + phase.walks * task.objective.walk_length) * branches
     # Whole periods of the updates that see the network's output.
@@ -272,7 +314,7 @@ def tables(result: dict[str, Any]) -> list[Table]:
                 f"{memory / 1e6:,.0f} MB",
             )
         )
-    first = result["rows"]["here"]
+    threads = result["rows"]["here"]["torch_threads"]
     passes = " and ".join(f"{count:,}" for count in PUBLISHED_PASSES.values())
     return [
         Table(
@@ -280,12 +322,13 @@ def tables(result: dict[str, Any]) -> list[Table]:
             columns=("loop", "phase 1", "phase 2", "both", "peak memory of the process"),
             rows=tuple(rows),
             labels=1,
-            note=f"{result['recipe'].upper()}, {first['torch_threads']} thread(s), least of {first['repetitions']}. A "
-            "pass is the gradient of one latent at one timestep in one branch; in phase 1, of the loss of the layers "
-            "that carry time at one timestep. In the published order network, gradient and loss are of one sample at "
-            "a time, with an update after two (phase 1) or four; here an update has pairs, walks and, in phase 1, 256 "
-            f"timesteps of those layers alone. Both: the published passes for Stable Diffusion, {passes}. Network, "
-            "layers that learn and targets are the same; what the published code writes to disk and reads is left out.",
+            note=f"{result['recipe'].upper()}; {threads} thread(s) in all; least of "
+            f"{result['rows']['here']['repetitions']}. A pass is the gradient of one latent at one timestep in one "
+            "branch; in phase 1, of the loss of the layers that carry time at one timestep. In the published order "
+            "network, gradient and loss are of one sample at a time, with an update after two (phase 1) or four; here "
+            "an update has pairs, walks and, in phase 1, 256 timesteps of those layers alone. Both: the passes published "
+            f"for Stable Diffusion, {passes}. Network, layers that learn and targets are the same; what the published "
+            "code writes to disk and reads is left out.",
         )
     ]
 
