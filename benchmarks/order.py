@@ -326,9 +326,9 @@ def tables(result: dict[str, Any]) -> list[Table]:
             f"{result['rows']['here']['repetitions']}. A pass is the gradient of one latent at one timestep in one "
             "branch; in phase 1, of the loss of the layers that carry time at one timestep. In the published order "
             "network, gradient and loss are of one sample at a time, with an update after two (phase 1) or four; here "
-            "an update has pairs, walks and, in phase 1, 256 timesteps of those layers alone. Both: the passes published "
-            f"for Stable Diffusion, {passes}. Network, layers that learn and targets are the same; what the published "
-            "code writes to disk and reads is left out.",
+            "an update has pairs, walks and, in phase 1, 256 timesteps of those layers alone. Both: passes "
+            f"published for Stable Diffusion, {passes}. Network, layers that learn and targets are the same; what the "
+            "published code writes to disk and reads is left out.",
         )
     ]
 
