@@ -33,7 +33,7 @@ VARIANTS = {
     "no-walks": "no walks",
     "uniform": "4-bit activations in the residual projections too",
     "split": "a grid for each half of a skip concatenation",
-    "attention-8": "8-bit queries, keys and values",
+    "attention-8": "8-bit queries and keys",
     "attention-8-softmax-8": "8-bit queries, keys, values and softmax",
     "attention-4-softmax-8": "4-bit queries, keys and values, 8-bit softmax",
     "table": "time-embedding tables instead of a quantized time path",

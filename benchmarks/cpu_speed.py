@@ -34,7 +34,7 @@ ROWS = {
     "openvino-fp32": "OpenVINO, fp32",
     "openvino-bf16": "OpenVINO, bf16",
     "openvino-int8": "OpenVINO, quest-deploy W8A8",
-    "openvino-attention": "OpenVINO, quest-deploy W8A8, queries, keys and values too",
+    "openvino-attention": "OpenVINO, quest-deploy W8A8, queries and keys too",
     "openvino-attention-bf16": "the same, bf16 where the graph has float",
     "openvino-nncf": "OpenVINO, int8 by NNCF",
 }

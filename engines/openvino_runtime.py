@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,48 @@ PRECISION = "f32"
 _NOISE = ("Exception from ", "Check '")
 
 
-class OpenVinoEngine(Closing):
-    """One compiled component."""
+# Graphs of fixed shapes are faster; each is a copy of the weights.
+MAX_STATIC = 2
 
-    def __init__(self, spec: ComponentSpec, compiled: Any) -> None:
+Shapes = tuple[tuple[str, tuple[int, ...]], ...]
+
+
+class Graph:
+    """An ONNX file that is compiled for one set of input shapes after another.
+
+    Raises:
+        ArtifactError: OpenVINO does not take it.
+    """
+
+    def __init__(self, core: Any, path: Path, options: Mapping[str, Any]) -> None:
+        self.core, self.path, self.options = core, path, options
+        try:
+            self.model: Any = core.read_model(path)
+        except RuntimeError as error:
+            raise ArtifactError(
+                f"'{path}': OpenVINO cannot load it ({_cause(error)}); `quest-deploy lint {path} --target openvino` "
+                "says more, and `quest-deploy export --target onnxruntime` writes graphs that it takes"
+            ) from error
+
+    def compile(self, shapes: Shapes | None) -> Any:
+        """The graph for `shapes` alone, or (None) for any."""
+        # Not kept: it holds the weights as they lie on disk.
+        model, self.model = self.model or self.core.read_model(self.path), None
+        if shapes is not None:
+            model.reshape({name: list(shape) for name, shape in shapes})
+        return self.core.compile_model(model, DEVICE, self.options)
+
+
+class OpenVinoEngine(Closing):
+    """One component, compiled for the input shapes that it is first called with.
+
+    Two sets of shapes have graphs of their own, compiled at their first call; all others share one for any shape.
+    """
+
+    def __init__(self, spec: ComponentSpec, graph: Graph) -> None:
         self.spec = spec
-        self.compiled = compiled
-        self.request = compiled.create_infer_request()
+        self.graph: Graph | None = graph
+        self.requests: dict[Shapes | None, Any] = {}
 
     def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
         """Run once: CPU tensors in, CPU tensors out; outputs are copies, which the next run leaves alone.
@@ -41,22 +77,32 @@ class OpenVinoEngine(Closing):
             EngineInputError: a name, type or shape that the component does not take.
         """
         check_inputs(self.spec, inputs)
-        if self.request is None:
+        if self.graph is None:
             raise RuntimeError(f"{self.spec.name}: the engine is closed")
         try:
-            self.request.infer(as_arrays(inputs))
+            request = self.request(self.graph, inputs)
+            request.infer(as_arrays(inputs))
         except RuntimeError as error:
             raise cannot_run(self.spec, "OpenVINO", inputs, _cause(error)) from error
         outputs = (tensor.name for tensor in self.spec.outputs)
-        return {name: torch.from_numpy(self.request.get_tensor(name).data.copy()) for name in outputs}
+        return {name: torch.from_numpy(request.get_tensor(name).data.copy()) for name in outputs}
+
+    def request(self, graph: Graph, inputs: Mapping[str, Tensor]) -> Any:
+        """What runs inputs of these shapes."""
+        shapes: Shapes | None = tuple((name, tuple(tensor.shape)) for name, tensor in sorted(inputs.items()))
+        if shapes not in self.requests and len(self.requests) >= MAX_STATIC:
+            shapes = None
+        if shapes not in self.requests:
+            self.requests[shapes] = graph.compile(shapes).create_infer_request()
+        return self.requests[shapes]
 
     def close(self) -> None:
-        self.request = None
-        self.compiled = None
+        self.graph = None
+        self.requests.clear()
 
 
 def load_openvino_engines(onnx_dir: Path, *, threads: int | None = None) -> dict[str, Engine]:
-    """Compile every component of an `onnx` artifact.
+    """Read every component of an `onnx` artifact; each is compiled when it is first called.
 
     Args:
         onnx_dir: The artifact; its hashes are verified first.
@@ -81,40 +127,25 @@ def load_openvino_engines(onnx_dir: Path, *, threads: int | None = None) -> dict
     engines: dict[str, Engine] = {}
     fitted = fitted_components(source)
     for name, spec in component_specs(source.path).items():
-        compiled = compile_graph(core, source.path / name / ONNX_NAME, options)
+        graph = Graph(core, source.path / name / ONNX_NAME, options)
         if name in fitted:
-            engines[name] = AdaptedEngine(fitted[name], OpenVinoEngine(fitted[name].graph, compiled))
+            engines[name] = AdaptedEngine(fitted[name], OpenVinoEngine(fitted[name].graph, graph))
             continue
-        check_names(spec, compiled)
-        engines[name] = OpenVinoEngine(spec, compiled)
-    logger.debug("compiled %s with OpenVINO at %s", source.path, PRECISION)
+        check_names(spec, graph.model)
+        engines[name] = OpenVinoEngine(spec, graph)
+    logger.debug("read %s with OpenVINO at %s", source.path, PRECISION)
     return engines
 
 
-def compile_graph(core: Any, path: Path, options: dict[str, Any]) -> Any:
-    """Read and compile one graph.
-
-    Raises:
-        ArtifactError: OpenVINO does not take it.
-    """
-    try:
-        return core.compile_model(core.read_model(path), DEVICE, options)
-    except RuntimeError as error:
-        raise ArtifactError(
-            f"'{path}': OpenVINO cannot load it ({_cause(error)}); `quest-deploy lint {path} --target openvino` says "
-            "more, and `quest-deploy export --target onnxruntime` writes graphs that it takes"
-        ) from error
-
-
-def check_names(spec: ComponentSpec, compiled: Any) -> None:
+def check_names(spec: ComponentSpec, model: Any) -> None:
     """Check that a graph takes and gives what the component's specification says.
 
     Raises:
         StaleArtifactError: it does not.
     """
     for kind, expected, got in (
-        ("inputs", spec.inputs, compiled.inputs),
-        ("outputs", spec.outputs, compiled.outputs),
+        ("inputs", spec.inputs, model.inputs),
+        ("outputs", spec.outputs, model.outputs),
     ):
         wanted = {tensor.name for tensor in expected}
         # A port has every name that its value had before the graph was optimised.

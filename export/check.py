@@ -17,6 +17,7 @@ from quest_deploy.export.passes.block_int4 import BLOCKS
 from quest_deploy.model.spec import ComponentSpec, TensorSpec
 
 STANDARD_DOMAINS = ("", "ai.onnx")
+STORED, COMPUTED = "stored", "computed"
 PRODUCTS = ("Conv", "MatMul", "Gemm")
 ABSOLUTE_PATH = re.compile(r"(?:^|[\s\"'=:(])(?:/[\w.+-]+){2,}|[A-Za-z]:\\")
 
@@ -130,12 +131,12 @@ def summarize(path: Path, model: onnx.ModelProto) -> GraphSummary:
 
 def quantized_products(graph: onnx.GraphProto) -> int:
     """How many products read quantized codes on both sides: activations behind QuantizeLinear, weights stored."""
-    return sum(all(sides) for sides in _quantized_sides(graph))
+    return sum(None not in sides for _, sides in _products(graph))
 
 
 def weight_only_products(graph: onnx.GraphProto) -> int:
-    """How many products read quantized codes as their second operand alone."""
-    return sum(sides == (False, True) for sides in _quantized_sides(graph))
+    """How many products read stored codes as their second operand alone."""
+    return sum(sides == (None, STORED) for _, sides in _products(graph))
 
 
 def stay_int8(graph: onnx.GraphProto) -> dict[str, str]:
@@ -143,10 +144,9 @@ def stay_int8(graph: onnx.GraphProto) -> dict[str, str]:
     producer = {name: node for node in graph.node for name in node.output}
     dims = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
     found = {}
-    products = [node for node in graph.node if node.op_type in PRODUCTS]
-    for node, sides in zip(products, _quantized_sides(graph), strict=True):
+    for node, sides in _products(graph):
         dequantize = producer.get(node.input[1])
-        if sides != (False, True) or dequantize is None or _block_size(dequantize):
+        if sides != (None, STORED) or dequantize is None or _block_size(dequantize):
             continue
         # Packed for ONNX Runtime, codes pass a Cast.
         packed = producer.get(dequantize.input[0])
@@ -165,24 +165,25 @@ def _block_size(dequantize: onnx.NodeProto) -> int:
     return next((int(one.i) for one in dequantize.attribute if one.name == "block_size"), 0)
 
 
-def _quantized_sides(graph: onnx.GraphProto) -> list[tuple[bool, bool]]:
+def _products(graph: onnx.GraphProto) -> Iterator[tuple[onnx.NodeProto, tuple[str | None, str | None]]]:
+    """Every product, with what lies behind its two operands: stored codes, codes of an activation, or floats (None)."""
     producer = {name: node for node in graph.node for name in node.output}
     stored = {tensor.name for tensor in graph.initializer}
 
-    def is_quantized(value: str) -> bool:
+    def codes_behind(value: str) -> str | None:
         node = producer.get(value)
         if node is None or node.op_type != "DequantizeLinear":
-            return False
+            return None
         source = producer.get(node.input[0])
-        if source is not None and source.op_type == "Cast":
-            return source.input[0] in stored
-        return node.input[0] in stored or (source is not None and source.op_type == "QuantizeLinear")
+        if source is None:
+            return STORED if node.input[0] in stored else None
+        if source.op_type == "Cast" and source.input[0] in stored:
+            return STORED
+        return COMPUTED if source.op_type == "QuantizeLinear" else None
 
-    return [
-        (is_quantized(node.input[0]), is_quantized(node.input[1]))
-        for node in graph.node
-        if node.op_type in PRODUCTS
-    ]
+    for node in graph.node:
+        if node.op_type in PRODUCTS:
+            yield node, (codes_behind(node.input[0]), codes_behind(node.input[1]))
 
 
 def _check_structure(path: Path) -> None:

@@ -115,9 +115,10 @@ class Recipe:
         shared_inputs: Whether layers of one module that read the same tensor (queries, keys and values) share one
             activation quantizer and channel row, so that an engine quantizes that tensor once.
         split: Whether convolutions over a skip concatenation have a grid for each half.
-        attention_bits: 4 or 8, of queries, keys and values; None leaves the products of attention in float.
-        softmax_bits: 8, of the attention's probabilities beside them; None leaves those in float.
-        softmax_max_keys: Attentions over more keys than this keep their probabilities in float.
+        attention_bits: 4 or 8, of queries and keys, and of values where the probabilities have codes too (a product
+            with codes on one side alone gains nothing); None leaves the products of attention in float.
+        softmax_bits: 8, of the attention's probabilities; None leaves those, and values, in float.
+        softmax_max_keys: Attentions over more keys than this keep their probabilities and values in float.
         text_encoder: How the text encoder is quantized, "int8-weight-only" or "w8a8"; None leaves it in float.
         vae_decoder: The same for the autoencoder's decoder.
         walk_share: Weight of what the student's errors grow into over a few steps of its own, beside its errors on

@@ -14,10 +14,8 @@ from quest_deploy.errors import CalibrationError, ConfigError
 from quest_deploy.model.components import predict
 from quest_deploy.quantize import affine
 from quest_deploy.quantize.attention import (
-    KEY,
     OPERANDS,
     PROBABILITIES,
-    QUERY,
     SOFTMAX_QMAX,
     SOFTMAX_QMIN,
     VALUE,
@@ -45,8 +43,8 @@ class AttentionBits:
 
     Attributes:
         operands: Bits of queries, keys and values, 4 or 8.
-        probabilities: Whether they are quantized, to codes 0..127; otherwise they stay in float.
-        max_keys: Attentions over more keys keep their probabilities in float.
+        probabilities: Whether they are quantized, to codes 0..127; otherwise they stay in float, and values with them.
+        max_keys: Attentions over more keys keep their probabilities and values in float.
     """
 
     operands: int
@@ -205,11 +203,18 @@ def initialize_operands(
     """Starting scales of all operands, by the name of their quantizer; `samples` as `collect_operands` gives them."""
     result: dict[str, OperandQParams] = {}
     for name, values in samples.items():
-        operand = name.rpartition(".")[2]
-        if operand in (QUERY, KEY, VALUE):
-            result[name] = _signed(values, bits.operands, time_aware=time_aware)
-        elif operand == PROBABILITIES and _has_codes(samples[f"{name}.{KEYS}"], bits):
+        attention, _, operand = name.rpartition(".")
+        if operand not in OPERANDS:
+            continue
+        # A product has codes on both sides or on none.
+        if operand in (VALUE, PROBABILITIES) and not _has_codes(
+            samples[f"{attention}.{PROBABILITIES}.{KEYS}"], bits
+        ):
+            continue
+        if operand == PROBABILITIES:
             result[name] = _probabilities(values, time_aware=time_aware)
+        else:
+            result[name] = _signed(values, bits.operands, time_aware=time_aware)
     return result
 
 

@@ -43,7 +43,9 @@ def test_quantized_denoiser_equals_onnx_runtime(
 
 
 def test_the_quantized_convolution_is_an_int8_primitive(engines: dict[str, Engine]) -> None:
-    nodes = engines["unet"].compiled.get_runtime_model().get_ordered_ops()  # type: ignore[attr-defined]
+    engines["unet"](**denoiser_inputs(2, 1))
+    (request, *_) = engines["unet"].requests.values()  # type: ignore[attr-defined]
+    nodes = request.get_compiled_model().get_runtime_model().get_ordered_ops()
     info = [
         {key: str(getattr(value, "value", value)) for key, value in node.get_rt_info().items()}
         for node in nodes
@@ -57,6 +59,19 @@ def test_an_output_outlives_the_next_run(engines: dict[str, Engine]) -> None:
     kept = first.clone()
     engines["unet"](**denoiser_inputs(2, 1))
     assert torch.equal(first, kept)
+
+
+def test_two_sets_of_shapes_have_graphs_of_their_own_and_the_others_share_one(tiny_onnx: Path) -> None:
+    pytest.importorskip("openvino")
+    engine = load_engines(tiny_onnx, backend="openvino", threads=1)["unet"]
+    sizes = [(1, 1), (2, 1), (1, 1), (3, 1), (4, 1), (2, 1)]
+    for batch, steps in sizes:
+        inputs = denoiser_inputs(batch, steps)
+        with load_ort_engines(tiny_onnx, threads=1)["unet"] as reference:
+            expected = reference(**inputs)["out_sample"]
+        torch.testing.assert_close(engine(**inputs)["out_sample"], expected, rtol=1e-5, atol=1e-5)
+    batches = [None if shapes is None else dict(shapes)["sample"][0] for shapes in engine.requests]  # type: ignore[attr-defined]
+    assert batches == [1, 2, None]
 
 
 def test_a_wrong_shape_is_named(engines: dict[str, Engine]) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from quest_deploy.export.check import quantized_products
+from quest_deploy.export.check import quantized_products, weight_only_products
 from quest_deploy.export.graph import component_graph
 from quest_deploy.export.passes.pack_int4 import PackInt4
 from quest_deploy.export.to_onnx import quantized_layer_names
@@ -141,6 +141,8 @@ def test_both_products_are_counted(deployed: Deployed) -> None:
     }
     assert quantized_products(deployed.onnxruntime.graph) == len(names)
     assert quantized_products(deployed.tensorrt.graph) == len(names)
+    # Values of the cross attention have codes, its probabilities have none: that is no stored weight.
+    assert weight_only_products(deployed.tensorrt.graph) == 0
 
 
 def test_a_tensorrt_for_rtx_engine_is_built(deployed: Deployed) -> None:

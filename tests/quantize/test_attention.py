@@ -139,6 +139,8 @@ def test_probabilities_are_quantized_where_they_should_be(
 ) -> None:
     found = initialize_operands(samples, bits, time_aware=True)
     assert (f"{SELF}.processor.probabilities" in found) is quantized
+    # A product with codes on one side alone would gain nothing.
+    assert (f"{SELF}.processor.value" in found) is quantized
     assert f"{SELF}.processor.query" in found
 
 
