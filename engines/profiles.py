@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from quest_deploy.config import BuildConfig, ShapeRange
+from quest_deploy.config import BuildConfig, ProfileConfig, ShapeRange
 from quest_deploy.errors import ConfigError, EngineInputError
 from quest_deploy.model.denoisers import SIDE, is_packed
 from quest_deploy.model.families import VAE_DECODER, VAE_ENCODER
@@ -49,8 +49,27 @@ Profile = Mapping[str, InputRange]
 """One optimization profile: a range for each input, by name."""
 
 
-def component_profiles(
+def all_profiles(
     model_dir: Path, config: BuildConfig, graphs: Mapping[str, ComponentSpec] = MappingProxyType({})
+) -> dict[str, list[Profile]]:
+    """The optimization profiles of every component, in the configuration's order; equal ones once.
+
+    A component that does not see what profiles differ in, as a text encoder does not see sizes, has fewer.
+
+    Raises:
+        ConfigError: as :func:`component_profiles`.
+    """
+    found: dict[str, list[Profile]] = {}
+    for one in config.profiles():
+        for name, profile in component_profiles(model_dir, one, graphs).items():
+            known = found.setdefault(name, [])
+            if profile not in known:
+                known.append(profile)
+    return found
+
+
+def component_profiles(
+    model_dir: Path, config: ProfileConfig, graphs: Mapping[str, ComponentSpec] = MappingProxyType({})
 ) -> dict[str, Profile]:
     """The optimization profile of every component.
 
@@ -68,7 +87,7 @@ def component_profiles(
 
 
 def dimension_ranges(
-    model_dir: Path, specs: Mapping[str, ComponentSpec], config: BuildConfig
+    model_dir: Path, specs: Mapping[str, ComponentSpec], config: ProfileConfig
 ) -> dict[str, dict[str, ShapeRange]]:
     """The range of every symbolic dimension, by component: the same symbol means another range in each.
 
@@ -99,7 +118,7 @@ def dimension_ranges(
     return ranges
 
 
-def latent_ranges(model_dir: Path, denoiser: ComponentSpec, config: BuildConfig) -> dict[str, ShapeRange]:
+def latent_ranges(model_dir: Path, denoiser: ComponentSpec, config: ProfileConfig) -> dict[str, ShapeRange]:
     """The ranges of the latents' height and width for ranges in pixels; None is the model's own size alone.
 
     Raises:

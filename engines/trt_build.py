@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from quest_deploy.artifacts import Artifact, check_output, read_artifact, write_
 from quest_deploy.config import BuildConfig, to_dict
 from quest_deploy.engines.foreign import fitted_components, is_foreign, to_json
 from quest_deploy.engines.libraries import check_tensorrt, gpus, title_of
-from quest_deploy.engines.profiles import Profile, component_profiles
+from quest_deploy.engines.profiles import Profile, all_profiles
 from quest_deploy.engines.trt_process import Progress, run_worker
 from quest_deploy.errors import ArtifactError, EngineBuildError, MissingDependencyError
 
@@ -21,6 +21,15 @@ logger = logging.getLogger(__name__)
 
 ONNX_NAME = "model.onnx"
 PLAN_NAME = "model.plan"
+BUILDER_OPTIONS = (
+    "optimization_level",
+    "workspace_mb",
+    "version_compatible",
+    "hardware_compatible",
+    "compute_capabilities",
+    "strip_weights",
+    "weight_streaming",
+)
 
 # What a pipeline reads beside the engines; another tool's external data may have any name.
 _COMPANION_SUFFIXES = (".json", ".txt", ".md", ".model", ".safetensors", "")
@@ -63,7 +72,7 @@ def build_engine(
     source = read_artifact(Path(onnx_dir), stage="onnx")
     fitted = fitted_components(source)
     graphs = {name: component.graph for name, component in fitted.items()}
-    profiles = component_profiles(source.path, config, graphs)
+    profiles = all_profiles(source.path, config, graphs)
     for name in profiles:
         check_graph(name, source.path / name / ONNX_NAME, config.backend)
     with write_artifact(
@@ -125,7 +134,7 @@ def copy_companions(source: Artifact, output: Path) -> None:
 
 
 def make_job(
-    onnx_dir: Path, output: Path, profiles: Mapping[str, Profile], config: BuildConfig
+    onnx_dir: Path, output: Path, profiles: Mapping[str, Sequence[Profile]], config: BuildConfig
 ) -> dict[str, Any]:
     """What the building process is told."""
     timing_cache = config.timing_cache
@@ -143,10 +152,11 @@ def make_job(
                 "name": name,
                 "onnx": str((onnx_dir / name / ONNX_NAME).absolute()),
                 "plan": str((output / name / PLAN_NAME).absolute()),
-                "profile": profile_to_json(profile),
+                "profiles": [profile_to_json(profile) for profile in own],
             }
-            for name, profile in profiles.items()
+            for name, own in profiles.items()
         ],
+        "options": {name: getattr(config, name) for name in BUILDER_OPTIONS},
     }
 
 
@@ -160,7 +170,7 @@ def profile_to_json(profile: Profile) -> dict[str, dict[str, list[int]]]:
 
 def make_details(
     source: Artifact,
-    profiles: Mapping[str, Profile],
+    profiles: Mapping[str, Sequence[Profile]],
     config: BuildConfig,
     built: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
@@ -171,7 +181,7 @@ def make_details(
         name: {
             "plan": f"{name}/{PLAN_NAME}",
             "onnx_sha256": source.manifest.files[f"{name}/{ONNX_NAME}"].sha256,
-            "profiles": [profile_to_json(profiles[name])],
+            "profiles": [profile_to_json(profile) for profile in profiles[name]],
             **{key: value for key, value in report.items() if key != "tensorrt_version"},
         }
         for name, report in built.items()
@@ -184,12 +194,23 @@ def make_details(
         "dtype": source.manifest.config.get("dtype", "fp32"),
         "lowering": source.manifest.config.get("mode", "none"),
         "target_gpu": _AHEAD_OF_TIME if gpu is None else gpu.name,
-        "compute_capability": _AHEAD_OF_TIME_CAPABILITIES if gpu is None else gpu.compute_capability,
+        "compute_capability": compute_capability_of(config),
+        "weights_stripped": config.strip_weights,
         "verified": all(report["verified"] for report in built.values()),
         "components": components,
         "seconds": round(sum(report["seconds"] for report in built.values()), 3),
         "size_bytes": sum(report["size_bytes"] for report in built.values()),
     }
+
+
+def compute_capability_of(config: BuildConfig) -> str:
+    """Which GPUs the engines are made for."""
+    if config.backend == "tensorrt-rtx":
+        return ", ".join(config.compute_capabilities) or _AHEAD_OF_TIME_CAPABILITIES
+    own = gpus()[0].compute_capability
+    return {"none": own, "ampere-plus": "8.0 and later", "same-compute-capability": f"{own}, any GPU of it"}[
+        config.hardware_compatible
+    ]
 
 
 def precision_of(source: Artifact) -> str:

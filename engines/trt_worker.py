@@ -156,7 +156,7 @@ def check_inputs_of(network: Any, component: Mapping[str, Any]) -> None:
         EngineBuildError: names the inputs got and expected.
     """
     got = sorted(network.get_input(index).name for index in range(network.num_inputs))
-    expected = sorted(component["profile"])
+    expected = sorted(component["profiles"][0])
     if got != expected:
         raise EngineBuildError(f"the graph takes {got}, expected {expected}")
 
@@ -164,21 +164,49 @@ def check_inputs_of(network: Any, component: Mapping[str, Any]) -> None:
 def builder_config(
     trt: Any, job: Mapping[str, Any], component: Mapping[str, Any], builder: Any, network: Any, log: EventLog
 ) -> Any:
-    """The IBuilderConfig: one profile, strict fp32 arithmetic, progress, timings of earlier builds."""
+    """The IBuilderConfig: profiles, the user's options, strict fp32 arithmetic, progress, timings of earlier builds."""
     from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
     from polygraphy.backend.trt import CreateConfig, Profile
 
-    profile = Profile()
-    for name, shapes in component["profile"].items():
-        profile.add(name, min=shapes["min"], opt=shapes["opt"], max=shapes["max"])
+    profiles = []
+    for ranges in component["profiles"]:
+        profiles.append(Profile())
+        for name, shapes in ranges.items():
+            profiles[-1].add(name, min=shapes["min"], opt=shapes["opt"], max=shapes["max"])
     create = CreateConfigRTX if job["backend"] == "tensorrt-rtx" else CreateConfig
     monitor = progress_monitor(trt, component["name"], log)
-    config = create(profiles=[profile], progress_monitor=monitor)(builder, network)
+    told = builder_arguments(trt, job["backend"], job.get("options", {}))
+    config = create(profiles=profiles, progress_monitor=monitor, **told)(builder, network)
     # TF32 keeps 10 bits of what stays in float: enough to flip int8 codes and miss the parity gate.
     config.clear_flag(trt.BuilderFlag.TF32)
     if job["timing_cache"]:
         load_timing_cache(config, Path(job["timing_cache"]))
     return config
+
+
+def builder_arguments(trt: Any, backend: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What the user asked for, as arguments of Polygraphy's CreateConfig or CreateConfigRTX."""
+    given: dict[str, Any] = {}
+    if options.get("optimization_level") is not None:
+        given["builder_optimization_level"] = options["optimization_level"]
+    if options.get("workspace_mb") is not None:
+        given["memory_pool_limits"] = {trt.MemoryPoolType.WORKSPACE: options["workspace_mb"] << 20}
+    if options.get("version_compatible"):
+        given["version_compatible"] = True
+        # TensorRT for RTX has no lean runtime that a plan could bring.
+        given["exclude_lean_runtime"] = backend == "tensorrt-rtx"
+    if options.get("hardware_compatible", "none") != "none":
+        level = options["hardware_compatible"].replace("-", "_").upper()
+        given["hardware_compatibility_level"] = getattr(trt.HardwareCompatibilityLevel, level)
+    if options.get("compute_capabilities"):
+        given["compute_capabilities"] = [
+            tuple(int(part) for part in text.split(".")) for text in options["compute_capabilities"]
+        ]
+    if options.get("strip_weights"):
+        given["strip_plan"] = True
+    if options.get("weight_streaming"):
+        given["weight_streaming"] = True
+    return given
 
 
 def can_deserialize(trt: Any, plan: Any) -> bool:

@@ -13,10 +13,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from quest_deploy.build_config import TENSORRT_BACKENDS as TENSORRT_BACKENDS
+from quest_deploy.build_config import BuildConfig as BuildConfig
+from quest_deploy.build_config import ProfileConfig as ProfileConfig
+from quest_deploy.build_config import ShapeRange as ShapeRange
+from quest_deploy.build_config import TensorRTBackend as TensorRTBackend
 from quest_deploy.checks import at_least as at_least
 from quest_deploy.checks import one_of as one_of
 from quest_deploy.checks import raise_if_any as raise_if_any
-from quest_deploy.errors import ConfigError
 from quest_deploy.recipe_config import BitsOverride as BitsOverride
 from quest_deploy.recipe_config import PhaseConfig as PhaseConfig
 from quest_deploy.recipe_config import Precision as Precision
@@ -28,13 +32,11 @@ Target = Literal["onnxruntime", "tensorrt", "tensorrt-rtx"]
 Mode = Literal["int8", "int4-weight-only", "none"]
 Dtype = Literal["fp32", "fp16", "bf16"]
 Backend = Literal["torch", "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx"]
-TensorRTBackend = Literal["tensorrt", "tensorrt-rtx"]
 
 TARGETS: tuple[str, ...] = get_args(Target)
 MODES: tuple[str, ...] = get_args(Mode)
 DTYPES: tuple[str, ...] = get_args(Dtype)
 BACKENDS: tuple[str, ...] = get_args(Backend)
-TENSORRT_BACKENDS: tuple[str, ...] = get_args(TensorRTBackend)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -66,40 +68,6 @@ class ExportConfig:
         if self.opset not in (21, 22, 23):
             problems.append(f"opset is {self.opset}, expected 21, 22 or 23")
         raise_if_any(problems, "export")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShapeRange:
-    """Minimum, optimum and maximum of one dynamic dimension of an optimization profile."""
-
-    min: int
-    opt: int
-    max: int
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.min <= self.opt <= self.max:
-            raise ConfigError(
-                f"shape range {self.min}..{self.opt}..{self.max}: expected 1 <= min <= opt <= max"
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class BuildConfig:
-    """How ONNX becomes TensorRT engines. `batch` counts images; guidance doubles it for the denoiser.
-
-    `height` and `width` are in pixels; None means the model's own size.
-    """
-
-    backend: TensorRTBackend = "tensorrt-rtx"
-    batch: ShapeRange = field(default_factory=lambda: ShapeRange(min=1, opt=1, max=4))
-    height: ShapeRange | None = None
-    width: ShapeRange | None = None
-    timing_cache: str | None = None
-
-    def __post_init__(self) -> None:
-        problems: list[str] = []
-        one_of(problems, "backend", self.backend, TENSORRT_BACKENDS)
-        raise_if_any(problems, "build-engine")
 
 
 @dataclass(frozen=True, kw_only=True)

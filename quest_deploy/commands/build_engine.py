@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 import click
 
+from quest_deploy.build_config import HARDWARE_COMPATIBILITIES, MAX_OPTIMIZATION_LEVEL
 from quest_deploy.commands.progress import show_progress
 from quest_deploy.commands.verb import Result, artifact_result, output_option, overwrite_option, verb
-from quest_deploy.config import TENSORRT_BACKENDS, BuildConfig, ShapeRange
+from quest_deploy.config import TENSORRT_BACKENDS, BuildConfig, ProfileConfig, ShapeRange
 
 
 @click.command("build-engine", short_help="ONNX to TensorRT engines.")
@@ -29,6 +32,48 @@ from quest_deploy.config import TENSORRT_BACKENDS, BuildConfig, ShapeRange
 @click.option(
     "--timing-cache", metavar="FILE", help="Reuse and extend the timings of earlier builds on this machine."
 )
+@click.option(
+    "--profile",
+    "more_profiles",
+    multiple=True,
+    metavar="SPEC",
+    help="One more optimization profile, for example batch=1:1:2,height=768,width=512:768:768 (min:opt:max, or one "
+    "number); may be given several times.",
+)
+@click.option("--static", is_flag=True, help="Accept the optimal shapes alone: fastest, and least memory.")
+@click.option(
+    "--optimization-level",
+    type=int,
+    help=f"0 (builds fastest) to {MAX_OPTIMIZATION_LEVEL} (runs fastest).  [default: the library's own]",
+)
+@click.option(
+    "--workspace",
+    "workspace_mb",
+    type=int,
+    metavar="MIB",
+    help="Most scratch memory of a kernel.  [default: no limit]",
+)
+@click.option(
+    "--version-compatible", is_flag=True, help="Let later versions of the library load the engines."
+)
+@click.option(
+    "--hardware-compatible",
+    type=click.Choice(HARDWARE_COMPATIBILITIES),
+    default=BuildConfig.hardware_compatible,
+    show_default=True,
+    help="TensorRT: which other GPUs load the engines.",
+)
+@click.option(
+    "--compute-capability",
+    "compute_capabilities",
+    multiple=True,
+    metavar="N.N",
+    help="TensorRT for RTX: build for these GPUs; may be given several times.  [default: 8.0 and later]",
+)
+@click.option("--strip-weights", is_flag=True, help="Leave weights out of the plans (needs a GPU).")
+@click.option(
+    "--weight-streaming", is_flag=True, help="Let weights stay in host memory while an engine runs."
+)
 @overwrite_option
 @verb()
 def build_engine(
@@ -45,10 +90,12 @@ def build_engine(
     min_width: int | None,
     opt_width: int | None,
     max_width: int | None,
-    timing_cache: str | None,
+    more_profiles: tuple[str, ...],
+    static: bool,
     overwrite: bool,
+    **options: Any,
 ) -> Result:
-    """Build a TensorRT engine for each component of ONNX_DIR, with one optimization profile.
+    """Build a TensorRT engine for each component of ONNX_DIR.
 
     A batch counts images: guidance doubles it inside the denoiser. Export ONNX_DIR with the same --target.
     """
@@ -57,12 +104,19 @@ def build_engine(
     check_output(output, stage="engines", overwrite=overwrite)
     low = 1 if min_batch is None else min_batch
     best = low if opt_batch is None else opt_batch
-    config = BuildConfig(
-        backend=backend,  # type: ignore[arg-type]
+    first = ProfileConfig(
         batch=ShapeRange(min=low, opt=best, max=max(4, best) if max_batch is None else max_batch),
         height=size_range("height", min_height, opt_height, max_height),
         width=size_range("width", min_width, opt_width, max_width),
-        timing_cache=timing_cache,
+    )
+    profiles = [first, *map(parse_profile, more_profiles)]
+    if static:
+        profiles = [fixed(profile) for profile in profiles]
+    config = BuildConfig(
+        backend=backend,  # type: ignore[arg-type]
+        **{field.name: getattr(profiles[0], field.name) for field in dataclasses.fields(ProfileConfig)},
+        more_profiles=tuple(profiles[1:]),
+        **options,
     )
 
     from quest_deploy.engines.trt_build import build_engine as run
@@ -71,6 +125,40 @@ def build_engine(
         artifact = run(onnx_dir, output, config, progress=progress, overwrite=overwrite)
     return artifact_result(
         artifact, f"quest-deploy generate {output} PROMPT -o DIR (on a machine with a GPU)"
+    )
+
+
+def parse_profile(text: str) -> ProfileConfig:
+    """A profile as `--profile` takes it: ``NAME=MIN:OPT:MAX`` or ``NAME=SIZE``, with commas between.
+
+    Raises:
+        click.UsageError: it is not of that form.
+    """
+    names = [field.name for field in dataclasses.fields(ProfileConfig)]
+    ranges: dict[str, ShapeRange] = {}
+    for part in text.split(","):
+        name, _, sizes = part.strip().partition("=")
+        numbers = sizes.split(":")
+        whole = all(number.isascii() and number.isdigit() for number in numbers)
+        if name not in names or name in ranges or not whole or len(numbers) not in (1, 3):
+            raise click.UsageError(
+                f"--profile: got {part.strip()!r}, expected each of {', '.join(names)} at most once, as "
+                "NAME=MIN:OPT:MAX or NAME=SIZE"
+            )
+        low, best, high = map(int, numbers * 3 if len(numbers) == 1 else numbers)
+        ranges[name] = ShapeRange(min=low, opt=best, max=high)
+    return ProfileConfig(**ranges)
+
+
+def fixed(profile: ProfileConfig) -> ProfileConfig:
+    """The same profile with its optimum alone."""
+    ranges = {field.name: getattr(profile, field.name) for field in dataclasses.fields(ProfileConfig)}
+    return ProfileConfig(
+        **{
+            name: ShapeRange(min=one.opt, opt=one.opt, max=one.opt)
+            for name, one in ranges.items()
+            if one is not None
+        }
     )
 
 

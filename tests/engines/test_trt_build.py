@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from quest_deploy.artifacts import Artifact, read_artifact
-from quest_deploy.config import BuildConfig, ProgressEvent, ShapeRange
+from quest_deploy.config import BuildConfig, ProfileConfig, ProgressEvent, ShapeRange
 from quest_deploy.engines import trt_build
 from quest_deploy.engines.libraries import gpus
 from quest_deploy.engines.trt_build import build_engine
@@ -121,6 +121,50 @@ def refused(error: type[Exception], match: str, source: Path, output: Path, **op
     with pytest.raises(error, match=match):
         build_engine(source, output, BuildConfig(**options))
     assert sorted(output.parent.iterdir()) == before
+
+
+def test_builder_options_reach_the_builder_and_the_manifest(tiny_onnx: Path, tmp_path: Path) -> None:
+    one = ShapeRange(min=1, opt=1, max=1)
+    size = ShapeRange(min=32, opt=32, max=32)
+    config = BuildConfig(
+        batch=one,
+        more_profiles=(ProfileConfig(batch=one, height=size),),
+        optimization_level=0,
+        workspace_mb=512,
+        version_compatible=True,
+        compute_capabilities=("8.6", "12.0"),
+        weight_streaming=True,
+    )
+    details = build_engine(tiny_onnx, tmp_path / "engines", config).manifest.details
+    unet, text = details["components"]["unet"], details["components"]["text_encoder"]
+    assert {"VERSION_COMPATIBLE", "EXCLUDE_LEAN_RUNTIME", "WEIGHT_STREAMING"} <= set(unet["builder_flags"])
+    assert [profile["sample"]["max"][2] for profile in unet["profiles"]] == [8, 16]
+    assert len(text["profiles"]) == 1  # it does not see sizes
+    assert details["compute_capability"] == "8.6, 12.0"
+    assert details["weights_stripped"] is False
+
+
+def test_a_workspace_that_no_kernel_fits_is_refused_in_tensorrt_s_own_words(
+    make_onnx: Callable[..., Path], tmp_path: Path
+) -> None:
+    with pytest.raises(EngineBuildError, match="workspace"):
+        build_engine(make_onnx(), tmp_path / "engines", BuildConfig(workspace_mb=1))
+    assert not (tmp_path / "engines").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"optimization_level": 6}, "optimization_level is 6, expected 0 to 5"),
+        ({"workspace_mb": 0}, "workspace_mb is 0, expected 1 or more"),
+        ({"compute_capabilities": ("86",)}, "compute_capabilities has 86, expected numbers such as 8.6"),
+        ({"backend": "tensorrt", "compute_capabilities": ("8.6",)}, "is for TensorRT for RTX"),
+        ({"hardware_compatible": "ampere-plus"}, "hardware_compatible is for TensorRT"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(options: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        BuildConfig(**options)
 
 
 def test_weights_cast_from_four_bits_are_refused_before_building(

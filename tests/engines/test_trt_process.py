@@ -11,7 +11,9 @@ from quest_deploy.errors import EngineBuildError
 JOB = {
     "backend": "tensorrt-rtx",
     "timing_cache": None,
-    "components": [{"name": name, "onnx": f"/x/{name}", "plan": "p", "profile": {}} for name in ("a", "b")],
+    "components": [
+        {"name": name, "onnx": f"/x/{name}", "plan": "p", "profiles": [{}]} for name in ("a", "b")
+    ],
 }
 
 

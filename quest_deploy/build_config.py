@@ -1,0 +1,109 @@
+"""How engines are built: shapes, and what TensorRT's builder is told. Used through :mod:`quest_deploy.config`."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from quest_deploy.checks import one_of, raise_if_any
+from quest_deploy.errors import ConfigError
+
+TensorRTBackend = Literal["tensorrt", "tensorrt-rtx"]
+HardwareCompatibility = Literal["none", "ampere-plus", "same-compute-capability"]
+
+TENSORRT_BACKENDS: tuple[str, ...] = get_args(TensorRTBackend)
+HARDWARE_COMPATIBILITIES: tuple[str, ...] = get_args(HardwareCompatibility)
+MAX_OPTIMIZATION_LEVEL = 5
+
+_CAPABILITY = re.compile(r"\d+\.\d")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShapeRange:
+    """Minimum, optimum and maximum of one dynamic dimension of an optimization profile."""
+
+    min: int
+    opt: int
+    max: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min <= self.opt <= self.max:
+            raise ConfigError(
+                f"shape range {self.min}..{self.opt}..{self.max}: expected 1 <= min <= opt <= max"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileConfig:
+    """What one optimization profile must be able to draw.
+
+    Attributes:
+        batch: Images; guidance doubles them for the denoiser.
+        height: In pixels; None for the model's own.
+        width: In pixels; None for the model's own.
+    """
+
+    batch: ShapeRange = field(default_factory=lambda: ShapeRange(min=1, opt=1, max=4))
+    height: ShapeRange | None = None
+    width: ShapeRange | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildConfig(ProfileConfig):
+    """How ONNX becomes TensorRT engines. Shapes are those of the first optimization profile.
+
+    Attributes:
+        backend: The TensorRT flavour.
+        timing_cache: File of timings of earlier builds, read and added to (TensorRT only).
+        more_profiles: Optimization profiles beside the first; an engine chooses the nearest at run time.
+        optimization_level: 0 (builds fastest) to 5 (runs fastest); None for the library's own.
+        workspace_mb: The most scratch memory that a kernel may use, in 2^20 bytes; None for no limit.
+        version_compatible: Whether later versions of the library load the engines, too.
+        hardware_compatible: Which other GPUs load them (TensorRT only).
+        compute_capabilities: Of the GPUs that engines are made for, for example "8.6"; none means Ampere and later
+            (TensorRT for RTX only).
+        strip_weights: Whether weights are left out of the plans, which must be refitted before they run.
+        weight_streaming: Whether weights may stay in host memory while an engine runs.
+    """
+
+    backend: TensorRTBackend = "tensorrt-rtx"
+    timing_cache: str | None = None
+    more_profiles: tuple[ProfileConfig, ...] = ()
+    optimization_level: int | None = None
+    workspace_mb: int | None = None
+    version_compatible: bool = False
+    hardware_compatible: HardwareCompatibility = "none"
+    compute_capabilities: tuple[str, ...] = ()
+    strip_weights: bool = False
+    weight_streaming: bool = False
+
+    def __post_init__(self) -> None:
+        problems: list[str] = []
+        one_of(problems, "backend", self.backend, TENSORRT_BACKENDS)
+        one_of(problems, "hardware_compatible", self.hardware_compatible, HARDWARE_COMPATIBILITIES)
+        level = self.optimization_level
+        if level is not None and not 0 <= level <= MAX_OPTIMIZATION_LEVEL:
+            problems.append(f"optimization_level is {level}, expected 0 to {MAX_OPTIMIZATION_LEVEL}")
+        if self.workspace_mb is not None and self.workspace_mb < 1:
+            problems.append(f"workspace_mb is {self.workspace_mb}, expected 1 or more")
+        bad = [text for text in self.compute_capabilities if not _CAPABILITY.fullmatch(text)]
+        if bad:
+            problems.append(
+                f"compute_capabilities has {', '.join(bad)}, expected numbers such as 8.6 or 12.0"
+            )
+        if self.backend == "tensorrt" and self.compute_capabilities:
+            problems.append(
+                "compute_capabilities is for TensorRT for RTX; TensorRT builds for the GPU of this machine, and for "
+                "others by hardware_compatible"
+            )
+        if self.backend == "tensorrt-rtx" and self.hardware_compatible != "none":
+            problems.append(
+                "hardware_compatible is for TensorRT; TensorRT for RTX builds for Ampere and later, or for "
+                "compute_capabilities"
+            )
+        raise_if_any(problems, "build-engine")
+
+    def profiles(self) -> tuple[ProfileConfig, ...]:
+        """Every optimization profile, the first one first."""
+        return (self, *self.more_profiles)

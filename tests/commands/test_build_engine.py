@@ -1,0 +1,28 @@
+"""Options of `build-engine`, before anything is built."""
+
+from __future__ import annotations
+
+import click
+import pytest
+
+from quest_deploy.commands.build_engine import fixed, parse_profile
+from quest_deploy.config import ProfileConfig, ShapeRange
+
+
+def test_a_profile_has_ranges_or_single_sizes() -> None:
+    assert parse_profile("batch=1:2:4,height=768") == ProfileConfig(
+        batch=ShapeRange(min=1, opt=2, max=4), height=ShapeRange(min=768, opt=768, max=768)
+    )
+
+
+@pytest.mark.parametrize(
+    "text", ["", "batch", "batch=1:2", "depth=3", "batch=a", "batch=1,batch=2", "batch=-1"]
+)
+def test_a_profile_of_another_form_is_refused(text: str) -> None:
+    with pytest.raises(click.UsageError, match="expected each of batch, height, width at most once"):
+        parse_profile(text)
+
+
+def test_static_leaves_the_optimum() -> None:
+    profile = parse_profile("batch=1:2:4,width=512:640:768")
+    assert fixed(profile) == parse_profile("batch=2,width=640")
