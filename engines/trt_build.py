@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from quest_deploy.artifacts import Artifact, check_output, read_artifact, write_artifact
 from quest_deploy.config import BuildConfig, to_dict
 from quest_deploy.engines.foreign import fitted_components, is_foreign, to_json
-from quest_deploy.engines.libraries import check_tensorrt, gpus, title_of
+from quest_deploy.engines.libraries import check_tensorrt, gpus, import_tensorrt, title_of
 from quest_deploy.engines.profiles import Profile, all_profiles
 from quest_deploy.engines.trt_process import Progress, run_worker
+from quest_deploy.engines.up_to_date import (
+    companions_digest,
+    differences,
+    existing_engines,
+    graph_digest,
+    in_words,
+)
 from quest_deploy.errors import ArtifactError, EngineBuildError, MissingDependencyError
 
 logger = logging.getLogger(__name__)
@@ -47,14 +56,14 @@ def build_engine(
     progress: Progress | None = None,
     overwrite: bool = False,
 ) -> Artifact:
-    """Build the engines of an exported model.
+    """Build the engines of an exported model, or those of them that an earlier build has not left at `output`.
 
     Args:
         onnx_dir: An `onnx` artifact, or ONNX of another tool in the same layout.
-        output: The `engines` artifact to write.
+        output: The `engines` artifact to write. One that is up to date is left as it is.
         config: Backend and the shapes that the engines must accept.
-        progress: Called with 100 units for each component.
-        overwrite: Replace an engines artifact at `output`.
+        progress: Called with 100 units for each component that is built.
+        overwrite: Bring an engines artifact at `output` up to date; engines that nothing changed for are kept.
 
     Raises:
         MissingDependencyError: the library, or the GPU that TensorRT builds on, is absent.
@@ -62,7 +71,8 @@ def build_engine(
         ConfigError: a requested size does not fit the model.
         EngineBuildError: TensorRT does not take a graph.
     """
-    check_output(Path(output), stage="engines", overwrite=overwrite)
+    existing = existing_engines(Path(output))
+    check_output(Path(output), stage="engines", overwrite=overwrite or existing is not None)
     check_tensorrt(config.backend)
     if config.backend == "tensorrt" and not gpus():
         raise MissingDependencyError(
@@ -73,7 +83,25 @@ def build_engine(
     fitted = fitted_components(source)
     graphs = {name: component.graph for name, component in fitted.items()}
     profiles = all_profiles(source.path, config, graphs)
-    for name in profiles:
+    why = {} if existing is None else changes(existing, source, profiles, config)
+    if existing is not None and not why:
+        logger.info("%s is up to date", output)
+        return existing
+    if existing is not None and not overwrite:
+        raise ArtifactError(
+            f"output '{output}' exists already and is not up to date ({in_words(why)}); add --overwrite to build again "
+            "what changed, or choose another"
+        )
+    kept: dict[str, dict[str, Any]] = {}
+    if existing is not None:
+        logger.info("not up to date: %s", in_words(why))
+        kept = {
+            name: one
+            for name, one in existing.manifest.details["components"].items()
+            if name in profiles and name not in why
+        }
+    wanted = {name: own for name, own in profiles.items() if name not in kept}
+    for name in wanted:
         check_graph(name, source.path / name / ONNX_NAME, config.backend)
     with write_artifact(
         output,
@@ -83,11 +111,35 @@ def build_engine(
         overwrite=overwrite,
     ) as writer:
         copy_companions(source, writer.path)
-        built = run_worker(make_job(source.path, writer.path, profiles, config), progress)
-        writer.details.update(make_details(source, profiles, config, built))
+        for name in kept:
+            copy_plan(existing, name, writer.path)
+        built = run_worker(make_job(source.path, writer.path, wanted, config), progress) if wanted else {}
+        writer.details.update(make_details(source, profiles, config, built, kept))
         if fitted:
             writer.details["interfaces"] = to_json(fitted)
     return read_artifact(output, stage="engines")
+
+
+def changes(
+    existing: Artifact, source: Artifact, profiles: Mapping[str, Sequence[Profile]], config: BuildConfig
+) -> dict[str, str]:
+    """What has to be built again, and why."""
+    return differences(
+        existing.manifest,
+        source.manifest,
+        {name: [profile_to_json(profile) for profile in own] for name, own in profiles.items()},
+        json.loads(json.dumps(to_dict(config))),
+        options=("backend", *BUILDER_OPTIONS),
+        library=f"{title_of(config.backend)} {import_tensorrt(config.backend).__version__}",
+        target=target_of(config),
+    )
+
+
+def copy_plan(existing: Artifact | None, component: str, output: Path) -> None:
+    """Copy one engine of an earlier build, which may be the directory that is about to be replaced."""
+    assert existing is not None
+    (output / component).mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(existing.path / component / PLAN_NAME, output / component / PLAN_NAME)
 
 
 def check_graph(component: str, path: Path, backend: str) -> None:
@@ -173,44 +225,58 @@ def make_details(
     profiles: Mapping[str, Sequence[Profile]],
     config: BuildConfig,
     built: Mapping[str, Mapping[str, Any]],
+    kept: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """What the manifest says about the engines: with what, for what, from what, how large, how long."""
-    ahead_of_time = config.backend == "tensorrt-rtx"
-    gpu = None if ahead_of_time else gpus()[0]
+    """What the manifest says about the engines: with what, for what, from what, how large, how long.
+
+    Args:
+        source: The `onnx` artifact.
+        profiles: Of every component.
+        config: Of the build.
+        built: The worker's reports, by component.
+        kept: What the manifest of an earlier build says about the components that were not built again.
+    """
+    reports = {**kept, **built}
     components = {
         name: {
+            **{key: value for key, value in reports[name].items() if key != "tensorrt_version"},
             "plan": f"{name}/{PLAN_NAME}",
             "onnx_sha256": source.manifest.files[f"{name}/{ONNX_NAME}"].sha256,
+            "graph_digest": graph_digest(source.manifest, name),
             "profiles": [profile_to_json(profile) for profile in profiles[name]],
-            **{key: value for key, value in report.items() if key != "tensorrt_version"},
         }
-        for name, report in built.items()
+        for name in profiles
     }
     return {
         "library": title_of(config.backend),
-        "library_version": next(report["tensorrt_version"] for report in built.values()),
+        "library_version": str(import_tensorrt(config.backend).__version__),
         "strongly_typed": True,
         "precision": precision_of(source),
         "dtype": source.manifest.config.get("dtype", "fp32"),
         "lowering": source.manifest.config.get("mode", "none"),
-        "target_gpu": _AHEAD_OF_TIME if gpu is None else gpu.name,
-        "compute_capability": compute_capability_of(config),
+        **target_of(config),
+        "companions_digest": companions_digest(source.manifest),
         "weights_stripped": config.strip_weights,
-        "verified": all(report["verified"] for report in built.values()),
+        "verified": all(report["verified"] for report in reports.values()),
         "components": components,
-        "seconds": round(sum(report["seconds"] for report in built.values()), 3),
-        "size_bytes": sum(report["size_bytes"] for report in built.values()),
+        "seconds": round(sum(report["seconds"] for report in reports.values()), 3),
+        "size_bytes": sum(report["size_bytes"] for report in reports.values()),
     }
 
 
-def compute_capability_of(config: BuildConfig) -> str:
-    """Which GPUs the engines are made for."""
+def target_of(config: BuildConfig) -> dict[str, str]:
+    """Which GPUs the engines are made for, as the manifest says it."""
     if config.backend == "tensorrt-rtx":
-        return ", ".join(config.compute_capabilities) or _AHEAD_OF_TIME_CAPABILITIES
-    own = gpus()[0].compute_capability
-    return {"none": own, "ampere-plus": "8.0 and later", "same-compute-capability": f"{own}, any GPU of it"}[
-        config.hardware_compatible
-    ]
+        capabilities = ", ".join(config.compute_capabilities) or _AHEAD_OF_TIME_CAPABILITIES
+        return {"target_gpu": _AHEAD_OF_TIME, "compute_capability": capabilities}
+    gpu = gpus()[0]
+    capability = gpu.compute_capability
+    others = {
+        "none": capability,
+        "ampere-plus": "8.0 and later",
+        "same-compute-capability": f"{capability}, any GPU",
+    }
+    return {"target_gpu": gpu.name, "compute_capability": others[config.hardware_compatible]}
 
 
 def precision_of(source: Artifact) -> str:

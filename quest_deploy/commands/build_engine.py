@@ -95,13 +95,10 @@ def build_engine(
     overwrite: bool,
     **options: Any,
 ) -> Result:
-    """Build a TensorRT engine for each component of ONNX_DIR.
+    """Build a TensorRT engine for each component of ONNX_DIR. Engines that are there and up to date are kept.
 
     A batch counts images: guidance doubles it inside the denoiser. Export ONNX_DIR with the same --target.
     """
-    from quest_deploy.artifacts import check_output
-
-    check_output(output, stage="engines", overwrite=overwrite)
     low = 1 if min_batch is None else min_batch
     best = low if opt_batch is None else opt_batch
     first = ProfileConfig(

@@ -1,0 +1,118 @@
+"""Which engines of an earlier build still are what a new build would make, and what is different about the others."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from quest_deploy.artifacts import Artifact, read_artifact
+from quest_deploy.errors import ArtifactError
+from quest_deploy.files import hash_mapping
+from quest_deploy.manifest import MANIFEST_NAME, Manifest, read_manifest
+
+logger = logging.getLogger(__name__)
+
+COMPANIONS = "other files"
+"""Stands for everything beside the engines: tokenizer, scheduler, configuration files."""
+
+
+def existing_engines(output: Path) -> Artifact | None:
+    """The `engines` artifact at `output`, with all its hashes verified; None where there is none to rely on."""
+    if not (Path(output) / MANIFEST_NAME).is_file():
+        return None
+    try:
+        if read_manifest(Path(output)).stage != "engines":
+            return None
+        return read_artifact(Path(output), stage="engines")
+    except ArtifactError as error:
+        logger.warning("nothing of the engines that are there is used again: %s", error)
+        return None
+
+
+def graph_digest(source: Manifest, component: str) -> str:
+    """Identity of a component's graph and of its weights, which may lie in a file beside it."""
+    start = f"{component}/model.onnx"
+    return hash_mapping(
+        {name: entry.sha256 for name, entry in source.files.items() if name.startswith(start)}
+    )
+
+
+def companions_digest(source: Manifest) -> str:
+    """Identity of what is copied beside the engines."""
+    return hash_mapping(
+        {
+            name: entry.sha256
+            for name, entry in source.files.items()
+            if not name.rpartition("/")[2].startswith("model.onnx")
+        }
+    )
+
+
+def differences(
+    old: Manifest,
+    source: Manifest,
+    profiles: Mapping[str, Sequence[Any]],
+    config: Mapping[str, Any],
+    *,
+    options: Sequence[str],
+    library: str,
+    target: Mapping[str, Any],
+) -> dict[str, str]:
+    """The first difference of every component that has to be built again, in words; empty where all is up to date.
+
+    Args:
+        old: Of the engines that are there.
+        source: Of the `onnx` artifact.
+        profiles: By component, in JSON types.
+        config: The new build's, in JSON types.
+        options: Names in `config` that every engine depends on.
+        library: Title and version of TensorRT.
+        target: The entries of the manifest's details that say for which GPUs engines are.
+    """
+    common = _common(old, config, options, library, target)
+    found: dict[str, str] = {}
+    built = old.details.get("components", {})
+    for name, wanted in profiles.items():
+        if common is not None:
+            found[name] = common
+        elif name not in built:
+            found[name] = "there is no engine of it"
+        elif built[name].get("graph_digest") != graph_digest(source, name):
+            found[name] = "its ONNX graph or weights changed"
+        elif built[name].get("profiles") != list(wanted):
+            found[name] = "other shapes are asked for"
+    if not found and (
+        old.details.get("companions_digest") != companions_digest(source) or built.keys() != profiles.keys()
+    ):
+        found[COMPANIONS] = "they changed in the ONNX directory"
+    return found
+
+
+def _common(
+    old: Manifest,
+    config: Mapping[str, Any],
+    options: Sequence[str],
+    library: str,
+    target: Mapping[str, Any],
+) -> str | None:
+    was = f"{old.details.get('library')} {old.details.get('library_version')}"
+    if was != library:
+        return f"it was built with {was}, this is {library}"
+    for name, value in target.items():
+        if old.details.get(name) != value:
+            return f"it was built for {old.details.get(name)}, this is {value}"
+    for name in options:
+        before, now = old.config.get(name), config.get(name)
+        if before != now:
+            return f"{name} was {before}, is {now}"
+    return None
+
+
+def in_words(found: Mapping[str, str]) -> str:
+    """All differences in one line, each once."""
+    reasons = dict.fromkeys(found.values())
+    return "; ".join(
+        f"{', '.join(name for name, why in found.items() if why == reason)}: {reason}" for reason in reasons
+    )

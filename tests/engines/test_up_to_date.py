@@ -1,0 +1,150 @@
+"""A second build into the same directory: what is kept, what is built again, and what is said about it."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from quest_deploy.artifacts import Artifact, read_artifact
+from quest_deploy.config import BuildConfig, ProfileConfig, ShapeRange
+from quest_deploy.engines import trt_build
+from quest_deploy.engines.trt_build import build_engine
+from quest_deploy.engines.up_to_date import differences, in_words
+from quest_deploy.errors import ArtifactError
+from tests.engines.conftest import unet
+
+pytest.importorskip("tensorrt_rtx")
+
+
+@pytest.fixture
+def engines(make_onnx: Callable[..., Path], tmp_path: Path) -> Artifact:
+    return build_engine(make_onnx(), tmp_path / "engines", BuildConfig())
+
+
+@pytest.fixture
+def jobs(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The components of every job that a worker is given."""
+    seen: list[list[str]] = []
+    run = trt_build.run_worker
+
+    def keep(job, progress=None):
+        seen.append([component["name"] for component in job["components"]])
+        return run(job, progress)
+
+    monkeypatch.setattr(trt_build, "run_worker", keep)
+    return seen
+
+
+def test_engines_that_are_up_to_date_are_left_alone(
+    engines: Artifact, tmp_path: Path, jobs: list[list[str]], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    again = build_engine(tmp_path / "onnx", engines.path, BuildConfig())
+    assert again.digest == engines.digest and not jobs
+    assert "is up to date" in caplog.text
+
+
+def test_only_what_changed_is_built_again_and_the_reason_is_said(
+    engines: Artifact,
+    make_onnx: Callable[..., Path],
+    tmp_path: Path,
+    jobs: list[list[str]],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    (tmp_path / "onnx").rename(tmp_path / "before")
+    changed = make_onnx(unet=unet(np.random.default_rng(7)).SerializeToString())
+    with pytest.raises(
+        ArtifactError, match=r"not up to date \(unet: its ONNX graph or weights changed\); add --overwrite"
+    ):
+        build_engine(changed, engines.path, BuildConfig())
+    kept = (engines.path / "vae_decoder" / "model.plan").read_bytes()
+    built = build_engine(changed, engines.path, BuildConfig(), overwrite=True)
+    assert jobs == [["unet"]]
+    assert "not up to date: unet: its ONNX graph or weights changed" in caplog.text
+    assert (built.path / "vae_decoder" / "model.plan").read_bytes() == kept
+    before, after = engines.manifest.details["components"], built.manifest.details["components"]
+    assert after["vae_decoder"] == before["vae_decoder"] and after["unet"] != before["unet"]
+    assert read_artifact(built.path, verify=True).digest == built.digest
+
+
+def test_a_changed_tokenizer_builds_nothing(
+    engines: Artifact, make_onnx: Callable[..., Path], tmp_path: Path, jobs: list[list[str]]
+) -> None:
+    (tmp_path / "onnx").rename(tmp_path / "before")
+    again = make_onnx()
+    manifest = dataclasses.replace(
+        engines.manifest, details={**engines.manifest.details, "companions_digest": "x"}
+    )
+    found = trt_build.changes(
+        dataclasses.replace(engines, manifest=manifest),
+        read_artifact(again),
+        trt_build.all_profiles(again, BuildConfig()),
+        BuildConfig(),
+    )
+    assert found == {"other files": "they changed in the ONNX directory"}
+    assert not jobs
+
+
+ONE = ShapeRange(min=1, opt=1, max=1)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (
+            BuildConfig(optimization_level=1),
+            "text_encoder, unet, vae_decoder: optimization_level was None, is 1",
+        ),
+        (BuildConfig(batch=ONE), "text_encoder, unet, vae_decoder: other shapes are asked for"),
+        (
+            BuildConfig(compute_capabilities=("8.6",)),
+            "text_encoder, unet, vae_decoder: it was built for 8.0 and later, this is 8.6",
+        ),
+        (
+            BuildConfig(more_profiles=(ProfileConfig(height=ShapeRange(min=32, opt=32, max=32)),)),
+            "unet, vae_decoder: other shapes are asked for",
+        ),
+    ],
+)
+def test_the_first_difference_is_named(
+    built_once: tuple[Artifact, Path], config: BuildConfig, words: str
+) -> None:
+    engines, onnx = built_once
+    profiles = trt_build.all_profiles(onnx, config)
+    assert in_words(trt_build.changes(engines, read_artifact(onnx), profiles, config)) == words
+
+
+@pytest.fixture(scope="module")
+def built_once(tiny_onnx: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Artifact, Path]:
+    return build_engine(tiny_onnx, tmp_path_factory.mktemp("once") / "engines", BuildConfig()), tiny_onnx
+
+
+def test_another_library_is_named(built_once: tuple[Artifact, Path]) -> None:
+    engines, onnx = built_once
+    found = differences(
+        engines.manifest,
+        read_artifact(onnx).manifest,
+        {"unet": []},
+        {},
+        options=(),
+        library="TensorRT for RTX 9.9",
+        target={},
+    )
+    version = engines.manifest.details["library_version"]
+    assert found == {"unet": f"it was built with TensorRT for RTX {version}, this is TensorRT for RTX 9.9"}
+
+
+def test_damaged_engines_are_not_used_again(
+    engines: Artifact, tmp_path: Path, jobs: list[list[str]], caplog: pytest.LogCaptureFixture
+) -> None:
+    plan = engines.path / "unet" / "model.plan"
+    plan.write_bytes(plan.read_bytes()[:-1])
+    build_engine(tmp_path / "onnx", engines.path, BuildConfig(), overwrite=True)
+    assert "nothing of the engines that are there is used again" in caplog.text
+    assert len(jobs[0]) == 3
