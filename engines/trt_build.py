@@ -13,10 +13,11 @@ from typing import Any
 
 from quest_deploy.artifacts import Artifact, check_output, read_artifact, write_artifact
 from quest_deploy.config import BuildConfig, to_dict
+from quest_deploy.engines import ladder
 from quest_deploy.engines.foreign import fitted_components, is_foreign, to_json
 from quest_deploy.engines.libraries import check_tensorrt, gpus, import_tensorrt, title_of
 from quest_deploy.engines.profiles import Profile, all_profiles
-from quest_deploy.engines.trt_process import Progress, run_worker
+from quest_deploy.engines.trt_process import Progress
 from quest_deploy.engines.up_to_date import (
     companions_digest,
     differences,
@@ -113,7 +114,11 @@ def build_engine(
         copy_companions(source, writer.path)
         for name in kept:
             copy_plan(existing, name, writer.path)
-        built = run_worker(make_job(source.path, writer.path, wanted, config), progress) if wanted else {}
+        built = {}
+        if wanted:
+            built = ladder.build(
+                make_job(source.path, writer.path, wanted, config), progress, jobs=config.jobs
+            )
         writer.details.update(make_details(source, profiles, config, built, kept))
         if fitted:
             writer.details["interfaces"] = to_json(fitted)
@@ -205,10 +210,11 @@ def make_job(
                 "onnx": str((onnx_dir / name / ONNX_NAME).absolute()),
                 "plan": str((output / name / PLAN_NAME).absolute()),
                 "profiles": [profile_to_json(profile) for profile in own],
+                "options": {name: getattr(config, name) for name in BUILDER_OPTIONS},
             }
             for name, own in profiles.items()
         ],
-        "options": {name: getattr(config, name) for name in BUILDER_OPTIONS},
+        "memory_limit_bytes": None if config.memory_limit_gb is None else round(config.memory_limit_gb * 1e9),
     }
 
 
@@ -239,11 +245,12 @@ def make_details(
     reports = {**kept, **built}
     components = {
         name: {
+            "profiles": [profile_to_json(profile) for profile in profiles[name]],
             **{key: value for key, value in reports[name].items() if key != "tensorrt_version"},
+            "requested_profiles": [profile_to_json(profile) for profile in profiles[name]],
             "plan": f"{name}/{PLAN_NAME}",
             "onnx_sha256": source.manifest.files[f"{name}/{ONNX_NAME}"].sha256,
             "graph_digest": graph_digest(source.manifest, name),
-            "profiles": [profile_to_json(profile) for profile in profiles[name]],
         }
         for name in profiles
     }

@@ -6,11 +6,14 @@ import contextlib
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from quest_deploy.config import ProgressEvent
@@ -21,46 +24,101 @@ logger = logging.getLogger(__name__)
 
 WORKER = (sys.executable, "-m", "quest_deploy.engines.trt_worker")
 _TAIL_BYTES = 2000
+WATCH_SECONDS = 0.1
+_MEMORY = re.compile(
+    r"out of memory|OutOfMemory|insufficient memory|bad_alloc|cannot allocate memory", re.IGNORECASE
+)
 
 Progress = Callable[[ProgressEvent], None]
 
 
+class BuildMemoryError(EngineBuildError):
+    """A build that ran out of memory.
+
+    Attributes:
+        built: What was built before, by component.
+        component: The one that was not.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.built: dict[str, dict[str, Any]] = {}
+        self.component = ""
+
+
+class Tally:
+    """How far all components are; several threads may report."""
+
+    def __init__(self, progress: Progress | None, names: Sequence[str]) -> None:
+        self.progress = progress
+        self.percent = dict.fromkeys(names, 0)
+        self.lock = threading.Lock()
+
+    def report(self, component: str, percent: int, phase: str) -> None:
+        """Note that `component` is `percent` done."""
+        with self.lock:
+            self.percent[component] = max(percent, self.percent[component])
+            completed, total = sum(self.percent.values()), 100 * len(self.percent)
+            if self.progress is not None:
+                self.progress(
+                    ProgressEvent(
+                        stage="build-engine",
+                        completed=completed,
+                        total=total,
+                        message=f"{component}: {phase}",
+                    )
+                )
+
+
 def run_worker(
-    job: Mapping[str, Any], progress: Progress | None = None, command: Sequence[str] = WORKER
+    job: Mapping[str, Any],
+    tally: Tally,
+    command: Sequence[str] = WORKER,
+    on_start: Callable[[subprocess.Popen[str]], None] = lambda process: None,
 ) -> dict[str, dict[str, Any]]:
     """Build the engines of a job in a process of their own.
 
     Args:
-        job: ``backend``, ``timing_cache`` and ``components`` (each with ``name``, ``onnx``, ``plan``, ``profile``).
-        progress: Called with 100 units for each component.
+        job: ``backend``, ``timing_cache``, ``memory_limit_bytes`` (of the process, or None) and ``components`` (each
+            with ``name``, ``onnx``, ``plan``, ``profiles``, ``options``).
+        tally: Told how far they are.
         command: How to start the worker.
+        on_start: Called with the process.
 
     Returns:
         The fields of the ``built`` event, by component.
 
     Raises:
+        BuildMemoryError: the machine's memory, or what the job may take of it, did not suffice.
         EngineBuildError: TensorRT refused a graph, or the worker died.
         OSError: a plan could not be written.
     """
     built: dict[str, dict[str, Any]] = {}
-    names = [component["name"] for component in job["components"]]
-    # Closed at once: an interruption must end the worker before what it writes to is removed.
-    with contextlib.closing(_events(job, command)) as events:
-        for event in events:
-            kind = event.pop("event")
-            if kind == "log":
-                _log(event)
-            elif kind == "progress":
-                _report(progress, names, event["component"], event["percent"], event["phase"])
-            elif kind == "built":
-                built[event.pop("component")] = event
-                _report(progress, names, names[len(built) - 1], 100, "done")
-            else:
-                raise _failure(job, event)
+    try:
+        # Closed at once: an interruption must end the worker before what it writes to is removed.
+        with contextlib.closing(_events(job, command, on_start)) as events:
+            for event in events:
+                kind = event.pop("event")
+                if kind == "log":
+                    _log(event)
+                elif kind == "progress":
+                    tally.report(event["component"], event["percent"], event["phase"])
+                elif kind == "built":
+                    component = event.pop("component")
+                    built[component] = event
+                    tally.report(component, 100, "done")
+                else:
+                    raise _failure(job, event)
+    except BuildMemoryError as error:
+        error.built = built
+        error.component = next(one["name"] for one in job["components"] if one["name"] not in built)
+        raise
     return built
 
 
-def _events(job: Mapping[str, Any], command: Sequence[str]) -> Generator[dict[str, Any], None, None]:
+def _events(
+    job: Mapping[str, Any], command: Sequence[str], on_start: Callable[[subprocess.Popen[str]], None]
+) -> Generator[dict[str, Any], None, None]:
     """Start the worker, give it the job, and yield its events until it ends well."""
     with tempfile.TemporaryFile() as stderr:
         # A session of its own: Ctrl-C reaches this process alone, which then decides what becomes of the worker.
@@ -74,17 +132,62 @@ def _events(job: Mapping[str, Any], command: Sequence[str]) -> Generator[dict[st
             env=_environment(job["backend"]),
             start_new_session=True,
         )
+        watch = MemoryWatch(process, job.get("memory_limit_bytes"))
         try:
+            on_start(process)
+            watch.start()
             yield from _read(process, job)
             if (status := process.wait()) != 0:
+                if watch.exceeded:
+                    raise BuildMemoryError(
+                        f"building took more than the {job['memory_limit_bytes']:,} bytes it may take"
+                    )
                 stderr.seek(max(0, stderr.seek(0, os.SEEK_END) - _TAIL_BYTES))
                 raise _death(job, status, stderr.read().decode(errors="replace"))
         finally:
             process.kill()
             process.wait()
+            watch.stop()
             for pipe in (process.stdin, process.stdout):
                 if pipe is not None:
                     pipe.close()
+
+
+class MemoryWatch:
+    """Kills a process that takes more memory than it may.
+
+    A limit of the system on addresses would not do: CUDA and TensorRT reserve many more than they use.
+    """
+
+    def __init__(self, process: subprocess.Popen[str], limit_bytes: int | None) -> None:
+        self.process, self.limit_bytes = process, limit_bytes
+        self.exceeded = False
+        self.ended = threading.Event()
+        self.thread = threading.Thread(target=self._run, daemon=True)
+
+    def start(self) -> None:
+        """Begin, if there is a limit."""
+        if self.limit_bytes is not None:
+            self.thread.start()
+
+    def stop(self) -> None:
+        """End; the process has."""
+        self.ended.set()
+        if self.thread.is_alive():
+            self.thread.join()
+
+    def _run(self) -> None:
+        assert self.limit_bytes is not None
+        statm, page = Path(f"/proc/{self.process.pid}/statm"), os.sysconf("SC_PAGE_SIZE")
+        while not self.ended.wait(WATCH_SECONDS):
+            try:
+                resident = int(statm.read_text().split()[1]) * page
+            except (OSError, IndexError):
+                return
+            if resident > self.limit_bytes:
+                self.exceeded = True
+                self.process.kill()
+                return
 
 
 def _read(process: subprocess.Popen[str], job: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -114,23 +217,16 @@ def _log(event: Mapping[str, Any]) -> None:
     logger.log(level, "%s", event["message"])
 
 
-def _report(
-    progress: Progress | None, names: Sequence[str], component: str, percent: int, phase: str
-) -> None:
-    if progress is None:
-        return
-    completed = 100 * names.index(component) + percent
-    message = f"{component}: {phase}"
-    progress(
-        ProgressEvent(stage="build-engine", completed=completed, total=100 * len(names), message=message)
-    )
-
-
 def _failure(job: Mapping[str, Any], event: Mapping[str, Any]) -> Exception:
     if event["kind"] == "storage":
         return OSError(event["errno"], os.strerror(event["errno"] or 0), event["filename"])
     component = event["component"]
     path = next(entry["onnx"] for entry in job["components"] if entry["name"] == component)
+    if _MEMORY.search(event["message"]):
+        return BuildMemoryError(
+            f"{component}: {title_of(job['backend'])} {event['tensorrt_version']} ran out of memory: "
+            f"{event['message']}; build with smaller --max-batch or image sizes, or on a machine with more memory"
+        )
     return EngineBuildError(
         f"{component}: {title_of(job['backend'])} {event['tensorrt_version']} cannot build '{path}': "
         f"{event['message']}; export the model again with `quest-deploy export --target {job['backend']}`"
@@ -142,7 +238,8 @@ def _death(job: Mapping[str, Any], status: int, stderr: str) -> EngineBuildError
     memory = "; the machine may be out of memory" if -status == signal.SIGKILL else ""
     lines = stderr.strip().splitlines()
     last = f" Its last words: {lines[-1].strip()}" if lines else ""
-    return EngineBuildError(
+    kind = BuildMemoryError if memory else EngineBuildError
+    return kind(
         f"the process that builds {title_of(job['backend'])} engines died ({how}){memory}.{last} "
         "Run it again with smaller --max-batch or image sizes, or with -v for its log"
     )

@@ -175,7 +175,7 @@ def builder_config(
             profiles[-1].add(name, min=shapes["min"], opt=shapes["opt"], max=shapes["max"])
     create = CreateConfigRTX if job["backend"] == "tensorrt-rtx" else CreateConfig
     monitor = progress_monitor(trt, component["name"], log)
-    told = builder_arguments(trt, job["backend"], job.get("options", {}))
+    told = builder_arguments(trt, job["backend"], component["options"])
     config = create(profiles=profiles, progress_monitor=monitor, **told)(builder, network)
     # TF32 keeps 10 bits of what stays in float: enough to flip int8 codes and miss the parity gate.
     config.clear_flag(trt.BuilderFlag.TF32)

@@ -81,7 +81,7 @@ def differences(
             found[name] = "there is no engine of it"
         elif built[name].get("graph_digest") != graph_digest(source, name):
             found[name] = "its ONNX graph or weights changed"
-        elif built[name].get("profiles") != list(wanted):
+        elif built[name].get("requested_profiles") != list(wanted):
             found[name] = "other shapes are asked for"
     if not found and (
         old.details.get("companions_digest") != companions_digest(source) or built.keys() != profiles.keys()

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from quest_deploy.checks import one_of, raise_if_any
+from quest_deploy.checks import at_least, one_of, raise_if_any
 from quest_deploy.errors import ConfigError
 
 TensorRTBackend = Literal["tensorrt", "tensorrt-rtx"]
@@ -65,6 +65,10 @@ class BuildConfig(ProfileConfig):
             (TensorRT for RTX only).
         strip_weights: Whether weights are left out of the plans, which must be refitted before they run.
         weight_streaming: Whether weights may stay in host memory while an engine runs.
+        jobs: Components that are built at a time.
+        memory_limit_gb: The most memory of this machine that building may take, in 10^9 bytes; None for no limit. Where
+            it does not suffice, a component is built with a lower optimization level, then a smaller workspace, then
+            its optimal shapes alone.
     """
 
     backend: TensorRTBackend = "tensorrt-rtx"
@@ -77,6 +81,8 @@ class BuildConfig(ProfileConfig):
     compute_capabilities: tuple[str, ...] = ()
     strip_weights: bool = False
     weight_streaming: bool = False
+    jobs: int = 1
+    memory_limit_gb: float | None = None
 
     def __post_init__(self) -> None:
         problems: list[str] = []
@@ -87,6 +93,9 @@ class BuildConfig(ProfileConfig):
             problems.append(f"optimization_level is {level}, expected 0 to {MAX_OPTIMIZATION_LEVEL}")
         if self.workspace_mb is not None and self.workspace_mb < 1:
             problems.append(f"workspace_mb is {self.workspace_mb}, expected 1 or more")
+        at_least(problems, 1, jobs=self.jobs)
+        if self.memory_limit_gb is not None and not self.memory_limit_gb > 0:
+            problems.append(f"memory_limit_gb is {self.memory_limit_gb}, expected more than 0")
         bad = [text for text in self.compute_capabilities if not _CAPABILITY.fullmatch(text)]
         if bad:
             problems.append(

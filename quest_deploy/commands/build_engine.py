@@ -74,6 +74,16 @@ from quest_deploy.config import TENSORRT_BACKENDS, BuildConfig, ProfileConfig, S
 @click.option(
     "--weight-streaming", is_flag=True, help="Let weights stay in host memory while an engine runs."
 )
+@click.option(
+    "--jobs", type=int, default=BuildConfig.jobs, show_default=True, help="Components to build at a time."
+)
+@click.option(
+    "--memory-limit",
+    "memory_limit_gb",
+    type=float,
+    metavar="GB",
+    help="Memory of this machine that building may take; where it does not suffice, engines are built with less.",
+)
 @overwrite_option
 @verb()
 def build_engine(

@@ -20,8 +20,8 @@ from torch.overrides import TorchFunctionMode
 from quest_deploy.errors import CalibrationError
 from quest_deploy.model.components import call_denoiser
 from quest_deploy.model.spec import ComponentSpec
+from quest_deploy.quantize.example import example_inputs
 from quest_deploy.quantize.insert import quantizable_layers, replace_module
-from quest_deploy.quantize.trace import example_inputs
 
 CHANNEL_AXES = (1, -3)
 # torch functions that treat channels alike and leave them where they are, as between a concatenation and a convolution.

@@ -21,16 +21,12 @@ from torch.overrides import TorchFunctionMode
 
 from quest_deploy.model.components import Conditioning, call_denoiser
 from quest_deploy.model.load import LoadedModel
-from quest_deploy.model.spec import TIMESTEP, ComponentSpec, TensorSpec, latent_granularity, latent_size
+from quest_deploy.model.spec import TIMESTEP, ComponentSpec, TensorSpec
 from quest_deploy.model.tensors import base_of
+from quest_deploy.quantize.example import BATCH, example_inputs
 from quest_deploy.quantize.insert import Role, quantizable_layers
 from quest_deploy.quantize.layers import TimestepContext
 
-# A number that no model has for a width, so that it stands for the batch wherever it appears in the tape.
-BATCH = 7
-TOKENS = 3
-IMAGE_TOKENS = 5
-GRANULES = 2
 STREAM_AXES = ("sequence", "image_tokens", "height")
 
 
@@ -365,25 +361,6 @@ def _is_inner(name: str, fed: Mapping[str, Origin]) -> bool:
     """Whether `name` feeds other layers that carry time, and all of them are of its own module."""
     followers = [other for other, origin in fed.items() if name in origin.after]
     return bool(followers) and all(other.rpartition(".")[0] == name.rpartition(".")[0] for other in followers)
-
-
-def example_inputs(spec: ComponentSpec, config: Any) -> dict[str, Tensor]:
-    """The least inputs that a denoiser of that specification and configuration takes, all zero."""
-    granularity = latent_granularity(config)
-    height, width = (min(size, GRANULES * granularity) for size in latent_size(config))
-    sizes = {"batch": BATCH, "steps": BATCH, "sequence": TOKENS, "height": height, "width": width}
-    sizes["image_tokens"] = IMAGE_TOKENS
-
-    def length(size: int | str) -> int:
-        if isinstance(size, int):
-            return size
-        base, factor = base_of(size)
-        return int(sizes[base] * factor)
-
-    return {
-        tensor.name: torch.zeros([length(size) for size in tensor.shape], dtype=getattr(torch, tensor.dtype))
-        for tensor in spec.inputs
-    }
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from quest_deploy.config import ProgressEvent
-from quest_deploy.engines.trt_process import run_worker
+from quest_deploy.engines.trt_process import BuildMemoryError, Progress, Tally, run_worker
 from quest_deploy.errors import EngineBuildError
 
 JOB = {
@@ -24,9 +24,13 @@ def worker(*lines: str) -> list[str]:
     return [sys.executable, "-c", "\n".join([*setup, send, *lines])]
 
 
+def run(command: list[str], progress: Progress | None = None, **more: int) -> dict[str, dict]:
+    return run_worker({**JOB, **more}, Tally(progress, ["a", "b"]), command)
+
+
 def test_results_are_by_component() -> None:
     command = worker("for c in job['components']: send(event='built', component=c['name'], seconds=1.5)")
-    assert run_worker(JOB, command=command) == {"a": {"seconds": 1.5}, "b": {"seconds": 1.5}}
+    assert run(command) == {"a": {"seconds": 1.5}, "b": {"seconds": 1.5}}
 
 
 def test_progress_counts_a_hundred_units_a_component() -> None:
@@ -37,7 +41,7 @@ def test_progress_counts_a_hundred_units_a_component() -> None:
         "send(event='progress', component='b', percent=5, phase='tuning')",
         "send(event='built', component='b')",
     )
-    run_worker(JOB, events.append, command)
+    run(command, events.append)
     assert [event.completed for event in events] == [40, 100, 105, 200]
     assert {event.total for event in events} == {200}
     assert events[0].message == "a: tuning"
@@ -50,7 +54,7 @@ def test_refused_graph_is_an_error_that_says_what_and_what_next() -> None:
     )
     expected = r"b: TensorRT for RTX 1\.7 cannot build '/x/b': no Int4; export the model again .*--target tensorrt-rtx"
     with pytest.raises(EngineBuildError, match=expected):
-        run_worker(JOB, command=command)
+        run(command)
 
 
 def test_plan_that_cannot_be_written_is_an_os_error() -> None:
@@ -59,24 +63,33 @@ def test_plan_that_cannot_be_written_is_an_os_error() -> None:
         "sys.exit(1)",
     )
     with pytest.raises(OSError, match="No space left on device: '/full/p'"):
-        run_worker(JOB, command=command)
+        run(command)
 
 
 def test_crash_is_an_error_with_the_signal() -> None:
     with pytest.raises(EngineBuildError, match="died .SIGSEGV"):
-        run_worker(JOB, command=worker("os.kill(os.getpid(), 11)"))
+        run(worker("os.kill(os.getpid(), 11)"))
 
 
 def test_kill_points_at_memory() -> None:
     with pytest.raises(EngineBuildError, match="SIGKILL.*out of memory"):
-        run_worker(JOB, command=worker("os.kill(os.getpid(), 9)"))
+        run(worker("os.kill(os.getpid(), 9)"))
+
+
+def test_a_process_that_takes_more_memory_than_it_may_is_ended() -> None:
+    command = worker(
+        "send(event='built', component='a', seconds=1)", "held = bytearray(400_000_000)", "time.sleep(60)"
+    )
+    with pytest.raises(BuildMemoryError, match="took more than the 200,000,000 bytes it may take") as caught:
+        run(command, memory_limit_bytes=200_000_000)
+    assert caught.value.component == "b" and caught.value.built == {"a": {"seconds": 1}}
 
 
 def test_exit_tells_the_last_line_of_its_errors() -> None:
     with pytest.raises(EngineBuildError, match="exit status 3.*last words: bad_alloc"):
-        run_worker(JOB, command=worker("print('x\\nbad_alloc', file=sys.stderr)", "sys.exit(3)"))
+        run(worker("print('x\\nbad_alloc', file=sys.stderr)", "sys.exit(3)"))
 
 
 def test_worker_that_dies_before_it_reads_is_an_error() -> None:
     with pytest.raises(EngineBuildError, match="exit status 2"):
-        run_worker(JOB, command=[sys.executable, "-c", "import os; os.close(0); os._exit(2)"])
+        run([sys.executable, "-c", "import os; os.close(0); os._exit(2)"])

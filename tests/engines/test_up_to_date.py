@@ -30,13 +30,13 @@ def engines(make_onnx: Callable[..., Path], tmp_path: Path) -> Artifact:
 def jobs(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """The components of every job that a worker is given."""
     seen: list[list[str]] = []
-    run = trt_build.run_worker
+    build = trt_build.ladder.build
 
-    def keep(job, progress=None):
+    def keep(job, progress, **options):
         seen.append([component["name"] for component in job["components"]])
-        return run(job, progress)
+        return build(job, progress, **options)
 
-    monkeypatch.setattr(trt_build, "run_worker", keep)
+    monkeypatch.setattr(trt_build.ladder, "build", keep)
     return seen
 
 

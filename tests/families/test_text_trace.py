@@ -11,7 +11,8 @@ from torch import Tensor
 
 from quest_deploy.model.components import call_denoiser
 from quest_deploy.model.load import LoadedModel
-from quest_deploy.quantize.trace import BATCH, example_inputs, trace
+from quest_deploy.quantize.example import BATCH, example_inputs
+from quest_deploy.quantize.trace import trace
 
 UNET = ({"conv_in", "conv_out"}, ("time_embedding.linear", "time_emb_proj"))
 PIXART = ({"pos_embed.proj", "proj_out"}, ("timestep_embedder.", "adaln_single.linear"))

@@ -1,0 +1,130 @@
+"""Builds the components of a job, some at a time, and tries again with less where memory did not suffice."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from typing import Any
+
+from quest_deploy.engines.trt_process import WORKER, BuildMemoryError, Progress, Tally, run_worker
+
+logger = logging.getLogger(__name__)
+
+Component = Mapping[str, Any]
+
+# TensorRT's own optimization level is 3, and its workspace all memory of the GPU.
+LOWEST_LEVEL = 0
+WORKSPACES_MB = (1024, 256)
+
+
+def build(
+    job: Mapping[str, Any], progress: Progress | None, *, jobs: int = 1, command: Sequence[str] = WORKER
+) -> dict[str, dict[str, Any]]:
+    """Build all components of a job.
+
+    Args:
+        job: As :func:`run_worker` takes it; ``memory_limit_bytes`` is that of all processes together.
+        progress: Called with 100 units for each component.
+        jobs: Components at a time, each in a process of its own.
+        command: How to start a process.
+
+    Returns:
+        The fields of the ``built`` event, by component; with ``fallback``, what was given up for want of memory, and
+        with ``profiles`` where that changed them.
+
+    Raises:
+        BuildMemoryError: memory does not suffice for the least that can be built.
+        EngineBuildError: TensorRT refused a graph, or a process died.
+        OSError: a plan could not be written.
+    """
+    tally = Tally(progress, [component["name"] for component in job["components"]])
+    jobs = max(1, min(jobs, len(job["components"])))
+    if jobs == 1:
+        return _in_turn(job, tally, command, _Processes())
+    limit = job.get("memory_limit_bytes")
+    parts = [
+        {**job, "components": [component], "memory_limit_bytes": None if limit is None else limit // jobs}
+        for component in job["components"]
+    ]
+    processes = _Processes()
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            futures = [pool.submit(_in_turn, part, tally, command, processes) for part in parts]
+            wait(futures, return_when=FIRST_EXCEPTION)
+            failed = [future for future in futures if future.done() and future.exception() is not None]
+            if failed:
+                failed[0].result()
+        finally:
+            # Whatever ended this early must not leave the others running.
+            processes.end()
+            pool.shutdown(wait=False, cancel_futures=True)
+    return {name: fields for future in futures for name, fields in future.result().items()}
+
+
+class _Processes:
+    """The processes of a build, which end together."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.running: list[subprocess.Popen[str]] = []
+        self.ended = False
+
+    def add(self, process: subprocess.Popen[str]) -> None:
+        with self.lock:
+            self.running.append(process)
+            if self.ended:
+                process.kill()
+
+    def end(self) -> None:
+        with self.lock:
+            self.ended = True
+            for process in self.running:
+                if process.poll() is None:
+                    process.kill()
+
+
+def _in_turn(
+    job: Mapping[str, Any], tally: Tally, command: Sequence[str], processes: _Processes
+) -> dict[str, dict[str, Any]]:
+    built: dict[str, dict[str, Any]] = {}
+    given_up: dict[str, list[str]] = {}
+    todo: dict[str, Component] = {component["name"]: component for component in job["components"]}
+    while len(built) < len(todo):
+        left = [component for name, component in todo.items() if name not in built]
+        try:
+            built |= run_worker({**job, "components": left}, tally, command, processes.add)
+        except BuildMemoryError as error:
+            built |= error.built
+            name = error.component
+            less = None if processes.ended else with_less(todo[name])
+            if less is None:
+                raise
+            todo[name], words = less
+            given_up.setdefault(name, []).append(words)
+            logger.warning("%s: %s; trying again with %s", name, str(error).partition(";")[0], words)
+    for name, all_words in given_up.items():
+        built[name] |= {"fallback": all_words, "profiles": todo[name]["profiles"]}
+    return built
+
+
+def with_less(component: Component) -> tuple[dict[str, Any], str] | None:
+    """The next thing to try for a component that memory did not suffice for, and its name; None after the last."""
+    options = component["options"]
+    if options.get("optimization_level") != LOWEST_LEVEL:
+        changed = {**options, "optimization_level": LOWEST_LEVEL}
+        return {**component, "options": changed}, f"optimization level {LOWEST_LEVEL}"
+    workspace = options.get("workspace_mb")
+    for smaller in WORKSPACES_MB:
+        if workspace is None or smaller < workspace:
+            changed = {**options, "workspace_mb": smaller}
+            return {**component, "options": changed}, f"a workspace of {smaller} MiB"
+    fixed = [
+        {name: dict.fromkeys(("min", "opt", "max"), shapes["opt"]) for name, shapes in profile.items()}
+        for profile in component["profiles"]
+    ]
+    if fixed != component["profiles"]:
+        return {**component, "profiles": fixed}, "the optimal shapes alone"
+    return None

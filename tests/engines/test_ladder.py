@@ -1,0 +1,107 @@
+"""What is tried where memory does not suffice, and several components at a time. The workers are simulated."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from quest_deploy.config import ProgressEvent
+from quest_deploy.engines import ladder
+from quest_deploy.engines.trt_process import BuildMemoryError
+from quest_deploy.errors import EngineBuildError
+
+OPTIONS = {"optimization_level": None, "workspace_mb": None}
+PROFILE = {"x": {"min": [1], "opt": [2], "max": [4]}}
+
+
+def job(*names: str) -> dict:
+    return {
+        "backend": "tensorrt-rtx",
+        "timing_cache": None,
+        "components": [
+            {"name": name, "onnx": f"/x/{name}", "plan": "p", "profiles": [PROFILE], "options": OPTIONS}
+            for name in names
+        ],
+    }
+
+
+def simulated(*lines: str) -> list[str]:
+    """A worker that does `lines` for each component `c`, and then has built it."""
+    program = [
+        "import sys, json, os, time",
+        "job = json.loads(sys.stdin.readline())",
+        "send = lambda **event: print(json.dumps(event), flush=True)",
+        "fail = lambda kind, words: (send(event='failed', kind=kind, component=c['name'], message=words,",
+        "    tensorrt_version='1'), sys.exit(1))",
+        "for c in job['components']:",
+        *(f"    {line}" for line in lines),
+        "    send(event='built', component=c['name'], options=c['options'])",
+    ]
+    return [sys.executable, "-c", "\n".join(program)]
+
+
+def test_less_is_tried_until_it_suffices(caplog: pytest.LogCaptureFixture) -> None:
+    command = simulated(
+        "o = c['options']",
+        "if c['name'] == 'b' and o['workspace_mb'] != 256: fail('build', 'CUDA: out of memory')",
+    )
+    events: list[ProgressEvent] = []
+    built = ladder.build(job("a", "b", "c"), events.append, command=command)
+    assert built["b"]["fallback"] == [
+        "optimization level 0",
+        "a workspace of 1024 MiB",
+        "a workspace of 256 MiB",
+    ]
+    assert built["b"]["options"] == {"optimization_level": 0, "workspace_mb": 256}
+    assert built["b"]["profiles"] == [PROFILE]
+    assert built["a"] == built["c"] == {"options": OPTIONS}
+    assert [event.completed for event in events] == [100, 200, 300]
+    said = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(said) == 3 and said[0].endswith("trying again with optimization level 0")
+
+
+def test_the_last_thing_tried_is_one_shape() -> None:
+    command = simulated("if c['profiles'][0]['x']['max'] != [2]: os.kill(os.getpid(), 9)")
+    built = ladder.build(job("a"), None, command=command)
+    assert built["a"]["fallback"][-1] == "the optimal shapes alone"
+    assert built["a"]["profiles"] == [{"x": {"min": [2], "opt": [2], "max": [2]}}]
+
+
+def test_what_never_suffices_is_an_error() -> None:
+    with pytest.raises(
+        BuildMemoryError, match="a: TensorRT for RTX 1 ran out of memory: bad_alloc; build with smaller"
+    ):
+        ladder.build(job("a"), None, command=simulated("fail('build', 'bad_alloc')"))
+
+
+def test_another_error_is_not_tried_again(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    command = simulated(f"open({str(log)!r}, 'a').write('x')", "fail('build', 'no Int4')")
+    with pytest.raises(EngineBuildError, match="no Int4"):
+        ladder.build(job("a", "b"), None, command=command)
+    assert log.read_text() == "x"
+
+
+def test_components_are_built_at_the_same_time(tmp_path: Path) -> None:
+    # Each waits for the other.
+    command = simulated(
+        f"open({str(tmp_path)!r} + '/' + c['name'], 'w').close()",
+        f"[time.sleep(0.02) for _ in range(1000) if len(os.listdir({str(tmp_path)!r})) < 2]",
+        f"assert len(os.listdir({str(tmp_path)!r})) == 2",
+    )
+    events: list[ProgressEvent] = []
+    built = ladder.build(job("a", "b"), events.append, jobs=2, command=command)
+    assert built.keys() == {"a", "b"}
+    assert events[-1].completed == events[-1].total == 200
+
+
+def test_the_first_error_ends_the_others() -> None:
+    command = simulated("time.sleep(60) if c['name'] == 'b' else fail('build', 'no Int4')")
+    started = time.monotonic()
+    with pytest.raises(EngineBuildError, match="a: .*no Int4"):
+        ladder.build(job("a", "b"), None, jobs=2, command=command)
+    assert time.monotonic() - started < 30
