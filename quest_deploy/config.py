@@ -29,12 +29,14 @@ Mode = Literal["int8", "int4-weight-only", "none"]
 Dtype = Literal["fp32", "fp16", "bf16"]
 Backend = Literal["torch", "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx"]
 TensorRTBackend = Literal["tensorrt", "tensorrt-rtx"]
+Provider = Literal["cpu", "cuda", "tensorrt"]
 
 TARGETS: tuple[str, ...] = get_args(Target)
 MODES: tuple[str, ...] = get_args(Mode)
 DTYPES: tuple[str, ...] = get_args(Dtype)
 BACKENDS: tuple[str, ...] = get_args(Backend)
 TENSORRT_BACKENDS: tuple[str, ...] = get_args(TensorRTBackend)
+PROVIDERS: tuple[str, ...] = get_args(Provider)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -100,6 +102,28 @@ class BuildConfig:
         problems: list[str] = []
         one_of(problems, "backend", self.backend, TENSORRT_BACKENDS)
         raise_if_any(problems, "build-engine")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """What some of the runtimes can be told besides what they run.
+
+    Attributes:
+        provider: ONNX Runtime's execution provider; None takes CUDA where it can run, else the CPU.
+        cuda_graphs: Whether TensorRT engines run shapes that come again as captured CUDA graphs.
+    """
+
+    provider: Provider | None = None
+    cuda_graphs: bool = True
+
+    def __post_init__(self) -> None:
+        problems: list[str] = []
+        if self.provider is not None:
+            one_of(problems, "provider", self.provider, PROVIDERS)
+        raise_if_any(problems, "run")
+
+
+DEFAULT_RUN = RunConfig()
 
 
 @dataclass(frozen=True, kw_only=True)
