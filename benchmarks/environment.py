@@ -18,7 +18,7 @@ SOURCES = ("quest_deploy", "export", "engines", "benchmarks", "scripts")
 def header(settings: Settings) -> dict[str, Any]:
     """What every result file begins with."""
     return {
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "date": now(),
         "machine": machine(),
         "versions": tool_versions(),
         "commit": git("rev-parse", "HEAD"),
@@ -26,6 +26,11 @@ def header(settings: Settings) -> dict[str, Any]:
         "uncommitted_changes": bool(git("status", "--porcelain", "--", *SOURCES, f":!{RESULTS}")),
         "settings": settings.describe(),
     }
+
+
+def now() -> str:
+    """The time, in UTC."""
+    return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def machine() -> dict[str, Any]:

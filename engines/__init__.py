@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quest_deploy.artifacts import read_manifest, stage_of
-from quest_deploy.config import BACKENDS
+from quest_deploy.config import BACKENDS, DEFAULT_RUN, RunConfig
 from quest_deploy.errors import ArtifactError, ConfigError
 
 if TYPE_CHECKING:
@@ -54,21 +54,25 @@ _NEXT_STEP = {
 }
 
 
-def load_engines(path: Path, *, backend: str | None = None, threads: int | None = None) -> dict[str, Engine]:
+def load_engines(
+    path: Path, *, backend: str | None = None, threads: int | None = None, run: RunConfig = DEFAULT_RUN
+) -> dict[str, Engine]:
     """Load every component at `path`, ready to run.
 
     Args:
         path: A model, checkpoint, `onnx` or `engines` directory.
         backend: What runs it; None chooses by what it is.
         threads: Threads of ONNX Runtime or OpenVINO; None leaves the choice to it.
+        run: What else some of them can be told.
 
     Raises:
         ArtifactError: the directory cannot be trusted or cannot be run.
-        ConfigError: the backend does not fit the directory.
+        ConfigError: the backend does not fit the directory, or has no execution providers.
         MissingDependencyError: a library or a GPU is absent.
     """
     # Each runtime is imported when it is wanted: torch takes seconds, and TensorRT is optional.
     chosen = resolve_backend(path, backend)
+    check_provider(chosen, run)
     if chosen == "torch":
         from quest_deploy.engines.torch_runtime import load_torch_engines
 
@@ -76,11 +80,26 @@ def load_engines(path: Path, *, backend: str | None = None, threads: int | None 
     if chosen == "onnxruntime":
         from quest_deploy.engines.ort_runtime import load_ort_engines
 
-        return load_ort_engines(path, threads=threads)
+        return load_ort_engines(path, threads=threads, provider=run.provider)
     if chosen == "openvino":
         from quest_deploy.engines.openvino_runtime import load_openvino_engines
 
         return load_openvino_engines(path, threads=threads)
     from quest_deploy.engines.trt_runtime import load_tensorrt_engines
 
-    return load_tensorrt_engines(path, backend="tensorrt" if chosen == "tensorrt" else "tensorrt-rtx")
+    return load_tensorrt_engines(
+        path, backend="tensorrt" if chosen == "tensorrt" else "tensorrt-rtx", graphs=run.cuda_graphs
+    )
+
+
+def check_provider(backend: str, run: RunConfig) -> None:
+    """Refuse an execution provider for a backend that has none.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    if run.provider is not None and backend != "onnxruntime":
+        raise ConfigError(
+            f"provider is {run.provider}, but only onnxruntime has execution providers and {backend} runs this; "
+            "leave --provider out, or use --backend onnxruntime on an ONNX directory"
+        )

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quest_deploy.engines.base import Closing, Engine
+from quest_deploy.engines.base import Closing, Engine, device_of
 from quest_deploy.engines.foreign import AGAIN, Fitted
 from quest_deploy.errors import EngineInputError
 from quest_deploy.model.spec import TIMESTEP, TensorSpec
@@ -20,6 +20,7 @@ class AdaptedEngine(Closing):
         self.spec = fitted.spec
         self.graph = fitted.graph
         self.engine: Engine = engine
+        self.device = device_of(self.engine)
         self.limits = getattr(engine, "limits", {})
 
     def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:

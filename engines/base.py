@@ -37,6 +37,12 @@ class Engine(Protocol):
     ) -> None: ...
 
 
+def device_of(engine: Engine) -> torch.device:
+    """Where an engine's tensors lie: the CPU, unless it says otherwise."""
+    device: torch.device = getattr(engine, "device", torch.device("cpu"))
+    return device
+
+
 Closable = TypeVar("Closable", bound="Closing")
 
 

@@ -4,37 +4,52 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from quest_deploy.artifacts import read_artifact
+from quest_deploy.artifacts import Artifact, read_artifact
+from quest_deploy.config import Provider
 from quest_deploy.engines.adapted import AdaptedEngine
-from quest_deploy.engines.base import Closing, Engine, as_arrays, cannot_run, check_inputs
+from quest_deploy.engines.base import Closing, Engine, cannot_run, check_inputs
 from quest_deploy.engines.foreign import fitted_components
 from quest_deploy.engines.libraries import gpus
 from quest_deploy.errors import ArtifactError, MissingDependencyError, StaleArtifactError
-from quest_deploy.model.spec import ComponentSpec, component_specs
+from quest_deploy.model.spec import ComponentSpec, TensorSpec, component_specs
 
 logger = logging.getLogger(__name__)
 
 ONNX_NAME = "model.onnx"
+CPU_PROVIDER = "CPUExecutionProvider"
+PROVIDERS_OF: dict[Provider, tuple[str, ...]] = {
+    "cpu": (CPU_PROVIDER,),
+    "cuda": ("CUDAExecutionProvider", CPU_PROVIDER),
+    "tensorrt": ("TensorrtExecutionProvider", "CUDAExecutionProvider", CPU_PROVIDER),
+}
+InputShapes = tuple[tuple[str, tuple[int, ...]], ...]
 _ERRORS_ONLY = 3
+_BFLOAT16 = 16  # ONNX's number of the type, which NumPy does not have
 _CODE = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ")
 
 
 class OrtEngine(Closing):
-    """One component in one ONNX Runtime session."""
+    """One component in one ONNX Runtime session, on the GPU where both the session and torch use it."""
 
     def __init__(self, spec: ComponentSpec, session: Any) -> None:
         self.spec = spec
         self.session = session
-        self.output_names = [tensor.name for tensor in spec.outputs]
+        on_gpu = session.get_providers()[0] != CPU_PROVIDER and torch.cuda.is_available()
+        self.device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
+        self._output_shapes: dict[InputShapes, dict[str, tuple[int, ...]]] = {}
 
     def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
-        """Run once: CPU tensors in, CPU tensors out; nothing is copied where a tensor is contiguous.
+        """Run once: tensors in and out on `device`; nothing is copied where a tensor lies there and is contiguous.
+
+        Outputs are written where torch allocated them, once a first run with the same input shapes has told theirs.
 
         Raises:
             EngineInputError: a name, type or shape that the component does not take.
@@ -42,25 +57,62 @@ class OrtEngine(Closing):
         check_inputs(self.spec, inputs)
         if self.session is None:
             raise RuntimeError(f"{self.spec.name}: the engine is closed")
+        bound = {name: value.detach().to(self.device).contiguous() for name, value in inputs.items()}
+        shapes = tuple((name, tuple(value.shape)) for name, value in sorted(bound.items()))
+        binding = self.session.io_binding()
+        for tensor in self.spec.inputs:
+            bind(binding.bind_input, tensor, bound[tensor.name])
+        outputs = self._bind_outputs(binding, self._output_shapes.get(shapes))
         try:
-            outputs = self.session.run(self.output_names, as_arrays(inputs))
+            binding.synchronize_inputs()
+            self.session.run_with_iobinding(binding)
+            binding.synchronize_outputs()
         except _runtime_errors() as error:
             raise cannot_run(self.spec, "ONNX Runtime", inputs, _first_line(error)) from error
-        return {name: torch.from_numpy(array) for name, array in zip(self.output_names, outputs, strict=True)}
+        if outputs:
+            return outputs
+        found = {
+            tensor.name: torch.from_numpy(value.numpy()).to(self.device)
+            for tensor, value in zip(self.spec.outputs, binding.get_outputs(), strict=True)
+        }
+        self._output_shapes[shapes] = {name: tuple(value.shape) for name, value in found.items()}
+        return found
+
+    def _bind_outputs(self, binding: Any, shapes: Mapping[str, tuple[int, ...]] | None) -> dict[str, Tensor]:
+        """Tensors for the outputs; none, and ONNX Runtime allocates, where their shapes are not known."""
+        outputs = {}
+        for tensor in self.spec.outputs:
+            if shapes is None:
+                binding.bind_output(tensor.name, self.device.type, self.device.index or 0)
+                continue
+            outputs[tensor.name] = torch.empty(
+                shapes[tensor.name], dtype=getattr(torch, tensor.dtype), device=self.device
+            )
+            bind(binding.bind_output, tensor, outputs[tensor.name])
+        return outputs
 
     def close(self) -> None:
         self.session = None
 
 
-def load_ort_engines(onnx_dir: Path, *, threads: int | None = None) -> dict[str, Engine]:
+def bind(how: Callable[..., None], tensor: TensorSpec, value: Tensor) -> None:
+    """Bind a contiguous tensor's memory to an input or output."""
+    kind = _BFLOAT16 if tensor.dtype == "bfloat16" else np.dtype(tensor.dtype).type
+    how(tensor.name, value.device.type, value.device.index or 0, kind, tuple(value.shape), value.data_ptr())
+
+
+def load_ort_engines(
+    onnx_dir: Path, *, threads: int | None = None, provider: Provider | None = None
+) -> dict[str, Engine]:
     """Open a session for every component of an `onnx` artifact.
 
     Args:
         onnx_dir: The artifact; its hashes are verified first.
         threads: Threads of one operator; None leaves the choice to ONNX Runtime.
+        provider: What runs the operators; None takes CUDA where it can run, else the CPU.
 
     Raises:
-        MissingDependencyError: ONNX Runtime is not installed.
+        MissingDependencyError: ONNX Runtime or the provider asked for is not there.
         ArtifactError: not an `onnx` artifact, changed since it was written, or not a graph that can be run.
         StaleArtifactError: the graphs' inputs or outputs are not this version's.
     """
@@ -70,6 +122,7 @@ def load_ort_engines(onnx_dir: Path, *, threads: int | None = None) -> dict[str,
         raise MissingDependencyError(
             f"ONNX Runtime cannot be imported ({error}); run `pip install onnxruntime`"
         ) from error
+    providers = choose_providers(onnxruntime.get_available_providers(), has_gpu=bool(gpus()), wanted=provider)
     source = read_artifact(Path(onnx_dir), stage="onnx")
     options = onnxruntime.SessionOptions()
     # By default a product of float activations and integer weights quantizes its activations: 46 dB of 140 are left.
@@ -77,11 +130,12 @@ def load_ort_engines(onnx_dir: Path, *, threads: int | None = None) -> dict[str,
     options.log_severity_level = _ERRORS_ONLY
     if threads is not None:
         options.intra_op_num_threads = threads
-    providers = choose_providers(onnxruntime.get_available_providers(), has_gpu=bool(gpus()))
     engines: dict[str, Engine] = {}
     fitted = fitted_components(source)
     for name, spec in component_specs(source.path).items():
-        session = open_session(source.path / name / ONNX_NAME, options, providers)
+        session = open_session(source.path / name / ONNX_NAME, options, with_options(providers, source))
+        if provider is not None:
+            check_started(session, providers[0])
         if name in fitted:
             engines[name] = AdaptedEngine(fitted[name], OrtEngine(fitted[name].graph, session))
             continue
@@ -91,17 +145,53 @@ def load_ort_engines(onnx_dir: Path, *, threads: int | None = None) -> dict[str,
     return engines
 
 
-def choose_providers(available: list[str], *, has_gpu: bool) -> list[str]:
-    """CUDA where it can run, always the CPU behind it.
+def choose_providers(available: list[str], *, has_gpu: bool, wanted: Provider | None = None) -> list[str]:
+    """The providers in their order, always with the CPU behind the others.
 
-    Not the TensorRT provider: it builds engines, for minutes, when a session opens; `build-engine` does that once.
-    A CUDA build of ONNX Runtime offers its provider on machines without a GPU, too.
+    Without a wish, CUDA where it can run. The TensorRT provider is taken only when it is asked for: it builds engines,
+    for minutes, each time a session opens; `build-engine` does that once. A CUDA build of ONNX Runtime offers its
+    providers on machines without a GPU, too.
+
+    Raises:
+        MissingDependencyError: the provider asked for is not in this build of ONNX Runtime, or there is no GPU.
     """
-    wanted = ["CUDAExecutionProvider"] if has_gpu else []
-    return [name for name in wanted if name in available] + ["CPUExecutionProvider"]
+    if wanted is None:
+        wanted = "cuda" if has_gpu and PROVIDERS_OF["cuda"][0] in available else "cpu"
+    chosen = PROVIDERS_OF[wanted]
+    if chosen[0] not in available:
+        raise MissingDependencyError(
+            f"this ONNX Runtime has no {chosen[0]} (it has {', '.join(available)}); "
+            "run `pip uninstall onnxruntime` and `pip install onnxruntime-gpu`, or leave --provider out"
+        )
+    if wanted != "cpu" and not has_gpu:
+        raise MissingDependencyError(
+            f"{chosen[0]} needs an NVIDIA GPU, and this machine offers none (no NVIDIA driver); "
+            "leave --provider out to run on the CPU"
+        )
+    return [name for name in chosen if name in available]
 
 
-def open_session(path: Path, options: Any, providers: list[str]) -> Any:
+def with_options(providers: list[str], source: Artifact) -> list[Any]:
+    """The providers with what they must be told: TensorRT wants leave to use INT8 for Q/DQ nodes."""
+    quantized = source.manifest.config.get("mode") not in (None, "none")
+    leave = {"trt_int8_enable": "1"} if quantized else {}
+    return [(name, leave) if name == PROVIDERS_OF["tensorrt"][0] else name for name in providers]
+
+
+def check_started(session: Any, wanted: str) -> None:
+    """Check that a session runs on the provider asked for: ONNX Runtime goes on without one that fails to start.
+
+    Raises:
+        MissingDependencyError: it does not.
+    """
+    if wanted not in session.get_providers():
+        raise MissingDependencyError(
+            f"ONNX Runtime could not start {wanted}, most likely because it does not find the CUDA, cuDNN or TensorRT "
+            "libraries that it was built for (its log says which); install those, or leave --provider out"
+        )
+
+
+def open_session(path: Path, options: Any, providers: list[Any]) -> Any:
     """Load and optimise one graph.
 
     Raises:

@@ -37,7 +37,6 @@ BUILDER_OPTIONS = (
     "version_compatible",
     "hardware_compatible",
     "compute_capabilities",
-    "strip_weights",
     "weight_streaming",
 )
 
@@ -263,7 +262,6 @@ def make_details(
         "lowering": source.manifest.config.get("mode", "none"),
         **target_of(config),
         "companions_digest": companions_digest(source.manifest),
-        "weights_stripped": config.strip_weights,
         "verified": all(report["verified"] for report in reports.values()),
         "components": components,
         "seconds": round(sum(report["seconds"] for report in reports.values()), 3),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,21 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quest_deploy.artifacts import read_artifact
+from quest_deploy.artifacts import Artifact, read_artifact
 from quest_deploy.config import TensorRTBackend
 from quest_deploy.engines.adapted import AdaptedEngine
 from quest_deploy.engines.base import Closing, Engine, check_inputs
 from quest_deploy.engines.foreign import from_json
 from quest_deploy.engines.libraries import gpus, import_tensorrt, title_of
 from quest_deploy.engines.profiles import InputRange, Profile, Shape, limits_of, select_profile
-from quest_deploy.engines.trt_api import CudaEngine, ExecutionContext, Runtime
-from quest_deploy.errors import (
-    ConfigError,
-    EngineBuildError,
-    EngineInputError,
-    MissingDependencyError,
-    StaleArtifactError,
-)
+from quest_deploy.engines.trt_api import CudaEngine, Runtime
+from quest_deploy.engines.trt_context import Lane, Shapes, shapes_of
+from quest_deploy.engines.trt_memory import ActivationMemory
+from quest_deploy.engines.trt_plan import LoadedPlan
+from quest_deploy.errors import ConfigError, EngineInputError, MissingDependencyError, StaleArtifactError
 from quest_deploy.model.spec import ComponentSpec, component_specs
 
 logger = logging.getLogger(__name__)
@@ -33,71 +32,84 @@ PLAN_NAME = "model.plan"
 
 
 class TensorRTEngine(Closing):
-    """One component in one execution context."""
+    """One component. Several threads may run it at the same time: each has execution contexts of its own.
 
-    def __init__(self, spec: ComponentSpec, engine: CudaEngine, runtime: Runtime | None = None) -> None:
+    Args:
+        spec: The component.
+        plan: Its engine, freed with this one.
+        memory: What the components of the pipeline compute in.
+        graphs: Whether shapes that come again run as captured CUDA graphs.
+    """
+
+    def __init__(
+        self, spec: ComponentSpec, plan: LoadedPlan, memory: ActivationMemory, *, graphs: bool = True
+    ) -> None:
+        assert plan.engine is not None
         self.spec = spec
-        self.runtime = runtime  # must outlive the engine
-        self.profiles = read_profiles(spec, engine)
+        self.plan: LoadedPlan | None = plan
+        self.memory: ActivationMemory | None = memory
+        self.device = memory.device
+        self.graphs = graphs
+        self.profiles = read_profiles(spec, plan.engine)
         self.limits = limits_of(spec, self.profiles)
-        self.engine: CudaEngine | None = engine
-        self.context: ExecutionContext | None = engine.create_execution_context()
-        if self.context is None:
-            raise EngineBuildError(
-                f"{spec.name}: no execution context, most likely for want of GPU memory; "
-                "close other programs on the GPU, or rebuild with a smaller --max-batch"
-            )
+        self.lanes: dict[int, Lane] = {}
+        self._chosen: dict[Shapes, int] = {}
+        self._lock = threading.Lock()
 
     def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
         """Enqueue one run on torch's current stream: CUDA tensors in, CUDA tensors out.
 
         Raises:
             EngineInputError: a name, type, shape or device that the engine does not take.
+            EngineBuildError: too little memory on the GPU for an execution context.
         """
-        check_inputs(self.spec, inputs, self.limits)
-        check_devices(self.spec.name, inputs)
-        if self.context is None:
+        if self.plan is None:
             raise RuntimeError(f"{self.spec.name}: the engine is closed")
-        stream = torch.cuda.current_stream().cuda_stream
-        bound = {name: tensor.contiguous() for name, tensor in inputs.items()}
-        profile = select_profile(
-            self.spec.name, self.profiles, {name: tuple(tensor.shape) for name, tensor in bound.items()}
-        )
-        if profile != self.context.active_optimization_profile:
-            self.context.set_optimization_profile_async(profile, stream)
-        for name, tensor in bound.items():
-            self.context.set_input_shape(name, tuple(tensor.shape))
-            self.context.set_tensor_address(name, tensor.data_ptr())
-        outputs = bind_outputs(self.context, self.spec, next(iter(bound.values())).device)
-        if not self.context.execute_async_v3(stream):
-            raise RuntimeError(f"{self.spec.name}: TensorRT refused to run; its log says why")
-        return outputs
+        shapes = shapes_of(inputs)
+        profile = self._profile(shapes, inputs)
+        check_devices(self.spec.name, inputs)
+        return self._lane().run(inputs, shapes, profile)
+
+    def _profile(self, shapes: Shapes, inputs: Mapping[str, Tensor]) -> int:
+        """The profile for these shapes, which are checked when they come for the first time."""
+        if shapes not in self._chosen:
+            check_inputs(self.spec, inputs, self.limits)
+            self._chosen[shapes] = select_profile(
+                self.spec.name, self.profiles, {name: shape for name, _, shape in shapes}
+            )
+        return self._chosen[shapes]
+
+    def _lane(self) -> Lane:
+        """The calling thread's contexts."""
+        thread = threading.get_ident()
+        with self._lock:
+            if thread not in self.lanes:
+                assert self.plan is not None and self.memory is not None
+                self.lanes[thread] = Lane(
+                    self.spec, self.plan.create_context, self.memory.block(), graphs=self.graphs
+                )
+            return self.lanes[thread]
 
     def close(self) -> None:
-        # Each uses the next one's memory.
-        self.context = None
-        self.engine = None
-        self.runtime = None
+        """Free everything, when no thread runs the engine any more; calling it again does nothing."""
+        for lane in self.lanes.values():
+            lane.close()
+        self.lanes.clear()
+        if self.plan is not None:
+            self.plan.close()
+        self.plan = None
+        self.memory = None
 
 
-def bind_outputs(context: ExecutionContext, spec: ComponentSpec, device: torch.device) -> dict[str, Tensor]:
-    """Allocate the outputs for the input shapes that are set, and give their addresses to the context."""
-    # torch's allocator gives memory back in stream order, so tensors may be freed before the run has ended.
-    outputs = {}
-    for tensor in spec.outputs:
-        shape = tuple(context.get_tensor_shape(tensor.name))
-        output = torch.empty(shape, dtype=getattr(torch, tensor.dtype), device=device)
-        context.set_tensor_address(tensor.name, output.data_ptr())
-        outputs[tensor.name] = output
-    return outputs
-
-
-def load_tensorrt_engines(engine_dir: Path, *, backend: TensorRTBackend) -> dict[str, Engine]:
+def load_tensorrt_engines(
+    engine_dir: Path, *, backend: TensorRTBackend, graphs: bool = True
+) -> dict[str, Engine]:
     """Load every plan of an `engines` artifact onto the current GPU.
 
     Args:
         engine_dir: The artifact; its hashes are verified first.
         backend: The TensorRT flavour, which must be the one that built it.
+        graphs: Whether shapes that come again run as captured CUDA graphs.
 
     Raises:
         MissingDependencyError: no GPU, no CUDA build of torch, or no TensorRT.
@@ -109,20 +121,62 @@ def load_tensorrt_engines(engine_dir: Path, *, backend: TensorRTBackend) -> dict
     check_flavour(source.path, str(source.manifest.config.get("backend")), backend)
     check_gpu(source.path)
     library = import_tensorrt(backend)
-    runtime: Runtime = library.Runtime(library.Logger(library.Logger.ERROR))
+    plans = load_plans(source, library, backend)
+    largest = max(plan.engine.device_memory_size_v2 for plan in plans.values() if plan.engine is not None)
+    memory = ActivationMemory(largest, torch.device("cuda"))
     engines: dict[str, Engine] = {}
     fitted = from_json(source.manifest.details.get("interfaces", {}))
     for name, spec in component_specs(source.path).items():
-        plan = (source.path / name / PLAN_NAME).read_bytes()
-        engine = runtime.deserialize_cuda_engine(plan)
-        if engine is None:
-            raise stale(name, source.path, source.manifest.details, backend, str(library.__version__))
         if name in fitted:
-            loaded = TensorRTEngine(fitted[name].graph, engine, runtime)
+            loaded = TensorRTEngine(fitted[name].graph, plans[name], memory, graphs=graphs)
             engines[name] = AdaptedEngine(fitted[name], loaded)
             continue
-        engines[name] = TensorRTEngine(spec, engine, runtime)
+        engines[name] = TensorRTEngine(spec, plans[name], memory, graphs=graphs)
     return engines
+
+
+def load_plans(source: Artifact, library: Any, backend: TensorRTBackend) -> dict[str, LoadedPlan]:
+    """Deserialize every plan of a verified artifact.
+
+    Raises:
+        StaleArtifactError: this TensorRT or GPU cannot load one; holds what TensorRT says.
+    """
+    log = make_log(library)
+    log.errors.clear()
+    runtime: Runtime = library.Runtime(log)
+    if source.manifest.config.get("version_compatible") and backend == "tensorrt":
+        # Such a plan brings the runtime of the version that built it.
+        runtime.engine_host_code_allowed = True
+    plans = {}
+    for name in component_specs(source.path):
+        file = f"{name}/{PLAN_NAME}"
+        engine = runtime.deserialize_cuda_engine((source.path / file).read_bytes())
+        if engine is None:
+            raise stale(
+                name, source.path, source.manifest.details, backend, str(library.__version__), log.errors
+            )
+        plans[name] = LoadedPlan(name, library, engine, runtime)
+        if backend == "tensorrt-rtx":
+            digest = source.manifest.files[file].sha256
+            plans[name].compile_at_run_time(library, source.path / name, digest)
+    return plans
+
+
+@functools.cache  # the first logger that TensorRT is given serves it until the process ends
+def make_log(library: Any) -> Any:
+    """A TensorRT logger that keeps errors, in its `errors`, for messages."""
+
+    class Log(library.ILogger):
+        def __init__(self) -> None:
+            library.ILogger.__init__(self)
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (library.ILogger.Severity.ERROR, library.ILogger.Severity.INTERNAL_ERROR):
+                self.errors.append(" ".join(message.split()))
+                logger.debug("TensorRT: %s", message)
+
+    return Log()
 
 
 def check_flavour(path: Path, built_for: str, backend: str) -> None:
@@ -158,15 +212,21 @@ def check_gpu(path: Path) -> None:
 
 
 def stale(
-    component: str, path: Path, details: Mapping[str, Any], backend: str, version: str
+    component: str,
+    path: Path,
+    details: Mapping[str, Any],
+    backend: str,
+    version: str,
+    words: Sequence[str] = (),
 ) -> StaleArtifactError:
     """The error for a plan that TensorRT does not load: what it was built with and for, what is here, what to run."""
     gpu = gpus()[0]
+    said = f" ({'; '.join(words)})" if words else ""
     return StaleArtifactError(
         f"{component}: the engine in '{path}' was built with {details.get('library')} "
         f"{details.get('library_version')} for {details.get('target_gpu')} (compute capability "
         f"{details.get('compute_capability')}); {title_of(backend)} {version} on {gpu.name} (compute capability "
-        f"{gpu.compute_capability}) cannot load it; build it again here with "
+        f"{gpu.compute_capability}) cannot load it{said}; build it again here with "
         f"`quest-deploy build-engine ONNX_DIR -o {path} --backend {backend} --overwrite`"
     )
 

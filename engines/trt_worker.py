@@ -202,8 +202,6 @@ def builder_arguments(trt: Any, backend: str, options: Mapping[str, Any]) -> dic
         given["compute_capabilities"] = [
             tuple(int(part) for part in text.split(".")) for text in options["compute_capabilities"]
         ]
-    if options.get("strip_weights"):
-        given["strip_plan"] = True
     if options.get("weight_streaming"):
         given["weight_streaming"] = True
     return given

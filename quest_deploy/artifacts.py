@@ -52,6 +52,7 @@ from quest_deploy.manifest import (
 
 __all__ = [
     "MANIFEST_NAME",
+    "RUNTIME_CACHE_NAME",
     "SCHEMA_VERSION",
     "STAGES",
     "Artifact",
@@ -73,6 +74,9 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 _MAX_PROBLEMS = 5
+
+RUNTIME_CACHE_NAME = ".runtime-cache"
+"""What a runtime keeps beside an engine: no part of the artifact, and made again when it is missing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,7 +214,10 @@ def check_output(output: Path, *, stage: str, overwrite: bool = False) -> None:
         raise ArtifactError(
             f"output '{output}' exists already; add --overwrite to replace it, or choose another"
         )
-    foreign = [name for name in list_files(output) if name not in manifest.files and name != MANIFEST_NAME]
+    ours = {*manifest.files, MANIFEST_NAME}
+    foreign = [
+        name for name in list_files(output) if name not in ours and Path(name).name != RUNTIME_CACHE_NAME
+    ]
     if foreign:
         raise ArtifactError(
             f"output '{output}' also holds '{foreign[0]}', which is not part of the artifact; move it away "

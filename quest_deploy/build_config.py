@@ -63,7 +63,6 @@ class BuildConfig(ProfileConfig):
         hardware_compatible: Which other GPUs load them (TensorRT only).
         compute_capabilities: Of the GPUs that engines are made for, for example "8.6"; none means Ampere and later
             (TensorRT for RTX only).
-        strip_weights: Whether weights are left out of the plans, which must be refitted before they run.
         weight_streaming: Whether weights may stay in host memory while an engine runs.
         jobs: Components that are built at a time.
         memory_limit_gb: The most memory of this machine that building may take, in 10^9 bytes; None for no limit. Where
@@ -79,7 +78,6 @@ class BuildConfig(ProfileConfig):
     version_compatible: bool = False
     hardware_compatible: HardwareCompatibility = "none"
     compute_capabilities: tuple[str, ...] = ()
-    strip_weights: bool = False
     weight_streaming: bool = False
     jobs: int = 1
     memory_limit_gb: float | None = None

@@ -32,11 +32,13 @@ Target = Literal["onnxruntime", "tensorrt", "tensorrt-rtx"]
 Mode = Literal["int8", "int4-weight-only", "none"]
 Dtype = Literal["fp32", "fp16", "bf16"]
 Backend = Literal["torch", "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx"]
+Provider = Literal["cpu", "cuda", "tensorrt"]
 
 TARGETS: tuple[str, ...] = get_args(Target)
 MODES: tuple[str, ...] = get_args(Mode)
 DTYPES: tuple[str, ...] = get_args(Dtype)
 BACKENDS: tuple[str, ...] = get_args(Backend)
+PROVIDERS: tuple[str, ...] = get_args(Provider)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -68,6 +70,28 @@ class ExportConfig:
         if self.opset not in (21, 22, 23):
             problems.append(f"opset is {self.opset}, expected 21, 22 or 23")
         raise_if_any(problems, "export")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """What some of the runtimes can be told besides what they run.
+
+    Attributes:
+        provider: ONNX Runtime's execution provider; None takes CUDA where it can run, else the CPU.
+        cuda_graphs: Whether TensorRT engines run shapes that come again as captured CUDA graphs.
+    """
+
+    provider: Provider | None = None
+    cuda_graphs: bool = True
+
+    def __post_init__(self) -> None:
+        problems: list[str] = []
+        if self.provider is not None:
+            one_of(problems, "provider", self.provider, PROVIDERS)
+        raise_if_any(problems, "run")
+
+
+DEFAULT_RUN = RunConfig()
 
 
 @dataclass(frozen=True, kw_only=True)

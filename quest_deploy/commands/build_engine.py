@@ -70,7 +70,6 @@ from quest_deploy.config import TENSORRT_BACKENDS, BuildConfig, ProfileConfig, S
     metavar="N.N",
     help="TensorRT for RTX: build for these GPUs; may be given several times.  [default: 8.0 and later]",
 )
-@click.option("--strip-weights", is_flag=True, help="Leave weights out of the plans (needs a GPU).")
 @click.option(
     "--weight-streaming", is_flag=True, help="Let weights stay in host memory while an engine runs."
 )

@@ -74,11 +74,21 @@ class Ability:
 
 
 @click.command(short_help="What this machine can build and run.")
+@click.option(
+    "--compute-capability",
+    metavar="X.Y",
+    help="Say what recipes mean on such a GPU.  [default: this machine's]",
+)
 @verb()
-def doctor() -> Result:
-    """Say which libraries and GPU were found, and what this machine can finetune, export, build and run."""
+def doctor(*, compute_capability: str | None) -> Result:
+    """Say which libraries and GPU were found, and what this machine can finetune, export, build and run.
+
+    For the GPU found, or one of another compute capability, also what each recipe means there: which arithmetic its
+    numbers meet in, and which recipe has the same.
+    """
     from quest_deploy import __version__
 
+    recipes = explain_recipes(compute_capability)
     packages = {name: probe_package(name) for name in PACKAGES}
     gpus, driver_problem = find_gpus()
     abilities = find_abilities(packages, driver_problem)
@@ -92,8 +102,28 @@ def doctor() -> Result:
             name: asdict(package) | {"usable": package.usable} for name, package in packages.items()
         },
         "abilities": [asdict(ability) for ability in abilities],
+        "recipes": recipes,
     }
     return Result(data=data, text=render(data))
+
+
+def explain_recipes(compute_capability: str | None) -> dict[str, dict[str, Any]]:
+    """What each recipe means, by compute capability: the one given, or those of this machine's GPUs.
+
+    Raises:
+        ConfigError: what was given is no compute capability.
+    """
+    from quest_deploy.engines.arithmetic import meanings, parse_capability, remarks
+    from quest_deploy.engines.libraries import gpus
+
+    wanted = (
+        [gpu.compute_capability for gpu in gpus()] if compute_capability is None else [compute_capability]
+    )
+    parsed = {text.strip(): parse_capability(text) for text in wanted}
+    return {
+        text: {"recipes": [asdict(one) for one in meanings(capability)], "remarks": remarks(capability)}
+        for text, capability in parsed.items()
+    }
 
 
 def describe_machine() -> dict[str, Any]:
@@ -254,5 +284,21 @@ def render(data: dict[str, Any]) -> str:
             "",
             "This machine can:",
             format_table(abilities),
+            "",
+            render_recipes(data["recipes"]),
         ]
     )
+
+
+def render_recipes(explained: dict[str, dict[str, Any]]) -> str:
+    """What recipes mean, as text: a paragraph each, since their sentences are long."""
+    if not explained:
+        return "What recipes mean on a GPU: `quest-deploy doctor --compute-capability 8.9`, for example."
+    lines = []
+    for capability, found in explained.items():
+        lines.append(f"On a GPU of compute capability {capability}:")
+        for one in found["recipes"]:
+            same = "" if one["nearest"] == one["recipe"] else f" (nearest: {one['nearest']})"
+            lines.append(f"  {one['recipe']}: {one['sentence']}{same}")
+        lines += [f"  - {remark}" for remark in found["remarks"]]
+    return "\n".join(lines)

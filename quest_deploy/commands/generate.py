@@ -8,7 +8,7 @@ import click
 
 from quest_deploy.commands.progress import show_progress
 from quest_deploy.commands.verb import Result, artifact_result, output_option, overwrite_option, verb
-from quest_deploy.config import BACKENDS, GenerateConfig
+from quest_deploy.config import BACKENDS, PROVIDERS, GenerateConfig, Provider, RunConfig
 
 
 @click.command(short_help="Prompts to images, with any artifact.")
@@ -40,6 +40,16 @@ from quest_deploy.config import BACKENDS, GenerateConfig
     help="Blacken images that the model's own safety checker flags, if it brings one.  [default: do]",
 )
 @click.option("--threads", type=int, help="CPU threads.  [default: the runtime's choice]")
+@click.option(
+    "--provider",
+    type=click.Choice(PROVIDERS),
+    help="ONNX Runtime's execution provider.  [default: cuda where it can run, else cpu]",
+)
+@click.option(
+    "--cuda-graphs/--no-cuda-graphs",
+    default=RunConfig.cuda_graphs,
+    help="Run TensorRT engines as captured CUDA graphs.  [default: do]",
+)
 @overwrite_option
 @verb()
 def generate(
@@ -60,6 +70,8 @@ def generate(
     batch_size: int,
     safety_checker: bool,
     threads: int | None,
+    provider: Provider | None,
+    cuda_graphs: bool,
     overwrite: bool,
 ) -> Result:
     """Draw the PROMPTs with the model, checkpoint, ONNX or engines in DIR.
@@ -91,7 +103,14 @@ def generate(
 
     with show_progress() as progress:
         artifact = run(
-            source, output, config, backend=backend, threads=threads, progress=progress, overwrite=overwrite
+            source,
+            output,
+            config,
+            backend=backend,
+            threads=threads,
+            run=RunConfig(provider=provider, cuda_graphs=cuda_graphs),
+            progress=progress,
+            overwrite=overwrite,
         )
     images = sorted(name for name in artifact.manifest.files if name.startswith("image-"))
     return artifact_result(artifact, f"open {output / 'contact-sheet.png'}", images=images)

@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from quest_deploy import sampling
 from quest_deploy.artifacts import stage_of
-from quest_deploy.config import TENSORRT_BACKENDS
-from quest_deploy.engines import load_engines, resolve_backend
+from quest_deploy.config import DEFAULT_RUN, RunConfig
+from quest_deploy.engines import check_provider, load_engines, resolve_backend
+from quest_deploy.engines.base import device_of
 from quest_deploy.engines.torch_runtime import TorchEngine, load_torch_model, torch_engines
 from quest_deploy.errors import ArtifactError, ConfigError
 from quest_deploy.model.families import TextKind, TextPart
@@ -28,7 +27,12 @@ TOKENIZERS: dict[TextKind, tuple[str, ...]] = {
 
 
 def load_pipeline(
-    path: str | Path, *, backend: str | None = None, threads: int | None = None, weights_only: bool = False
+    path: str | Path,
+    *,
+    backend: str | None = None,
+    threads: int | None = None,
+    run: RunConfig = DEFAULT_RUN,
+    weights_only: bool = False,
 ) -> Pipeline:
     """Open whatever lies at `path`, ready to draw.
 
@@ -36,6 +40,7 @@ def load_pipeline(
         path: A model, checkpoint, `onnx` or `engines` directory.
         backend: What runs it; None chooses by what it is.
         threads: CPU threads; None leaves the choice to the runtime.
+        run: What else some runtimes can be told.
         weights_only: Leave the activations of a checkpoint's denoiser in float, as `export --mode int4-weight-only`
             does.
 
@@ -49,6 +54,7 @@ def load_pipeline(
     if threads is not None and threads < 1:
         raise ConfigError(f"threads is {threads}, expected at least 1")
     chosen = resolve_backend(path, backend)
+    check_provider(chosen, run)
     if chosen == "torch":
         model = load_torch_model(path)
         if weights_only:
@@ -56,12 +62,12 @@ def load_pipeline(
 
             drop_activation_quantizers(model.denoiser)
         return _torch_pipeline(path, model, threads)
-    engines = load_engines(path, backend=chosen, threads=threads)
+    engines = load_engines(path, backend=chosen, threads=threads, run=run)
     return Pipeline(
         path=path,
         stage=stage_of(path),
         backend=chosen,
-        device=torch.device("cuda" if chosen in TENSORRT_BACKENDS else "cpu"),
+        device=device_of(next(iter(engines.values()))),
         family=family_of(path),
         classes=classes_of(path),
         engines=engines,

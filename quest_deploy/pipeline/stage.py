@@ -17,7 +17,7 @@ from quest_deploy.artifacts import (
     read_artifact,
     write_artifact,
 )
-from quest_deploy.config import GenerateConfig, to_dict
+from quest_deploy.config import DEFAULT_RUN, GenerateConfig, RunConfig, to_dict
 from quest_deploy.model.carried import SAFETY_CHECKER
 from quest_deploy.model.denoisers import takes_guidance
 from quest_deploy.pipeline.draw import Drawn, Progress, check_prompts, draw_images
@@ -40,6 +40,7 @@ def generate(
     *,
     backend: str | None = None,
     threads: int | None = None,
+    run: RunConfig = DEFAULT_RUN,
     progress: Progress | None = None,
     overwrite: bool = False,
 ) -> Artifact:
@@ -51,6 +52,7 @@ def generate(
         config: Prompts, schedule and seeds.
         backend: What runs it; None chooses by what `path` is.
         threads: CPU threads; None leaves the choice to the runtime.
+        run: What else some runtimes can be told.
         progress: Told after each denoising step, in images times timesteps.
         overwrite: Replace an existing directory of images.
 
@@ -61,7 +63,7 @@ def generate(
     """
     path, output = Path(path), Path(output)
     check_output(output, stage=STAGE, overwrite=overwrite)
-    with load_pipeline(path, backend=backend, threads=threads) as pipeline:
+    with load_pipeline(path, backend=backend, threads=threads, run=run) as pipeline:
         digest = hash_directory(path) if pipeline.stage == "model" else read_artifact(path).digest
         check_prompts(pipeline, config)
         pipeline.latent_shape(config.height, config.width)

@@ -8,7 +8,16 @@ import pytest
 from click.testing import CliRunner
 
 from quest_deploy.commands import main
-from quest_deploy.commands.doctor import PACKAGES, Ability, Package, find_abilities, probe_package, run_probe
+from quest_deploy.commands.doctor import (
+    PACKAGES,
+    Ability,
+    Package,
+    explain_recipes,
+    find_abilities,
+    probe_package,
+    render_recipes,
+    run_probe,
+)
 
 
 def installed(**changes: Package) -> dict[str, Package]:
@@ -72,11 +81,28 @@ def test_stubs_are_not_the_library() -> None:
         assert probe_package("tensorrt").version is None
 
 
+def test_word_that_is_no_compute_capability_is_refused_before_libraries_are_probed() -> None:
+    done = CliRunner().invoke(main, ["doctor", "--compute-capability", "ada"])
+    assert done.exit_code == 1
+    assert "compute capability is 'ada', expected one like 8.9" in done.stderr
+
+
+def test_recipes_are_explained_as_text() -> None:
+    text = render_recipes(explain_recipes("8.9"))
+    assert text.startswith("On a GPU of compute capability 8.9:\n  w8a8: 8-bit weights")
+    assert "size and speed of w8a8" in text and "(nearest: w8a8)" in text
+
+
+def test_without_a_gpu_the_option_is_named() -> None:
+    assert "--compute-capability 8.9" in render_recipes({})
+
+
 @pytest.mark.timeout(300)
 def test_doctor_on_this_machine() -> None:
-    done = CliRunner().invoke(main, ["doctor", "--json"])
+    done = CliRunner().invoke(main, ["doctor", "--json", "--compute-capability", "12.0"])
     found = json.loads(done.stdout)
     assert done.exit_code == 0
     assert found["packages"]["torch"]["usable"]
     assert {item["name"]: item["possible"] for item in found["abilities"]}["export"]
+    assert list(found["recipes"]) == ["12.0"]
     assert bool(found["gpus"]) != bool(found["driver_problem"])

@@ -12,9 +12,19 @@ from onnx import numpy_helper
 from torch import Tensor
 from torch.nn import functional
 
+from quest_deploy.artifacts import read_artifact, write_artifact
+from quest_deploy.config import Provider, RunConfig
+from quest_deploy.engines import load_engines, ort_runtime
 from quest_deploy.engines.base import Engine
-from quest_deploy.engines.ort_runtime import choose_providers, load_ort_engines
-from quest_deploy.errors import ArtifactError, EngineInputError, MissingDependencyError, StaleArtifactError
+from quest_deploy.engines.ort_runtime import check_started, choose_providers, load_ort_engines, with_options
+from quest_deploy.errors import (
+    ArtifactError,
+    ConfigError,
+    EngineInputError,
+    MissingDependencyError,
+    StaleArtifactError,
+)
+from quest_deploy.model.spec import TensorSpec
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +98,31 @@ def test_outputs_are_not_overwritten_by_the_next_run(engines: dict[str, Engine])
     assert torch.equal(first, copy)
 
 
+def test_tensors_are_read_and_written_where_they_are(
+    engines: dict[str, Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    latents = torch.randn(3, 4, 8, 8)
+    decoder = engines["vae_decoder"]
+    expected = decoder(latent_sample=latents)["sample"]
+    addresses: dict[str, int] = {}
+    bound = ort_runtime.bind
+
+    def note(how: Callable[..., None], tensor: TensorSpec, value: Tensor) -> None:
+        addresses[tensor.name] = value.data_ptr()
+        bound(how, tensor, value)
+
+    monkeypatch.setattr(ort_runtime, "bind", note)
+    got = decoder(latent_sample=latents)["sample"]
+    assert addresses == {"latent_sample": latents.data_ptr(), "sample": got.data_ptr()}
+    assert torch.equal(got, expected)
+
+
+def test_other_batch_gets_outputs_of_its_own_size(engines: dict[str, Engine]) -> None:
+    for batch in (2, 2, 1, 1, 2):
+        latents = torch.randn(batch, 4, 8, 8)
+        assert engines["vae_decoder"](latent_sample=latents)["sample"].shape == (batch, 3, 16, 16)
+
+
 def test_wrong_type_is_refused(engines: dict[str, Engine]) -> None:
     with pytest.raises(EngineInputError, match=r"vae_decoder input 'latent_sample': got torch.float64"):
         engines["vae_decoder"](latent_sample=torch.zeros(1, 4, 8, 8, dtype=torch.float64))
@@ -140,18 +175,65 @@ def test_missing_library_says_what_to_install(monkeypatch: pytest.MonkeyPatch, t
         load_ort_engines(tiny_onnx)
 
 
+TENSORRT, CUDA, CPU = "TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"
+
+
 @pytest.mark.parametrize(
-    ("available", "has_gpu", "chosen"),
+    ("available", "has_gpu", "wanted", "chosen"),
     [
-        (["CPUExecutionProvider"], True, ["CPUExecutionProvider"]),
-        (["CUDAExecutionProvider", "CPUExecutionProvider"], False, ["CPUExecutionProvider"]),
-        (
-            ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"],
-            True,
-            ["CUDAExecutionProvider", "CPUExecutionProvider"],
-        ),
+        ([CPU], True, None, [CPU]),
+        ([CUDA, CPU], False, None, [CPU]),
+        ([TENSORRT, CUDA, CPU], True, None, [CUDA, CPU]),
+        ([TENSORRT, CUDA, CPU], True, "cpu", [CPU]),
+        ([TENSORRT, CUDA, CPU], True, "tensorrt", [TENSORRT, CUDA, CPU]),
+        ([TENSORRT, CPU], True, "tensorrt", [TENSORRT, CPU]),
     ],
-    ids=["cpu build", "no gpu", "gpu"],
+    ids=["cpu build", "no gpu", "gpu", "cpu asked for", "tensorrt asked for", "tensorrt without cuda"],
 )
-def test_cuda_is_used_where_it_can_run(available: list[str], has_gpu: bool, chosen: list[str]) -> None:
-    assert choose_providers(available, has_gpu=has_gpu) == chosen
+def test_cuda_is_used_where_it_can_run_and_tensorrt_when_asked_for(
+    available: list[str], has_gpu: bool, wanted: Provider | None, chosen: list[str]
+) -> None:
+    assert choose_providers(available, has_gpu=has_gpu, wanted=wanted) == chosen
+
+
+def test_provider_that_this_build_lacks_names_those_it_has_and_the_package() -> None:
+    with pytest.raises(
+        MissingDependencyError, match=r"no TensorrtExec.* \(it has CPUExec.*\); .*pip install onnxruntime-gpu"
+    ):
+        choose_providers([CPU], has_gpu=True, wanted="tensorrt")
+
+
+def test_provider_without_a_gpu_says_so() -> None:
+    with pytest.raises(MissingDependencyError, match="CUDAExec.* needs an NVIDIA GPU"):
+        choose_providers([CUDA, CPU], has_gpu=False, wanted="cuda")
+
+
+def test_provider_that_did_not_start_is_an_error(engines: dict[str, Engine]) -> None:
+    with pytest.raises(MissingDependencyError, match="could not start CUDAExecutionProvider"):
+        check_started(engines["unet"].session, CUDA)
+
+
+@pytest.mark.parametrize(("mode", "options"), [("int8", {"trt_int8_enable": "1"}), ("none", {})])
+def test_tensorrt_gets_leave_for_int8_where_the_graph_is_quantized(
+    tmp_path: Path, mode: str, options: dict[str, str]
+) -> None:
+    with write_artifact(tmp_path / "onnx", stage="onnx", config={"mode": mode}):
+        pass
+    chosen = with_options([TENSORRT, CPU], read_artifact(tmp_path / "onnx"))
+    assert chosen == [(TENSORRT, options), CPU]
+
+
+def test_provider_is_refused_where_another_runtime_runs(tiny_onnx: Path) -> None:
+    with pytest.raises(ConfigError, match="provider is cuda, but only onnxruntime has execution providers"):
+        load_engines(tiny_onnx, backend="openvino", run=RunConfig(provider="cuda"))
+
+
+@pytest.mark.gpu
+def test_cuda_provider_equals_the_cpu(engines: dict[str, Engine], tiny_onnx: Path) -> None:
+    inputs = denoiser_inputs()
+    expected = engines["unet"](**inputs)["out_sample"]
+    with load_ort_engines(tiny_onnx, provider="cuda")["unet"] as engine:
+        for _ in range(2):
+            got = engine(**{name: value.cuda() for name, value in inputs.items()})["out_sample"]
+            assert got.is_cuda
+            torch.testing.assert_close(got.cpu(), expected, rtol=1e-4, atol=1e-4)

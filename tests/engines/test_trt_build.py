@@ -141,7 +141,6 @@ def test_builder_options_reach_the_builder_and_the_manifest(tiny_onnx: Path, tmp
     assert [profile["sample"]["max"][2] for profile in unet["profiles"]] == [8, 16]
     assert len(text["profiles"]) == 1  # it does not see sizes
     assert details["compute_capability"] == "8.6, 12.0"
-    assert details["weights_stripped"] is False
 
 
 def test_a_workspace_that_no_kernel_fits_is_refused_in_tensorrt_s_own_words(

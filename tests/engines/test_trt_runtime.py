@@ -1,8 +1,8 @@
 from __future__ import annotations
 
-import ctypes
+import weakref
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +19,7 @@ from quest_deploy.engines.trt_runtime import (
     check_flavour,
     check_gpu,
     load_tensorrt_engines,
+    make_log,
     read_profiles,
     stale,
 )
@@ -29,67 +30,31 @@ from quest_deploy.errors import (
     MissingDependencyError,
     StaleArtifactError,
 )
-from quest_deploy.model.spec import ComponentSpec, TensorSpec
-
-SPEC = ComponentSpec(
-    name="doubler",
-    inputs=(TensorSpec(name="x", dtype="float32", shape=("batch", 4)),),
-    outputs=(TensorSpec(name="y", dtype="float32", shape=("batch", 4)),),
+from tests.engines.simulated_trt import (
+    SPEC,
+    SimulatedEngine,
+    SimulatedStream,
+    make_engine,
+    simulate_cuda,
+    simulated_library,
 )
 
 
-class Context:
-    """An execution context that doubles x into y, at the addresses it was given."""
-
-    def __init__(self) -> None:
-        self.active_optimization_profile = 0
-        self.addresses: dict[str, int] = {}
-        self.shape: tuple[int, ...] = ()
-        self.runs = True
-
-    def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
-        self.active_optimization_profile = profile_index
-        return True
-
-    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
-        self.shape = shape
-        return True
-
-    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        return self.shape
-
-    def set_tensor_address(self, name: str, memory: int) -> bool:
-        self.addresses[name] = memory
-        return True
-
-    def execute_async_v3(self, stream_handle: int) -> bool:
-        values = ctypes.c_float * (self.shape[0] * self.shape[1])
-        source, target = (values.from_address(self.addresses[name]) for name in ("x", "y"))
-        target[:] = [2 * value for value in source]
-        return self.runs
-
-
-class CudaEngine:
-    """A deserialized engine with two profiles: batch 1..2 and 3..8."""
-
-    num_optimization_profiles = 2
-
-    def __init__(self, context: Context | None) -> None:
-        self.context = context
-
-    def get_tensor_profile_shape(self, name: str, profile_index: int) -> list[tuple[int, int]]:
-        return [[(1, 4), (2, 4), (2, 4)], [(3, 4), (8, 4), (8, 4)]][profile_index]
-
-    def create_execution_context(self) -> Context | None:
-        return self.context
+@pytest.fixture
+def stream(monkeypatch: pytest.MonkeyPatch) -> SimulatedStream:
+    """The current stream of a simulated CUDA."""
+    return simulate_cuda(monkeypatch)
 
 
 @pytest.fixture
-def doubler(monkeypatch: pytest.MonkeyPatch) -> TensorRTEngine:
-    """The engine around a context that runs on the CPU."""
-    monkeypatch.setattr(trt_runtime, "check_devices", lambda *args: None)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
-    return TensorRTEngine(SPEC, CudaEngine(Context()))
+def cuda() -> SimulatedEngine:
+    return SimulatedEngine()
+
+
+@pytest.fixture
+def doubler(cuda: SimulatedEngine, stream: SimulatedStream) -> TensorRTEngine:
+    """The engine in a simulated runtime."""
+    return make_engine(cuda)
 
 
 @pytest.fixture
@@ -107,11 +72,11 @@ def test_views_are_read_in_their_own_order(doubler: TensorRTEngine) -> None:
     torch.testing.assert_close(doubler(x=x)["y"], 2 * x, rtol=0, atol=0)
 
 
-def test_profile_follows_the_batch(doubler: TensorRTEngine) -> None:
+def test_profile_follows_the_batch(doubler: TensorRTEngine, cuda: SimulatedEngine) -> None:
     doubler(x=torch.randn(5, 4))
-    assert doubler.context.active_optimization_profile == 1
+    assert cuda.contexts[0].active_optimization_profile == 1
     doubler(x=torch.randn(1, 4))
-    assert doubler.context.active_optimization_profile == 0
+    assert cuda.contexts[0].active_optimization_profile == 0
 
 
 def test_batch_beyond_all_profiles_is_refused(doubler: TensorRTEngine) -> None:
@@ -121,26 +86,38 @@ def test_batch_beyond_all_profiles_is_refused(doubler: TensorRTEngine) -> None:
         doubler(x=torch.randn(9, 4))
 
 
-def test_run_that_tensorrt_refuses_is_an_error(doubler: TensorRTEngine) -> None:
-    doubler.context.runs = False
+def test_run_that_tensorrt_refuses_is_an_error(doubler: TensorRTEngine, cuda: SimulatedEngine) -> None:
+    doubler(x=torch.randn(2, 4))
+    cuda.contexts[0].runs = False
     with pytest.raises(RuntimeError, match="doubler: TensorRT refused"):
         doubler(x=torch.randn(1, 4))
 
 
-def test_closed_engine_holds_nothing_and_does_not_run(doubler: TensorRTEngine) -> None:
+def test_closed_engine_holds_nothing_and_does_not_run(
+    doubler: TensorRTEngine, cuda: SimulatedEngine, stream: SimulatedStream
+) -> None:
+    for _ in range(3):
+        doubler(x=torch.randn(1, 4))
+    contexts = [weakref.ref(context) for context in cuda.contexts]
+    cuda.contexts.clear()
+    engine = doubler.plan
+    with doubler:
+        pass
+    assert stream.synchronized and engine.engine is None
+    assert [context() for context in contexts] == [None, None]
     doubler.close()
-    assert doubler.engine is None and doubler.context is None
     with pytest.raises(RuntimeError, match="closed"):
         doubler(x=torch.randn(1, 4))
 
 
+@pytest.mark.usefixtures("stream")
 def test_context_that_does_not_fit_says_so() -> None:
     with pytest.raises(EngineBuildError, match="doubler: no execution context"):
-        TensorRTEngine(SPEC, CudaEngine(None))
+        make_engine(SimulatedEngine(out_of_memory=True))(x=torch.randn(1, 4))
 
 
 def test_profiles_are_read_from_the_engine() -> None:
-    profiles = read_profiles(SPEC, CudaEngine(Context()))
+    profiles = read_profiles(SPEC, SimulatedEngine())
     assert [(profile["x"].min, profile["x"].max) for profile in profiles] == [
         ((1, 4), (2, 4)),
         ((3, 4), (8, 4)),
@@ -205,14 +182,16 @@ def test_real_engines_on_a_machine_without_a_gpu_say_what_is_missing(plans: Arti
 def test_plan_that_tensorrt_does_not_deserialize_is_stale(
     plans: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    library = SimpleNamespace(
-        __version__="9.9",
-        Logger=type("Logger", (), {"ERROR": 1, "__init__": lambda self, level: None}),
-        Runtime=lambda logger: SimpleNamespace(deserialize_cuda_engine=lambda plan: None),
-    )
+    def refuse(log: Any, plan: bytes) -> None:
+        log.log(log.Severity.ERROR, "The engine plan file is\n not compatible")
+
+    library = simulated_library(refuse)
     monkeypatch.setattr(trt_runtime, "import_tensorrt", lambda backend: library)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with pytest.raises(StaleArtifactError, match=r"text_encoder: .*for any \(ahead of time\).* RTX 9\.9"):
+    with pytest.raises(
+        StaleArtifactError,
+        match=r"text_encoder: .*for any \(ahead of time\).* RTX 9\.9.*\(The engine plan file is not compatible\)",
+    ):
         load_tensorrt_engines(plans.path, backend="tensorrt-rtx")
 
 
@@ -221,23 +200,43 @@ def test_plan_that_tensorrt_does_not_deserialize_is_stale(
     [
         (trt_api.ExecutionContext, "IExecutionContext"),
         (trt_api.CudaEngine, "ICudaEngine"),
+        (trt_api.RuntimeCache, "IRuntimeCache"),
+        (trt_api.RuntimeConfig, "IRuntimeConfig"),
+        (trt_api.EngineInspector, "EngineInspector"),
         (trt_api.Runtime, "Runtime"),
     ],
 )
 def test_the_library_has_what_the_protocols_name(protocol: type, name: str) -> None:
     library = pytest.importorskip("tensorrt_rtx")
-    wanted = {member for member in vars(protocol) if not member.startswith("_")}
+    declared = {*vars(protocol), *getattr(protocol, "__annotations__", {})}
+    wanted = {member for member in declared if not member.startswith("_")}
     assert wanted and wanted <= set(dir(getattr(library, name)))
 
 
+def test_the_library_has_the_strategies_that_contexts_are_made_with() -> None:
+    library = pytest.importorskip("tensorrt_rtx")
+    assert "USER_MANAGED" in library.ExecutionContextAllocationStrategy.__members__
+    assert "EAGER" in library.DynamicShapesKernelSpecializationStrategy.__members__
+
+
+def test_the_library_takes_the_logger_and_tells_it_why_a_plan_is_refused() -> None:
+    library = pytest.importorskip("tensorrt_rtx")
+    log = make_log(library)
+    log.errors.clear()
+    assert library.Runtime(log).deserialize_cuda_engine(b"no plan" * 99) is None
+    assert any("Serialization" in error for error in log.errors)
+
+
 @pytest.mark.gpu
-def test_engine_on_the_gpu_equals_onnx_runtime(plans: Artifact, tiny_onnx: Path) -> None:
+@pytest.mark.parametrize("graphs", [False, True])
+def test_engine_on_the_gpu_equals_onnx_runtime(plans: Artifact, tiny_onnx: Path, graphs: bool) -> None:
     inputs = {
         "sample": torch.randn(2, 4, 8, 8),
         "timestep": torch.tensor([0.5]),
         "encoder_hidden_states": torch.randn(2, 8, 16),
     }
     expected = load_ort_engines(tiny_onnx)["unet"](**inputs)["out_sample"]
-    engine = load_tensorrt_engines(plans.path, backend="tensorrt-rtx")["unet"]
-    got = engine(**{name: tensor.cuda() for name, tensor in inputs.items()})["out_sample"]
-    torch.testing.assert_close(got.cpu(), expected, rtol=1e-4, atol=1e-4)
+    engine = load_tensorrt_engines(plans.path, backend="tensorrt-rtx", graphs=graphs)["unet"]
+    for _ in range(3):
+        got = engine(**{name: tensor.cuda() for name, tensor in inputs.items()})["out_sample"]
+        torch.testing.assert_close(got.cpu(), expected, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,309 @@
+"""Run all that only a GPU can show, and write what came of it as one JSON: see ``scripts/gpu_check.sh``.
+
+The bundled model goes the whole way to an engine, which is compared with the rungs above it. Speed is measured on a
+model of Stable Diffusion's size with random weights, beside which the loop around the engines is small. Each step is a
+process of its own: one that fails or takes too long loses none of the others, and those that need what it makes say so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.environment import git, machine, now
+from benchmarks.settings import MODEL, ROOT, one_update, write_recipe
+from quest_deploy.engines.libraries import check_tensorrt, gpus
+from quest_deploy.errors import ConfigError, MissingDependencyError
+from quest_deploy.manifest import tool_versions
+
+NAME = "gpu-check.json"
+LAST_CHARACTERS = 2000
+NO_GPU = "this machine offers no NVIDIA GPU (no NVIDIA driver): run it on one that does"
+SAMPLING = ("--steps", "20", "--guidance-scale", "3")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One process.
+
+    Attributes:
+        name: For the JSON.
+        command: Arguments of the interpreter.
+        makes: What it leaves in the output directory.
+        needs: What it reads from there.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    makes: str = ""
+    needs: tuple[str, ...] = ()
+
+
+@dataclass(kw_only=True)
+class Report:
+    """What is written, again after each step."""
+
+    path: Path
+    header: dict[str, Any]
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    error: str = ""
+
+    def write(self) -> None:
+        """Replace the file at once, so that a reader never finds half of it."""
+        content = {**self.header, "error": self.error, "steps": self.steps}
+        temporary = self.path.with_suffix(".partial")
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        os.replace(temporary, self.path)
+
+
+def verb(*words: str) -> tuple[str, ...]:
+    """A call of the command line."""
+    return ("-m", "quest_deploy.commands", *words, "--json")
+
+
+def steps(output: Path, recipe: Path, backend: str) -> tuple[Step, ...]:
+    """Everything, what matters most first."""
+
+    def at(name: str) -> str:
+        return str(output / name)
+
+    small, large = str(MODEL), at("large/model")
+    target = ("--target", backend)
+    build = ("--backend", backend, "--max-batch", "1")
+    return (
+        Step(name="doctor", command=verb("doctor")),
+        Step(
+            name="quantize the bundled model",
+            command=verb("finetune", small, "--recipe", str(recipe), "-o", at("checkpoint")),
+            makes="checkpoint",
+        ),
+        Step(
+            name="export it",
+            command=verb("export", at("checkpoint"), *target, "-o", at("onnx")),
+            makes="onnx",
+            needs=("checkpoint",),
+        ),
+        Step(
+            name="build its engines",
+            command=verb("build-engine", at("onnx"), "--backend", backend, "-o", at("engines")),
+            makes="engines",
+            needs=("onnx",),
+        ),
+        measured("run its engines, with CUDA graphs and without", output, "engines"),
+        Step(
+            name="parity of the engine rung",
+            command=verb(
+                "parity", small, at("engines"), "--via", at("checkpoint"), *SAMPLING, "--num-prompts", "4"
+            )
+            + ("-o", at("parity")),
+            needs=("engines",),
+        ),
+        Step(
+            name="parity of torch on the GPU",
+            command=verb("parity", small, at("checkpoint"), *SAMPLING, "--num-prompts", "4")
+            + ("-o", at("parity-torch")),
+            needs=("checkpoint",),
+        ),
+        Step(
+            name="write a model of Stable Diffusion's size",
+            command=("-m", "benchmarks.cpu_speed", "model", at("large")),
+            makes="large/model",
+        ),
+        Step(
+            name="export it in full precision",
+            command=verb(
+                "export", large, *target, "--mode", "none", "--dtype", "fp16", "-o", at("onnx-fp16")
+            ),
+            makes="onnx-fp16",
+            needs=("large/model",),
+        ),
+        Step(
+            name="build its fp16 engines",
+            command=verb("build-engine", at("onnx-fp16"), *build, "-o", at("engines-fp16")),
+            makes="engines-fp16",
+            needs=("onnx-fp16",),
+        ),
+        Step(
+            name="quantize it on the GPU",
+            command=verb("finetune", large, "--recipe", str(recipe), "--device", "cuda")
+            + ("-o", at("checkpoint-large")),
+            makes="checkpoint-large",
+            needs=("large/model",),
+        ),
+        Step(
+            name="export it quantized",
+            command=verb("export", at("checkpoint-large"), *target, "--dtype", "fp16", "-o", at("onnx-int8")),
+            makes="onnx-int8",
+            needs=("checkpoint-large",),
+        ),
+        Step(
+            name="build its int8 engines",
+            command=verb("build-engine", at("onnx-int8"), *build, "-o", at("engines-int8")),
+            makes="engines-int8",
+            needs=("onnx-int8",),
+        ),
+        bench(output, "torch alone", "large/model", "large/model:torch-compile"),
+        measured("run the fp16 engines, with CUDA graphs and without", output, "engines-fp16"),
+        measured("run the int8 engines, with CUDA graphs and without", output, "engines-int8"),
+        bench(output, "engines beside torch", "large/model", "engines-fp16", "engines-int8"),
+    )
+
+
+def measured(name: str, output: Path, engines: str) -> Step:
+    """Run engines with CUDA graphs and without."""
+    return Step(name=name, command=("-m", "scripts.gpu_measure", str(output / engines)), needs=(engines,))
+
+
+def bench(output: Path, name: str, *subjects: str) -> Step:
+    """`quest-deploy bench` of subjects below `output`; one image at a time, loop and engines apart."""
+    paths = [str(output / subject) for subject in subjects]
+    options = ("--runs", "3", "--rounds", "1", "-o", str(output / f"bench-{name.replace(' ', '-')}"))
+    needs = tuple(subject.partition(":")[0] for subject in subjects)
+    return Step(name=f"bench: {name}", command=verb("bench", *paths, *SAMPLING, *options), needs=needs)
+
+
+def run_step(step: Step, output: Path, deadline: float) -> dict[str, Any]:
+    """Run one step, and kill it with its children when the time is up.
+
+    Args:
+        step: What to run.
+        output: Where the steps' results lie.
+        deadline: On :func:`time.monotonic`'s clock.
+    """
+    row: dict[str, Any] = {"name": step.name, "ok": False, "command": " ".join(("python", *step.command))}
+    missing = [name for name in step.needs if not (output / name).exists()]
+    left = deadline - time.monotonic()
+    if missing or left <= 0:
+        why = f"an earlier step did not make {', '.join(missing)}" if missing else "no time was left"
+        return {**row, "error": f"not run: {why}"}
+    started = time.monotonic()
+    process = subprocess.Popen(
+        [sys.executable, *step.command],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        printed, said = process.communicate(timeout=left)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        _, said = process.communicate()
+        seconds = round(time.monotonic() - started, 1)
+        return {
+            **row,
+            "seconds": seconds,
+            "error": "stopped: the time was up",
+            "said": said[-LAST_CHARACTERS:],
+        }
+    except BaseException:
+        os.killpg(process.pid, signal.SIGTERM)  # a Ctrl-C does not reach it by itself
+        raise
+    row |= {"seconds": round(time.monotonic() - started, 1), "exit_code": process.returncode}
+    row["ok"] = process.returncode == 0
+    result = last_json(printed)
+    failure = result.get("error") if isinstance(result, dict) else None
+    if failure:
+        return {**row, "error": failure["message"]}
+    if not row["ok"]:
+        # A parity over its budget, or with a rung that could not be run, has figures all the same.
+        row["error"] = said[-LAST_CHARACTERS:].strip() or f"ended with code {process.returncode}"
+    return {**row, "result": result}
+
+
+def last_json(printed: str) -> Any:
+    """What the last line holds; None where that is not JSON."""
+    lines = printed.strip().splitlines()
+    try:
+        return json.loads(lines[-1]) if lines else None
+    except json.JSONDecodeError:
+        return None
+
+
+def problem_of_the_gpu() -> str:
+    """Why nothing can be checked here; empty where it can."""
+    if not gpus():
+        return NO_GPU
+    import torch
+
+    if not torch.cuda.is_available():
+        return f"torch {torch.__version__} cannot use this machine's GPU: install a CUDA build of torch"
+    return ""
+
+
+def choose_backend(wanted: str | None) -> str:
+    """The flavour asked for, or TensorRT where it is installed, else TensorRT for RTX.
+
+    Raises:
+        MissingDependencyError: it is not installed.
+    """
+    if wanted is None:
+        try:
+            check_tensorrt("tensorrt")
+            return "tensorrt"
+        except MissingDependencyError:
+            wanted = "tensorrt-rtx"
+    check_tensorrt(wanted)
+    return wanted
+
+
+def main() -> int:
+    """Check, report, and return the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="scripts/gpu_check.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--backend", choices=("tensorrt", "tensorrt-rtx"), help="default: what is installed")
+    parser.add_argument("--output", type=Path, default=Path("artifacts") / "gpu-check")
+    parser.add_argument("--minutes", type=float, default=9.5, help="for all steps together")
+    arguments = parser.parse_args()
+    deadline = time.monotonic() + 60 * arguments.minutes
+    # Of its own, because no step replaces what another run made.
+    output = Path(os.path.relpath(arguments.output, ROOT)) / time.strftime("%Y%m%d-%H%M%S")
+    os.chdir(ROOT)
+    output.mkdir(parents=True)
+    header = {
+        "date": now(),
+        "commit": git("rev-parse", "HEAD"),
+        "machine": machine(),
+        "gpus": [asdict(gpu) for gpu in gpus()],
+        "versions": tool_versions(),
+    }
+    report = Report(path=output / NAME, header=header)
+    report.error = problem_of_the_gpu()
+    if not report.error:
+        try:
+            report.header["backend"] = choose_backend(arguments.backend)
+        except (ConfigError, MissingDependencyError) as error:
+            report.error = str(error)
+    if report.error:
+        report.write()
+        print(f"Error: {report.error}; written to {report.path}", file=sys.stderr)
+        return 1
+    recipe = write_recipe(one_update(weight_bits=4, batch_size=1), output)
+    run_all(report, steps(output, recipe, report.header["backend"]), deadline)
+    failed = [row["name"] for row in report.steps if not row["ok"]]
+    print(f"{len(report.steps) - len(failed)} of {len(report.steps)} steps went well: {report.path}")
+    return 1 if failed else 0
+
+
+def run_all(report: Report, planned: tuple[Step, ...], deadline: float) -> None:
+    """Run every step, and write the report after each."""
+    for number, step in enumerate(planned, start=1):
+        print(f"[{number}/{len(planned)}] {step.name}", flush=True)
+        row = run_step(step, report.path.parent, deadline)
+        report.steps.append(row)
+        report.write()
+        print(f"    {'ok' if row['ok'] else row['error'].strip()[-300:]}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

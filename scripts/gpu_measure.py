@@ -1,0 +1,65 @@
+"""Run an engines directory with CUDA graphs and without, and print what that took as JSON.
+
+python -m scripts.gpu_measure ENGINES
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from quest_deploy.config import RunConfig
+from quest_deploy.errors import QuestDeployError
+
+STEPS, GUIDANCE_SCALE, RUNS = 20, 3.0, 5
+PROMPT = "rocket"
+
+
+def measure(path: Path, *, graphs: bool) -> tuple[list[float], Any]:
+    """Seconds of each whole denoising loop after the first two, and the latents of the last, [1, c, h, w]."""
+    import torch
+
+    from quest_deploy.pipeline import load_pipeline
+
+    seconds: list[float] = []
+    with load_pipeline(path, run=RunConfig(cuda_graphs=graphs)) as pipeline:
+        positive, negative = pipeline.encode([PROMPT]), pipeline.encode([""])
+        noise = pipeline.initial_noise([0])
+        for _ in range(2 + RUNS):
+            torch.cuda.synchronize()
+            started = time.perf_counter()
+            latents = pipeline.denoise(noise, positive, negative, steps=STEPS, guidance_scale=GUIDANCE_SCALE)
+            torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - started)
+        return seconds[2:], latents.cpu()
+
+
+def main() -> int:
+    """Measure both, and compare what they drew."""
+    path = Path(sys.argv[1])
+    try:
+        plain, without = measure(path, graphs=False)
+        captured, within = measure(path, graphs=True)
+    except QuestDeployError as error:
+        print(json.dumps({"error": {"type": type(error).__name__, "message": str(error)}}))
+        return 1
+    medians = {"plain_s": statistics.median(plain), "graphs_s": statistics.median(captured)}
+    found = {
+        "steps": STEPS,
+        "plain": plain,
+        "graphs": captured,
+        **medians,
+        "times_as_fast_with_graphs": medians["plain_s"] / medians["graphs_s"],
+        "largest_difference": float((without - within).abs().max()),
+        "finite": bool(within.isfinite().all()),
+    }
+    print(json.dumps(found))
+    return 0 if found["finite"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,231 @@
+"""A TensorRT that computes y = 2x on the CPU, with the rules of the real one that are easily broken.
+
+It tests the logic around TensorRT and stands for no result.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from quest_deploy.engines import trt_context, trt_runtime
+from quest_deploy.engines.trt_memory import ActivationMemory
+from quest_deploy.engines.trt_plan import LoadedPlan
+from quest_deploy.engines.trt_runtime import TensorRTEngine
+from quest_deploy.model.spec import ComponentSpec, TensorSpec
+
+SPEC = ComponentSpec(
+    name="doubler",
+    inputs=(TensorSpec(name="x", dtype="float32", shape=("batch", 4)),),
+    outputs=(TensorSpec(name="y", dtype="float32", shape=("batch", 4)),),
+)
+ACTIVATION_BYTES = 1024
+
+
+class SimulatedStream:
+    """A CUDA stream that notes what it waits for."""
+
+    def __init__(self, handle: int = 7) -> None:
+        self.cuda_stream = handle
+        self.waited_for: list[SimulatedStream] = []
+        self.synchronized = 0
+
+    def wait_stream(self, other: SimulatedStream) -> None:
+        self.waited_for.append(other)
+
+    def synchronize(self) -> None:
+        self.synchronized += 1
+
+
+class SimulatedContext:
+    """An execution context that doubles x into y, at the addresses it was given."""
+
+    def __init__(self, *, capturable: bool = True) -> None:
+        self.active_optimization_profile = 0
+        self.addresses: dict[str, int] = {}
+        self.shape: tuple[int, ...] = ()
+        self.memory: tuple[int, int] | None = None
+        self.runs = True
+        self.capturable = capturable
+        self.enqueued = 0
+        self.shapes_set = 0
+        self.recording: list[Callable[[], None]] | None = None
+
+    def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
+        self.active_optimization_profile = profile_index
+        return True
+
+    def set_device_memory(self, memory: int, size: int) -> None:
+        self.memory = (memory, size)
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        self.shape = shape
+        self.shapes_set += 1
+        return True
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        return self.shape
+
+    def set_tensor_address(self, name: str, memory: int) -> bool:
+        self.addresses[name] = memory
+        return True
+
+    def is_stream_capturable(self, stream: int) -> bool:
+        return self.capturable
+
+    def execute_async_v3(self, stream_handle: int) -> bool:
+        assert self.memory is not None and self.memory[1] >= ACTIVATION_BYTES
+        state = (dict(self.addresses), self.shape)
+        if self.recording is None:
+            self.enqueued += 1
+            self._double(*state)
+        else:
+            self.recording.append(lambda: self._replay(state))
+        return self.runs
+
+    def _replay(self, state: tuple[dict[str, int], tuple[int, ...]]) -> None:
+        # As the real one: other shapes or addresses in its context invalidate a graph.
+        assert state == (self.addresses, self.shape)
+        self._double(*state)
+
+    @staticmethod
+    def _double(addresses: dict[str, int], shape: tuple[int, ...]) -> None:
+        values = ctypes.c_float * (shape[0] * shape[1])
+        source, target = (values.from_address(addresses[name]) for name in ("x", "y"))
+        target[:] = [2 * value for value in source]
+
+
+class SimulatedEngine:
+    """A deserialized engine with two profiles: batch 1..2 and 3..8."""
+
+    num_optimization_profiles = 2
+    device_memory_size_v2 = ACTIVATION_BYTES
+
+    def __init__(self, *, out_of_memory: bool = False, capturable: bool = True) -> None:
+        self.out_of_memory = out_of_memory
+        self.capturable = capturable
+        self.contexts: list[SimulatedContext] = []
+        self.made_with: list[Any] = []
+        self.config = SimulatedConfig()
+
+    def get_tensor_profile_shape(self, name: str, profile_index: int) -> list[tuple[int, int]]:
+        return [[(1, 4), (2, 4), (2, 4)], [(3, 4), (8, 4), (8, 4)]][profile_index]
+
+    def create_runtime_config(self) -> SimulatedConfig:
+        return self.config
+
+    def create_execution_context(self, how: Any) -> SimulatedContext | None:
+        if self.out_of_memory:
+            return None
+        self.made_with.append(how)
+        self.contexts.append(SimulatedContext(capturable=self.capturable))
+        return self.contexts[-1]
+
+
+class SimulatedCache:
+    """A runtime cache that takes only what itself wrote."""
+
+    def __init__(self) -> None:
+        self.content = b"kernels"
+        self.taken: bytes | None = None
+
+    def deserialize(self, blob: bytes) -> bool:
+        self.taken = blob
+        return blob.startswith(b"kernels")
+
+    def serialize(self) -> memoryview:
+        return memoryview(self.content)
+
+
+class SimulatedConfig:
+    """A runtime configuration that keeps what it is told."""
+
+    dynamic_shapes_kernel_specialization_strategy = "LAZY"
+    strategy: Any = "STATIC"
+
+    def __init__(self) -> None:
+        self.cache = SimulatedCache()
+        self.used: SimulatedCache | None = None
+
+    def set_execution_context_allocation_strategy(self, strategy: Any) -> None:
+        self.strategy = strategy
+
+    def create_runtime_cache(self) -> SimulatedCache:
+        return self.cache
+
+    def set_runtime_cache(self, cache: SimulatedCache) -> bool:
+        self.used = cache
+        return True
+
+
+class SimulatedGraph:
+    """What was enqueued while it was captured."""
+
+    def __init__(self, recorded: list[Callable[[], None]]) -> None:
+        self.recorded = recorded
+        self.replays = 0
+
+    def replay(self) -> None:
+        self.replays += 1
+        for run in self.recorded:
+            run()
+
+
+def simulated_capture(run: Callable[[int], None]) -> SimulatedGraph:
+    """Record what `run`, a bound method of a ShapedContext, enqueues."""
+    context = run.__self__.context  # type: ignore[attr-defined]
+    context.recording = recorded = []
+    try:
+        run(0)
+    finally:
+        context.recording = None
+    return SimulatedGraph(recorded)
+
+
+class SimulatedLogger:
+    """ILogger."""
+
+    Severity = SimpleNamespace(INTERNAL_ERROR=0, ERROR=1)
+
+    def __init__(self) -> None:
+        pass
+
+
+def simulated_library(deserialize: Callable[[Any, bytes], Any]) -> ModuleType:
+    """A TensorRT whose runtime answers with `deserialize` (of its logger and the plan)."""
+    library = ModuleType("simulated")
+    library.__version__ = "9.9"  # type: ignore[attr-defined]
+    library.ILogger = SimulatedLogger  # type: ignore[attr-defined]
+    library.Runtime = lambda log: SimpleNamespace(  # type: ignore[attr-defined]
+        deserialize_cuda_engine=lambda plan: deserialize(log, plan)
+    )
+    library.ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="user")  # type: ignore[attr-defined]
+    library.DynamicShapesKernelSpecializationStrategy = SimpleNamespace(EAGER="eager")  # type: ignore[attr-defined]
+    return library
+
+
+def simulate_cuda(monkeypatch: pytest.MonkeyPatch) -> SimulatedStream:
+    """Put a simulated stream and capture in place of CUDA's, and take tensors on the CPU."""
+    stream = SimulatedStream()
+    monkeypatch.setattr(trt_runtime, "check_devices", lambda *args: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(trt_context, "capture", simulated_capture)
+    return stream
+
+
+def make_engine(
+    cuda: SimulatedEngine, memory: ActivationMemory | None = None, *, graphs: bool = True
+) -> TensorRTEngine:
+    """An engine around a simulated one."""
+    plan = LoadedPlan(SPEC.name, simulated_library(lambda log, plan: None), cuda)
+    return TensorRTEngine(SPEC, plan, memory or make_memory(), graphs=graphs)
+
+
+def make_memory() -> ActivationMemory:
+    """Activation memory on the CPU."""
+    return ActivationMemory(ACTIVATION_BYTES, torch.device("cpu"))

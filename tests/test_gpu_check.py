@@ -1,0 +1,109 @@
+"""The GPU check, as far as a machine without a GPU goes: it says so, and loses no step that another one spoils."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import click
+import pytest
+
+from quest_deploy.commands import main
+from quest_deploy.engines.libraries import gpus
+from scripts.gpu_check import NAME, Report, Step, run_all, run_step, steps
+
+
+@pytest.fixture
+def planned(tmp_path: Path) -> tuple[Step, ...]:
+    return steps(tmp_path, tmp_path / "recipe.yaml", "tensorrt-rtx")
+
+
+def code(text: str, **changes: object) -> Step:
+    return Step(**{"name": text, "command": ("-c", text), **changes})
+
+
+def soon() -> float:
+    return time.monotonic() + 60
+
+
+def test_shell_script_parses(repository: Path) -> None:
+    subprocess.run(["bash", "-n", str(repository / "scripts" / "gpu_check.sh")], check=True)
+
+
+@pytest.mark.skipif(bool(gpus()), reason="this machine has a GPU")
+def test_without_a_gpu_one_message_and_a_json_that_says_so(repository: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [str(repository / "scripts" / "gpu_check.sh"), "--output", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env={"PYTHON": sys.executable, "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
+    )
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("Error: this machine offers no NVIDIA GPU") and done.stderr.count("\n") == 1
+    (written,) = tmp_path.glob(f"*/{NAME}")
+    found = json.loads(written.read_text())
+    assert "no NVIDIA GPU" in found["error"] and found["steps"] == [] and found["gpus"] == []
+    assert {"date", "versions", "commit", "machine"} <= found.keys()
+
+
+def test_calls_of_the_command_line_are_valid(planned: tuple[Step, ...]) -> None:
+    calls = [step.command[2:] for step in planned if step.command[1] == "quest_deploy.commands"]
+    assert len(calls) > 10
+    for name, *arguments in calls:
+        command = main.get_command(click.Context(main), name)
+        assert command is not None
+        command.make_context(name, arguments)
+
+
+def test_steps_read_what_earlier_ones_make(planned: tuple[Step, ...]) -> None:
+    made: set[str] = set()
+    for step in planned:
+        assert set(step.needs) <= made, step.name
+        made.add(step.makes)
+
+
+def test_result_is_the_last_line(tmp_path: Path) -> None:
+    row = run_step(code("print('noise'); print('{\"figure\": 1}')"), tmp_path, soon())
+    assert row["ok"] and row["result"] == {"figure": 1} and "error" not in row
+
+
+def test_message_of_a_step_that_fails_is_kept_word_for_word(tmp_path: Path) -> None:
+    message = '{"error": {"type": "StaleArtifactError", "message": "TensorRT says: no"}}'
+    row = run_step(code(f"print('{message}'); raise SystemExit(1)"), tmp_path, soon())
+    assert (row["ok"], row["exit_code"], row["error"]) == (False, 1, "TensorRT says: no")
+
+
+def test_figures_of_a_parity_over_its_budget_are_kept(tmp_path: Path) -> None:
+    row = run_step(code('print(\'{"verdict": "failed"}\'); raise SystemExit(3)'), tmp_path, soon())
+    assert not row["ok"] and row["result"] == {"verdict": "failed"} and row["error"]
+
+
+def test_step_that_takes_too_long_is_stopped(tmp_path: Path) -> None:
+    started = time.monotonic()
+    row = run_step(code("import time; time.sleep(60)"), tmp_path, time.monotonic() + 1)
+    assert row["error"] == "stopped: the time was up" and time.monotonic() - started < 30
+
+
+def test_one_failure_loses_no_other_step(tmp_path: Path) -> None:
+    report = Report(path=tmp_path / NAME, header={"date": "today"})
+    planned = (
+        code("print('{}')"),
+        code("raise SystemExit('broken')", makes="engines"),
+        code("print('{}')", needs=("engines",)),
+        code("print('[2]')"),
+    )
+    run_all(report, planned, soon())
+    found = json.loads(report.path.read_text())
+    assert [row["ok"] for row in found["steps"]] == [True, False, False, True]
+    assert [row.get("error", "") for row in found["steps"]][1:3] == [
+        "broken",
+        "not run: an earlier step did not make engines",
+    ]
+
+
+def test_nothing_is_started_when_no_time_is_left(tmp_path: Path) -> None:
+    row = run_step(code("open('started', 'w')"), tmp_path, time.monotonic())
+    assert row["error"] == "not run: no time was left" and "seconds" not in row
