@@ -64,7 +64,8 @@ class OrtEngine(Closing):
             bind(binding.bind_input, tensor, bound[tensor.name])
         outputs = self._bind_outputs(binding, self._output_shapes.get(shapes))
         try:
-            binding.synchronize_inputs()
+            if self.device.type == "cuda":
+                torch.cuda.current_stream(self.device).synchronize()  # ONNX Runtime has a stream of its own
             self.session.run_with_iobinding(binding)
             binding.synchronize_outputs()
         except _runtime_errors() as error:

@@ -6,6 +6,7 @@ is missing or fits no longer. It carries a hash of its own, over the engine's pl
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -49,7 +50,8 @@ class RuntimeCacheFile:
             os.replace(temporary, self.path)
         except OSError as error:
             logger.debug("the runtime cache is not kept in %s (%s)", self.path, error.strerror)
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # on a read-only file system it is refused, too
+                temporary.unlink()
             return
         self.loaded = content
 

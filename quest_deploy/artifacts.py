@@ -76,7 +76,7 @@ logger = logging.getLogger(__name__)
 _MAX_PROBLEMS = 5
 
 RUNTIME_CACHE_NAME = ".runtime-cache"
-"""What a runtime keeps beside an engine: no part of the artifact, and made again when it is missing."""
+"""What a runtime keeps beside an engine, or began to: no part of the artifact, and made again when it is missing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,7 +216,9 @@ def check_output(output: Path, *, stage: str, overwrite: bool = False) -> None:
         )
     ours = {*manifest.files, MANIFEST_NAME}
     foreign = [
-        name for name in list_files(output) if name not in ours and Path(name).name != RUNTIME_CACHE_NAME
+        name
+        for name in list_files(output)
+        if name not in ours and not Path(name).name.startswith(RUNTIME_CACHE_NAME)
     ]
     if foreign:
         raise ArtifactError(

@@ -99,6 +99,11 @@ def steps(output: Path, recipe: Path, backend: str) -> tuple[Step, ...]:
         ),
         measured("run its engines, with CUDA graphs and without", output, "engines"),
         Step(
+            name="compare its engines with what lint promised",
+            command=("-m", "scripts.gpu_measure", at("engines"), at("onnx")),
+            needs=("engines", "onnx"),
+        ),
+        Step(
             name="parity of the engine rung",
             command=verb(
                 "parity", small, at("engines"), "--via", at("checkpoint"), *SAMPLING, "--num-prompts", "4"
