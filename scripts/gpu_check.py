@@ -136,6 +136,9 @@ def steps(output: Path, recipe: Path, backend: str) -> tuple[Step, ...]:
             makes="engines-fp16",
             needs=("onnx-fp16",),
         ),
+        measured("run the fp16 engines, with CUDA graphs and without", output, "engines-fp16"),
+        bench(output, "torch alone", "large/model", "large/model:torch-compile"),
+        bench(output, "fp16 engines beside torch", "large/model", "engines-fp16"),
         Step(
             name="quantize it on the GPU",
             command=verb("finetune", large, "--recipe", str(recipe), "--device", "cuda")
@@ -155,10 +158,15 @@ def steps(output: Path, recipe: Path, backend: str) -> tuple[Step, ...]:
             makes="engines-int8",
             needs=("onnx-int8",),
         ),
-        bench(output, "torch alone", "large/model", "large/model:torch-compile"),
-        measured("run the fp16 engines, with CUDA graphs and without", output, "engines-fp16"),
         measured("run the int8 engines, with CUDA graphs and without", output, "engines-int8"),
-        bench(output, "engines beside torch", "large/model", "engines-fp16", "engines-int8"),
+        bench(
+            output,
+            "fp16 and int8 engines beside torch",
+            "large/model",
+            "large/model:torch-compile",
+            "engines-fp16",
+            "engines-int8",
+        ),
     )
 
 

@@ -12,6 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from quest_deploy.commands import main
+from quest_deploy.engines.libraries import gpus
 
 FAST = ("--steps", "2", "--guidance-scale", "2")
 WEIGHTS = {"onnx": "unet/model.onnx", "checkpoint": "unet/quest.safetensors"}
@@ -229,6 +230,17 @@ def test_unknown_backend_is_a_usage_error_with_the_choices(
     assert done.exit_code == 2
     assert choices in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(bool(gpus()), reason="this machine has a GPU")
+def test_provider_that_is_not_here(tmp_path: Path, tiny_onnx: Path) -> None:
+    message = refuse(tmp_path / "p", "generate", tiny_onnx, "rocket", "--provider", "cuda", *FAST)
+    assert "CUDAExecutionProvider" in message and "leave --provider out" in message
+
+
+def test_provider_of_a_runtime_that_has_none(tmp_path: Path, tiny_model: Path) -> None:
+    message = refuse(tmp_path / "p", "generate", tiny_model, "rocket", "--provider", "cpu", *FAST)
+    assert "provider is cpu, but only onnxruntime has execution providers" in message
 
 
 def test_backend_that_cannot_run_the_artifact(tmp_path: Path, tiny_onnx: Path) -> None:

@@ -76,7 +76,9 @@ def test_oldest_graph_is_freed_beyond_the_bound_and_captured_anew(
     run(engine, 1, MAX_GRAPHS + 1, MAX_GRAPHS + 1)
     assert captured(engine) == [3, 4, 1, 5]
     assert stream.synchronized == 1 and second() is None
-    run(engine, 2, 2)
+    run(engine, 2)
+    assert captured(engine) == [3, 4, 1, 5]
+    run(engine, 2)
     assert captured(engine) == [4, 1, 5, 2]
 
 
