@@ -100,10 +100,10 @@ def _least(times: list[dict[str, Any]]) -> dict[str, Any]:
 
 def ratios(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
     """How many times as long each other loop takes: by phase, and for the published passes of both."""
-    here = rows[SHARED]
+    here = rows["here"]
     result = {}
     for order, row in rows.items():
-        if order != SHARED:
+        if order != "here":
             result[order] = {
                 "phase_1": round(row["phase_1_ms"] / here["phase_1_ms"], 2),
                 "phase_2": round(row["phase_2_ms"] / here["phase_2_ms"], 2),

@@ -179,6 +179,12 @@ def builder_config(
     config = create(profiles=profiles, progress_monitor=monitor, **told)(builder, network)
     # TF32 keeps 10 bits of what stays in float: enough to flip int8 codes and miss the parity gate.
     config.clear_flag(trt.BuilderFlag.TF32)
+    # What the inspector tells of a layer.
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    if job["backend"] == "tensorrt-rtx" and not component["options"]["weight_streaming"]:
+        # Streams can be captured only where no kernel allocates memory by itself (release notes of version 1.2);
+        # weight streaming does.
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     if job["timing_cache"]:
         load_timing_cache(config, Path(job["timing_cache"]))
     return config

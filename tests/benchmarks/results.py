@@ -261,8 +261,8 @@ def order() -> dict[str, Any]:
             "repetitions": 3,
         }
         for name, time in (
-            ("here", 1.5),
-            ("here-shared", 1.0),
+            ("here", 1.0),
+            ("here-shared", 1.5),
             ("published", 6.0),
             ("published-order", 4.0),
             ("update-a-pass", 7.0),

@@ -137,7 +137,11 @@ def test_builder_options_reach_the_builder_and_the_manifest(tiny_onnx: Path, tmp
     )
     details = build_engine(tiny_onnx, tmp_path / "engines", config).manifest.details
     unet, text = details["components"]["unet"], details["components"]["text_encoder"]
-    assert {"VERSION_COMPATIBLE", "EXCLUDE_LEAN_RUNTIME", "WEIGHT_STREAMING"} <= set(unet["builder_flags"])
+    assert {
+        "VERSION_COMPATIBLE",
+        "EXCLUDE_LEAN_RUNTIME",
+        "WEIGHT_STREAMING",
+    } <= set(unet["builder_flags"])
     assert [profile["sample"]["max"][2] for profile in unet["profiles"]] == [8, 16]
     assert len(text["profiles"]) == 1  # it does not see sizes
     assert details["compute_capability"] == "8.6, 12.0"
