@@ -15,7 +15,6 @@ from quest_deploy.quantize.weight_only import drop_activation_quantizers
 from tests.export.conftest import quantize_unet, tiny_unet, unet_spec
 from tests.export.lint.attempts import first_line
 
-OFTEN = (("int4-weight-only", "fp16"), ("int8", "bf16"))
 MODES = ("none", "int8", "int4-weight-only")
 
 
@@ -51,18 +50,20 @@ def opens(path: Path) -> str | None:
     return None
 
 
-grid = pytest.mark.parametrize(
-    ("mode", "dtype"),
-    [
-        # Each takes seconds on an idle machine; those that lower what is quantized are the ones that went wrong.
-        pytest.param(mode, dtype, marks=() if (mode, dtype) in OFTEN else pytest.mark.slow)
-        for mode in MODES
-        for dtype in ("fp32", "fp16", "bf16")
-    ],
-)
+def grid(often: tuple[str, str]) -> pytest.MarkDecorator:
+    """Every mode and type; all but one are slow. Each takes seconds on an idle machine."""
+    return pytest.mark.parametrize(
+        ("mode", "dtype"),
+        [
+            pytest.param(mode, dtype, marks=() if (mode, dtype) == often else pytest.mark.slow)
+            for mode in MODES
+            for dtype in ("fp32", "fp16", "bf16")
+        ],
+    )
 
 
-@grid
+# Those that lower what is quantized are the ones that went wrong.
+@grid(("int4-weight-only", "fp16"))
 def test_for_onnx_runtime_lint_says_what_it_does(mode: str, dtype: str, tmp_path: Path) -> None:
     path = write(tmp_path / "model.onnx", mode, dtype, "onnxruntime")
     report, refused = lint(path, "onnxruntime"), opens(path)
@@ -71,7 +72,7 @@ def test_for_onnx_runtime_lint_says_what_it_does(mode: str, dtype: str, tmp_path
     assert report.breaks == (dtype == "bf16"), [item for item in report.findings if item.breaks][:1]
 
 
-@grid
+@grid(("int8", "bf16"))
 def test_for_tensorrt_nothing_is_refused(mode: str, dtype: str, tmp_path: Path) -> None:
     path = write(tmp_path / "model.onnx", mode, dtype, "tensorrt-rtx")
     report = lint(path, "tensorrt-rtx")
