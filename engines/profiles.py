@@ -115,7 +115,16 @@ def dimension_ranges(
         ranges[family.denoiser]["sequence"] = ShapeRange(min=tokens, opt=tokens, max=tokens)
     if family.controlnet is not None:
         ranges[family.controlnet] = ranges[family.denoiser]
-    return ranges
+    if not config.static:
+        return ranges
+    return {
+        name: own if name in family.text_encoders else {symbol: _fixed(size) for symbol, size in own.items()}
+        for name, own in ranges.items()
+    }
+
+
+def _fixed(size: ShapeRange) -> ShapeRange:
+    return ShapeRange(min=size.opt, opt=size.opt, max=size.opt)
 
 
 def latent_ranges(model_dir: Path, denoiser: ComponentSpec, config: ProfileConfig) -> dict[str, ShapeRange]:

@@ -175,7 +175,7 @@ def builder_config(
             profiles[-1].add(name, min=shapes["min"], opt=shapes["opt"], max=shapes["max"])
     create = CreateConfigRTX if job["backend"] == "tensorrt-rtx" else CreateConfig
     monitor = progress_monitor(trt, component["name"], log)
-    told = builder_arguments(trt, job["backend"], component["options"])
+    told = builder_arguments(trt, component["options"])
     config = create(profiles=profiles, progress_monitor=monitor, **told)(builder, network)
     # TF32 keeps 10 bits of what stays in float: enough to flip int8 codes and miss the parity gate.
     config.clear_flag(trt.BuilderFlag.TF32)
@@ -190,7 +190,7 @@ def builder_config(
     return config
 
 
-def builder_arguments(trt: Any, backend: str, options: Mapping[str, Any]) -> dict[str, Any]:
+def builder_arguments(trt: Any, options: Mapping[str, Any]) -> dict[str, Any]:
     """What the user asked for, as arguments of Polygraphy's CreateConfig or CreateConfigRTX."""
     given: dict[str, Any] = {}
     if options.get("optimization_level") is not None:
@@ -199,8 +199,6 @@ def builder_arguments(trt: Any, backend: str, options: Mapping[str, Any]) -> dic
         given["memory_pool_limits"] = {trt.MemoryPoolType.WORKSPACE: options["workspace_mb"] << 20}
     if options.get("version_compatible"):
         given["version_compatible"] = True
-        # TensorRT for RTX has no lean runtime that a plan could bring.
-        given["exclude_lean_runtime"] = backend == "tensorrt-rtx"
     if options.get("hardware_compatible", "none") != "none":
         level = options["hardware_compatible"].replace("-", "_").upper()
         given["hardware_compatibility_level"] = getattr(trt.HardwareCompatibilityLevel, level)

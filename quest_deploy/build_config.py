@@ -42,11 +42,14 @@ class ProfileConfig:
         batch: Images; guidance doubles them for the denoiser.
         height: In pixels; None for the model's own.
         width: In pixels; None for the model's own.
+        static: Whether the denoiser and the autoencoder accept their optimal shapes alone, with both branches of
+            guidance where there are two; text encoders keep their ranges.
     """
 
     batch: ShapeRange = field(default_factory=lambda: ShapeRange(min=1, opt=1, max=4))
     height: ShapeRange | None = None
     width: ShapeRange | None = None
+    static: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +62,7 @@ class BuildConfig(ProfileConfig):
         more_profiles: Optimization profiles beside the first; an engine chooses the nearest at run time.
         optimization_level: 0 (builds fastest) to 5 (runs fastest); None for the library's own.
         workspace_mb: The most scratch memory that a kernel may use, in 2^20 bytes; None for no limit.
-        version_compatible: Whether later versions of the library load the engines, too.
+        version_compatible: Whether later versions of the library load the engines, too (TensorRT only).
         hardware_compatible: Which other GPUs load them (TensorRT only).
         compute_capabilities: Of the GPUs that engines are made for, for example "8.6"; none means Ampere and later
             (TensorRT for RTX only).
@@ -108,6 +111,10 @@ class BuildConfig(ProfileConfig):
             problems.append(
                 "hardware_compatible is for TensorRT; TensorRT for RTX builds for Ampere and later, or for "
                 "compute_capabilities"
+            )
+        if self.backend == "tensorrt-rtx" and self.version_compatible:
+            problems.append(
+                "version_compatible is for TensorRT; TensorRT for RTX has no lean runtime for other versions"
             )
         raise_if_any(problems, "build-engine")
 

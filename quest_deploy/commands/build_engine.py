@@ -40,7 +40,11 @@ from quest_deploy.config import TENSORRT_BACKENDS, BuildConfig, ProfileConfig, S
     help="One more optimization profile, for example batch=1:1:2,height=768,width=512:768:768 (min:opt:max, or one "
     "number); may be given several times.",
 )
-@click.option("--static", is_flag=True, help="Accept the optimal shapes alone: fastest, and least memory.")
+@click.option(
+    "--static",
+    is_flag=True,
+    help="Accept the optimal shapes alone, guided: fastest, least memory.",
+)
 @click.option(
     "--optimization-level",
     type=int,
@@ -53,9 +57,7 @@ from quest_deploy.config import TENSORRT_BACKENDS, BuildConfig, ProfileConfig, S
     metavar="MIB",
     help="Most scratch memory of a kernel.  [default: no limit]",
 )
-@click.option(
-    "--version-compatible", is_flag=True, help="Let later versions of the library load the engines."
-)
+@click.option("--version-compatible", is_flag=True, help="TensorRT: let later versions load the engines.")
 @click.option(
     "--hardware-compatible",
     type=click.Choice(HARDWARE_COMPATIBILITIES),
@@ -117,7 +119,7 @@ def build_engine(
     )
     profiles = [first, *map(parse_profile, more_profiles)]
     if static:
-        profiles = [fixed(profile) for profile in profiles]
+        profiles = [dataclasses.replace(profile, static=True) for profile in profiles]
     config = BuildConfig(
         backend=backend,  # type: ignore[arg-type]
         **{field.name: getattr(profiles[0], field.name) for field in dataclasses.fields(ProfileConfig)},
@@ -140,7 +142,7 @@ def parse_profile(text: str) -> ProfileConfig:
     Raises:
         click.UsageError: it is not of that form.
     """
-    names = [field.name for field in dataclasses.fields(ProfileConfig)]
+    names = ("batch", "height", "width")
     ranges: dict[str, ShapeRange] = {}
     for part in text.split(","):
         name, _, sizes = part.strip().partition("=")
@@ -154,18 +156,6 @@ def parse_profile(text: str) -> ProfileConfig:
         low, best, high = map(int, numbers * 3 if len(numbers) == 1 else numbers)
         ranges[name] = ShapeRange(min=low, opt=best, max=high)
     return ProfileConfig(**ranges)
-
-
-def fixed(profile: ProfileConfig) -> ProfileConfig:
-    """The same profile with its optimum alone."""
-    ranges = {field.name: getattr(profile, field.name) for field in dataclasses.fields(ProfileConfig)}
-    return ProfileConfig(
-        **{
-            name: ShapeRange(min=one.opt, opt=one.opt, max=one.opt)
-            for name, one in ranges.items()
-            if one is not None
-        }
-    )
 
 
 def size_range(name: str, low: int | None, best: int | None, high: int | None) -> ShapeRange | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 import pytest
 
-from quest_deploy.commands.build_engine import fixed, parse_profile
+from quest_deploy.commands.build_engine import parse_profile
 from quest_deploy.config import ProfileConfig, ShapeRange
 
 
@@ -21,8 +21,3 @@ def test_a_profile_has_ranges_or_single_sizes() -> None:
 def test_a_profile_of_another_form_is_refused(text: str) -> None:
     with pytest.raises(click.UsageError, match="expected each of batch, height, width at most once"):
         parse_profile(text)
-
-
-def test_static_leaves_the_optimum() -> None:
-    profile = parse_profile("batch=1:2:4,width=512:640:768")
-    assert fixed(profile) == parse_profile("batch=2,width=640")

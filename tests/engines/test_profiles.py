@@ -25,6 +25,17 @@ def flat(low: int, best: int, high: int) -> dict[str, InputRange]:
     return {"sample": InputRange(min=(low, 4), opt=(best, 4), max=(high, 4))}
 
 
+def test_static_shapes_are_the_optimal_ones_with_both_branches_of_guidance(model_dir: Path) -> None:
+    config = BuildConfig(batch=ranges(1, 2, 4), height=ranges(16, 16, 32), static=True)
+    profiles = component_profiles(model_dir, config)
+    sample = profiles["unet"]["sample"]
+    assert sample.min == sample.opt == sample.max and sample.opt[0] == 4
+    decoded = profiles["vae_decoder"]["latent_sample"]
+    assert decoded.min == decoded.max and decoded.max[0] == 2
+    # A prompt is encoded alone, or with its negative one.
+    assert profiles["text_encoder"]["input_ids"].min[0] == 1
+
+
 def test_denoiser_batch_is_twice_the_images_except_the_smallest(model_dir: Path) -> None:
     sample = component_profiles(model_dir, BuildConfig(batch=ranges(1, 2, 4)))["unet"]["sample"]
     assert (sample.min[0], sample.opt[0], sample.max[0]) == (1, 4, 8)
