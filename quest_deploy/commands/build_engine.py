@@ -155,7 +155,7 @@ def parse_profile(text: str) -> ProfileConfig:
             )
         low, best, high = map(int, numbers * 3 if len(numbers) == 1 else numbers)
         ranges[name] = ShapeRange(min=low, opt=best, max=high)
-    return ProfileConfig(**ranges)
+    return dataclasses.replace(ProfileConfig(), **ranges)
 
 
 def size_range(name: str, low: int | None, best: int | None, high: int | None) -> ShapeRange | None:
