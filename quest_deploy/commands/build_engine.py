@@ -155,7 +155,8 @@ def parse_profile(text: str) -> ProfileConfig:
             )
         low, best, high = map(int, numbers * 3 if len(numbers) == 1 else numbers)
         ranges[name] = ShapeRange(min=low, opt=best, max=high)
-    return dataclasses.replace(ProfileConfig(), **ranges)
+    batch = ranges.get("batch", ProfileConfig().batch)
+    return ProfileConfig(batch=batch, height=ranges.get("height"), width=ranges.get("width"))
 
 
 def size_range(name: str, low: int | None, best: int | None, high: int | None) -> ShapeRange | None:
