@@ -135,6 +135,7 @@ def _samplers(settings: Settings, paths: dict[str, Path]) -> list[dict[str, Any]
         file = settings.work / NAME / f"{scheduler}-{steps}-{hash_mapping(subject)[:12]}.json"
         if not file.is_file():
             print(f"\ndrawing with {scheduler}, {steps} steps", flush=True)
+            file.parent.mkdir(parents=True, exist_ok=True)
             write_json(file, _sampler(settings, paths, scheduler, steps))
         result.append({"scheduler": scheduler, "steps": steps, **read_json(file)})
     return result
