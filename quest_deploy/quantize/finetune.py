@@ -35,6 +35,7 @@ from quest_deploy.prompts import load_prompts
 from quest_deploy.quantize.attention import insert_attention
 from quest_deploy.quantize.auto_layers import check_auto, choose_layers
 from quest_deploy.quantize.checkpoint import freeze, save_checkpoint
+from quest_deploy.quantize.collapse import collapse_groups
 from quest_deploy.quantize.insert import LayerQParams, insert, quantizable_layers, share_quantizers
 from quest_deploy.quantize.layers import TimestepContext
 from quest_deploy.quantize.memory import prompts_at_once
@@ -240,8 +241,25 @@ def _quantize(
         workers=workers,
     )
     history |= train_phases(inputs, work, progress)
+    history |= _collapse(inputs, progress)
     freeze(student.to("cpu"))
     return student, context, history
+
+
+def _collapse(inputs: Inputs, progress: Progress) -> dict[str, Any]:
+    """One scale for quantizers that hardly need several, where the recipe asks for it; what came of it."""
+    recipe, data = inputs.recipe, inputs.data
+    if not recipe.collapse_loss_db:
+        return {}
+    found = collapse_groups(
+        inputs.student,
+        inputs.model.denoiser,
+        data,
+        torch.arange(data.num_prompts - recipe.validation_prompts, data.num_prompts),
+        limit_db=recipe.collapse_loss_db,
+        progress=reporter(progress, "collapse timestep groups"),
+    )
+    return {"collapse": found.describe()}
 
 
 def make_student(

@@ -97,12 +97,24 @@ class ActivationQuantizer(nn.Module):
         ratio = scale / group_scale
         return scale, ratio, 1.0 / ratio
 
+    def set_group_scale(self, group_scale: Tensor) -> None:
+        """Take other scales, float32 [G], frozen or not; G may be another number than before."""
+        if self.frozen:
+            self._constant_tables(group_scale)
+        else:
+            learns = self.log_scale.requires_grad
+            self.log_scale = nn.Parameter(group_scale.to(torch.float32).log(), requires_grad=learns)
+
     def freeze(self, group_scale: Tensor | None = None) -> None:
         """Replace the learned scales by constant tables. `group_scale` overrides them (when loading)."""
         stored = self.group_scale() if group_scale is None else group_scale
+        del self.log_scale
+        self._constant_tables(stored)
+        self.frozen = True
+
+    def _constant_tables(self, stored: Tensor) -> None:
         scale = stored.min()
         ratio = scale / stored
-        del self.log_scale
         for name, value in (
             ("stored_scale", stored),
             ("scale", scale),
@@ -110,7 +122,6 @@ class ActivationQuantizer(nn.Module):
             ("inverse_ratio", 1.0 / ratio),
         ):
             self.register_buffer(name, value.clone())
-        self.frozen = True
 
     def forward(self, x: Tensor, group: Tensor) -> tuple[Tensor, Tensor | None]:
         """Quantize and dequantize `x`.
