@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks import quality, rows, stages
 from benchmarks.environment import header
 from benchmarks.settings import MODEL, Settings
-from benchmarks.tables import MISSING, Table, interval, number, seconds
+from benchmarks.tables import MISSING, Table, interval, number
 from quest_deploy.config import Recipe
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ VARIANTS = {
     "no-channel-wise": "no channel rows",
     "no-walks": "no walks",
     "uniform": "4-bit activations in the residual projections too",
+    "collapsed": "one scale where the groups agree, for at most 0.1 dB",
     "split": "a grid for each half of a skip concatenation",
     "shared-inputs": "one quantizer for queries, keys and values of one input",
     "queries-keys-8": "8-bit queries and keys",
@@ -67,6 +68,7 @@ def variant(recipe: Recipe, name: str) -> Recipe:
         "no-walks": {"walk_share": 0.0},
         "uniform": {"overrides": ()},
         "paper-sd": {"sensitive": dataclasses.replace(sensitive, layers="paper-sd")},
+        "collapsed": {"collapse_loss_db": 0.1},
         "split": {"split": True},
         "shared-inputs": {"shared_inputs": True},
         "queries-keys-8": {"attention_bits": 8},
@@ -196,7 +198,6 @@ def tables(result: dict[str, Any]) -> list[Table]:
                 "row",
                 *("noise SNR, dB", "noise SNR guided, dB", "image PSNR, dB"),
                 "noise SNR against the first variant, dB",
-                "finetuning",
             ),
             rows=tuple(
                 (
@@ -205,7 +206,6 @@ def tables(result: dict[str, Any]) -> list[Table]:
                     interval(result["differences"][row]["raw_snr_db"])
                     if row in result["differences"]
                     else MISSING,
-                    seconds(result["seconds"].get(row)),
                 )
                 for row, label in labels.items()
                 if row in found
