@@ -35,7 +35,8 @@ ROWS = {
     "openvino-bf16": "OpenVINO, bf16",
     "openvino-int8": "OpenVINO, quest-deploy W8A8",
     "openvino-attention": "OpenVINO, quest-deploy W8A8, queries and keys too",
-    "openvino-attention-bf16": "the same, bf16 where the graph has float",
+    "openvino-collapsed": "the same, and one scale for inputs that are shared or whose timestep groups agree",
+    "openvino-attention-bf16": "W8A8, queries and keys too, bf16 where the graph has float",
     "openvino-nncf": "OpenVINO, int8 by NNCF",
 }
 GOAL_OVER_DIFFUSERS, GOAL_OVER_NNCF = 2.5, 1.0
@@ -54,8 +55,12 @@ UNET: dict[str, Any] = {
     "attention_head_dim": 8,
     "cross_attention_dim": WIDTH,
 }
-# Our exports, and the bits of queries, keys and values in each.
-EXPORTS = {"int8": None, "attention": 8}
+# Our exports, and what each recipe has beside 8-bit weights and activations.
+EXPORTS: dict[str, dict[str, Any]] = {
+    "int8": {},
+    "attention": {"attention_bits": 8},
+    "collapsed": {"attention_bits": 8, "shared_inputs": True, "collapse_loss_db": 0.1},
+}
 
 
 def run(settings: Settings) -> dict[str, Any]:
@@ -65,10 +70,11 @@ def run(settings: Settings) -> dict[str, Any]:
     if not (model / "model_index.json").is_file():
         subprocess.run([sys.executable, "-m", "benchmarks.cpu_speed", "model", str(folder)], check=True)
     stages.export(settings, "cpu_speed-fp32", model, "onnxruntime")
-    for name, attention_bits in EXPORTS.items():
+    for name, changes in EXPORTS.items():
         checkpoint = folder / "checkpoints" / name
-        recipe = one_update(weight_bits=8, batch_size=1, attention_bits=attention_bits)
-        recipe = dataclasses.replace(recipe, name=f"cpu-speed-{name}", memory_limit_gb=MEMORY_LIMIT_GB)
+        recipe = one_update(weight_bits=8, batch_size=1)
+        named = {"name": f"cpu-speed-{name}", "memory_limit_gb": MEMORY_LIMIT_GB}
+        recipe = dataclasses.replace(recipe, **(named | changes))
         arguments = ("finetune", str(model), "--seed", "0", "--recipe")
         stages.required(
             stages.make(
@@ -262,6 +268,7 @@ def tables(result: dict[str, Any]) -> list[Table]:
                     or "-",
                 )
                 for row, label in ROWS.items()
+                if row in speed
             ),
             labels=1,
             note="Ratios of one run: BK-SDM-Tiny's U-Net with 323 million random weights, two samples of "

@@ -154,7 +154,14 @@ def _cpu_speed(result: dict[str, Any]) -> Iterator[Row]:
     speed = result["speed"]
     for other, goal in (("diffusers", GOAL_OVER_DIFFUSERS), ("openvino-nncf", GOAL_OVER_NNCF)):
         name = "diffusers" if other == "diffusers" else "NNCF's int8"
-        for ours, what in (("openvino-int8", "W8A8"), ("openvino-attention", "W8A8 with 8-bit attention")):
+        rows = {
+            "openvino-int8": "W8A8",
+            "openvino-attention": "W8A8 with 8-bit attention",
+            "openvino-collapsed": "W8A8 with 8-bit attention and collapsed groups",
+        }
+        for ours, what in rows.items():
+            if ours not in speed:
+                continue
             ratio = speed[ours] / speed[other]
             yield (
                 f"{what} in OpenVINO at least {goal:g} times as fast as {name}",

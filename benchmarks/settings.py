@@ -108,7 +108,7 @@ def write_recipe(recipe: Recipe, folder: Path) -> Path:
     return path
 
 
-def one_update(*, weight_bits: int, batch_size: int, attention_bits: int | None = None) -> Recipe:
+def one_update(*, weight_bits: int, batch_size: int) -> Recipe:
     """8-bit activations and one update in each phase: for what codes and kernels are, not pictures."""
     return Recipe(
         name=f"w{weight_bits}a8-one-update",
@@ -118,7 +118,6 @@ def one_update(*, weight_bits: int, batch_size: int, attention_bits: int | None 
         validation_prompts=1,
         calibration_steps=2,
         initializer="nearest",
-        attention_bits=attention_bits,
         temporal=PhaseConfig(layers="temporal", steps=1, batch_size=batch_size),
         sensitive=PhaseConfig(layers="all", steps=1, batch_size=batch_size),
     )
