@@ -219,10 +219,26 @@ def test_layers_are_ranked_for_inputs_and_weights_apart(everything: dict[str, di
 
 def test_goals_of_large_exports_and_of_speed(everything: dict[str, dict]) -> None:
     assert met(everything, "a model as large as SDXL") == "yes"
-    # OpenVINO's int8 takes 3 s, diffusers 8 and NNCF's model 2.
+    # OpenVINO's int8 takes 4, 3 or 1.6 s, diffusers 8 and NNCF's model 2.
     assert met(everything, "W8A8 in OpenVINO at least 2.5 times") == "**no**"
     assert met(everything, "Generation in ONNX Runtime") == "yes"
     assert met(everything, "Generation in OpenVINO") == "**no**"
     assert met(everything, "W4A8 generation") == "yes"
     assert met(everything, "W8A8 with 8-bit attention in OpenVINO at least 2.5 times") == "yes"
     assert met(everything, "W8A8 in OpenVINO at least 1 times") == "**no**"
+    assert met(everything, "W8A8 with 8-bit attention in OpenVINO at least 1 times") == "**no**"
+    assert (
+        met(everything, "W8A8 with 8-bit attention and collapsed groups in OpenVINO at least 1 times")
+        == "yes"
+    )
+
+
+def test_a_row_that_was_not_measured_is_left_out(everything: dict[str, dict]) -> None:
+    result = everything["cpu_speed"]
+    speed = {row: ratio for row, ratio in result["speed"].items() if row != "openvino-collapsed"}
+    partly = everything | {"cpu_speed": result | {"speed": speed}}
+    found = goals(partly)
+    assert found is not None
+    assert not any("collapsed groups" in row[0] for row in found.rows)
+    (table,) = report.benchmark("cpu_speed").tables(partly["cpu_speed"])
+    assert len(table.rows) == len(speed)
