@@ -26,6 +26,7 @@ from quest_deploy.engines.up_to_date import (
     in_words,
 )
 from quest_deploy.errors import ArtifactError, EngineBuildError, MissingDependencyError
+from quest_deploy.lock import locked
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +69,7 @@ def build_engine(
     Raises:
         MissingDependencyError: the library, or the GPU that TensorRT builds on, is absent.
         ArtifactError: `onnx_dir` cannot be trusted, or `output` cannot be written.
-        ConfigError: a requested size does not fit the model.
+        ConfigError: a requested size does not fit the model, or another process is building into `output`.
         EngineBuildError: TensorRT does not take a graph.
     """
     existing = existing_engines(Path(output))
@@ -103,13 +104,16 @@ def build_engine(
     wanted = {name: own for name, own in profiles.items() if name not in kept}
     for name in wanted:
         check_graph(name, source.path / name / ONNX_NAME, config.backend)
-    with write_artifact(
-        output,
-        stage="engines",
-        config=to_dict(config),
-        inputs={"onnx": source.digest},
-        overwrite=overwrite,
-    ) as writer:
+    with (
+        locked(lock_of(Path(output)), Path(output), "build-engine"),
+        write_artifact(
+            output,
+            stage="engines",
+            config=to_dict(config),
+            inputs={"onnx": source.digest},
+            overwrite=overwrite,
+        ) as writer,
+    ):
         copy_companions(source, writer.path)
         for name in kept:
             copy_plan(existing, name, writer.path)
@@ -122,6 +126,11 @@ def build_engine(
         if fitted:
             writer.details["interfaces"] = to_json(fitted)
     return read_artifact(output, stage="engines")
+
+
+def lock_of(output: Path) -> Path:
+    """The file that a process locks while it builds into `output`."""
+    return output.with_name(f".{output.name}.build-engine.lock")
 
 
 def changes(

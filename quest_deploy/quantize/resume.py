@@ -22,8 +22,8 @@ from torch import Tensor
 
 from quest_deploy.errors import ArtifactError, ConfigError
 from quest_deploy.files import read_json, storage_errors, write_json
+from quest_deploy.lock import locked
 from quest_deploy.quantize.insert import LayerQParams
-from quest_deploy.quantize.lock import locked
 
 RUN = "run.json"
 GENERATOR = "/generator"  # no layer has such a name

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,9 +14,30 @@ from quest_deploy.artifacts import read_artifact
 from quest_deploy.config import BuildConfig
 from quest_deploy.engines import load_engines
 from quest_deploy.engines.trt_build import build_engine
-from quest_deploy.errors import ArtifactError
+from quest_deploy.errors import ArtifactError, ConfigError
 
 FLIPS = 500
+
+
+def test_of_two_builds_into_one_directory_one_is_told_to_wait(tiny_onnx: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    together = threading.Barrier(2)
+
+    def build(_: int) -> str:
+        together.wait()
+        try:
+            build_engine(tiny_onnx, tmp_path / "engines", BuildConfig())
+        except ConfigError as error:
+            return str(error)
+        return "built"
+
+    with ThreadPoolExecutor(2) as pool:
+        built, refused = sorted(pool.map(build, range(2)), key=lambda said: said != "built")
+    assert built == "built"
+    assert "another build-engine" in refused
+    assert "wait until it has ended, or give another directory" in refused
+    assert read_artifact(tmp_path / "engines", stage="engines")
+    assert [path.name for path in tmp_path.iterdir()] == ["engines"]
 
 
 @pytest.fixture(scope="module", params=["onnx", "engines"])

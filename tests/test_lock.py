@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from quest_deploy import lock
 from quest_deploy.errors import ConfigError
-from quest_deploy.quantize import lock
 from quest_deploy.quantize.resume import WorkDirectory
 
 HOLD = (
