@@ -19,6 +19,7 @@ from quest_deploy.export.lazy import read_when_written
 from quest_deploy.export.passes.block_int4 import BlockInt4
 from quest_deploy.export.passes.canonical_names import CanonicalNames
 from quest_deploy.export.passes.expand_timestep import ExpandTimestep
+from quest_deploy.export.passes.fold_rows import FoldRows
 from quest_deploy.export.passes.fold_weight_transpose import FoldWeightTranspose
 from quest_deploy.export.passes.lower_precision import LowerPrecision
 from quest_deploy.export.passes.name_dimensions import NameDimensions
@@ -122,6 +123,7 @@ def clean(model: ir.Model, spec: ComponentSpec, target: str) -> ir.Model:
         ExpandTimestep(),
         FoldWeightTranspose(),
         RemoveNoOps(),
+        FoldRows(),
         UnshareDequantize(),
         BlockInt4(),
         RemoveUnusedNodesPass(),
