@@ -62,6 +62,8 @@ def _pack(graph: ir.Graph, codes: ir.Value) -> None:
     codes.const_value = as_int4(codes)
     codes.dtype = ir.DataType.INT4
     cast = ir.node("Cast", [codes], attributes={"to": ir.DataType.INT8})
+    # Types stay known: lower precision is measured node by node.
+    cast.outputs[0].dtype, cast.outputs[0].shape = ir.DataType.INT8, codes.shape
     cast.metadata_props.update(nodes[0].metadata_props)
     graph.insert_before(_first_of(graph, nodes), cast)
     for node in nodes:

@@ -130,6 +130,13 @@ class TestPackInt4:
         assert PackInt4()(model).modified
         assert operators(model) == ["Cast", "DequantizeLinear"]
         assert model.graph.initializers["codes"].const_value.nbytes == CODES.size // 2
+        # What lowers precision must know every type.
+        assert all(
+            value.dtype is not None
+            for node in model.graph
+            for value in node.outputs[:1]
+            if node.op_type == "Cast"
+        )
         np.testing.assert_array_equal(run(model)[0], before)
 
     def test_packs_shared_codes_once(self) -> None:
