@@ -41,7 +41,7 @@ ROWS = {
 }
 GOAL_OVER_DIFFUSERS, GOAL_OVER_NNCF = 2.5, 1.0
 THREADS, BATCH, LATENTS, TOKENS, WIDTH = 2, 2, 64, 77, 768
-ROUNDS, RUNS = 3, 3
+ROUNDS, RUNS = 6, 5
 CALIBRATION_STEPS = 4
 MEMORY_LIMIT_GB = 20.0
 # Of nota-ai/bk-sdm-tiny.
@@ -55,6 +55,20 @@ UNET: dict[str, Any] = {
     "attention_head_dim": 8,
     "cross_attention_dim": WIDTH,
 }
+# Whose time is told by kind of layer, and the names of those kinds.
+PROFILED = ("openvino-int8", "openvino-attention", "openvino-collapsed", "openvino-nncf")
+PROFILE_RUNS = 10
+LAYERS = {
+    "Convolution": "convolutions",
+    "FullyConnected": "linear layers",
+    "FullyConnectedQuantizedLegacy": "linear layers",
+    "MatMul": "products of activations",
+    "MVN": "norms",
+}
+# OpenVINO compiles attention into these too: a product of 8-bit queries and keys makes one integer.
+SUBGRAPH = "Subgraph"
+ATTENTION, ELEMENTWISE, MOVES = "attention", "elementwise", "copies, types and layouts"
+KINDS = (*dict.fromkeys(LAYERS.values()), ATTENTION, ELEMENTWISE, MOVES)
 # Our exports, and what each recipe has beside 8-bit weights and activations.
 EXPORTS: dict[str, dict[str, Any]] = {
     "int8": {},
@@ -99,6 +113,11 @@ def run(settings: Settings) -> dict[str, Any]:
     rows = {
         row: {**times[-1], "seconds": min(one["seconds"] for one in times)} for row, times in found.items()
     }
+    profiles = {}
+    for row in PROFILED:
+        command = [sys.executable, "-m", "benchmarks.cpu_speed", f"profile-{row}", str(folder)]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        profiles[row] = json.loads(done.stdout.splitlines()[-1])
     base = rows["diffusers"]["seconds"]
     speed = {row: round(base / one["seconds"], 3) for row, one in rows.items()}
     return {
@@ -107,6 +126,7 @@ def run(settings: Settings) -> dict[str, Any]:
         "rounds": len(found["diffusers"]),
         "rows": rows,
         "speed": speed,
+        "milliseconds_by_kind": profiles,
     }
 
 
@@ -226,21 +246,52 @@ def _openvino(row: str, folder: Path) -> Runner:
 
     from benchmarks.modes import primitives
 
+    compiled, given = _compiled(row, folder, profiled=False)
+    request = compiled.create_infer_request()
+    kernels = Counter(name.rpartition("_")[2].lower() for name in primitives(compiled))
+    return lambda: request.infer(given), f"openvino {openvino.__version__.split('-')[0]}", dict(kernels)
+
+
+def _compiled(row: str, folder: Path, *, profiled: bool) -> tuple[Any, dict[str, ndarray]]:
+    """A row's graph compiled for the shapes of what it is given."""
+    import openvino
+
     kind = row.partition("-")[2]
     graph = kind.removesuffix("-bf16").replace("bf16", "fp32")
     options = {
         "INFERENCE_PRECISION_HINT": "bf16" if kind.endswith("bf16") else "f32",
         "INFERENCE_NUM_THREADS": THREADS,
         "PERFORMANCE_HINT": "LATENCY",
+        "PERF_COUNT": profiled,
     }
     core = openvino.Core()
     model = core.read_model(folder / "nncf.xml" if kind == "nncf" else _onnx(folder, graph))
     given = inputs()
     model.reshape({name: list(value.shape) for name, value in given.items()})
-    compiled = core.compile_model(model, "CPU", options)
+    return core.compile_model(model, "CPU", options), given
+
+
+def profile(row: str, folder: Path) -> dict[str, float]:
+    """Milliseconds by kind of layer, the least of several runs for each layer."""
+    compiled, given = _compiled(row, folder, profiled=True)
     request = compiled.create_infer_request()
-    kernels = Counter(name.rpartition("_")[2].lower() for name in primitives(compiled))
-    return lambda: request.infer(given), f"openvino {openvino.__version__.split('-')[0]}", dict(kernels)
+    least: dict[str, tuple[str, float]] = {}
+    for _ in range(PROFILE_RUNS):
+        request.infer(given)
+        for layer in request.profiling_info:
+            taken = 1000 * layer.real_time.total_seconds()
+            kind = _kind_of(layer.node_type, layer.exec_type)
+            least[layer.node_name] = (kind, min(taken, least.get(layer.node_name, (kind, taken))[1]))
+    found = dict.fromkeys(KINDS, 0.0)
+    for kind, taken in least.values():
+        found[kind] += taken
+    return found
+
+
+def _kind_of(node_type: str, exec_type: str) -> str:
+    if node_type == SUBGRAPH:
+        return ATTENTION if exec_type.endswith("_i8") else ELEMENTWISE
+    return LAYERS.get(node_type, MOVES)
 
 
 RUNNERS: dict[str, Callable[[str, Path], Runner]] = {
@@ -251,8 +302,27 @@ RUNNERS: dict[str, Callable[[str, Path], Runner]] = {
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
-    """One row for each runtime."""
-    speed = result["speed"]
+    """One row for each runtime; and where the time of those goes that OpenVINO runs in int8."""
+    speed, profiles = result["speed"], result.get("milliseconds_by_kind", {})
+    whole = sum(profiles["openvino-nncf"].values()) if profiles else 1.0
+    layers = Table(
+        title="Where a step's time goes in OpenVINO, per cent of NNCF's step",
+        columns=("runtime", *KINDS, "all"),
+        rows=tuple(
+            (
+                ROWS[row],
+                *(number(100 * found[kind] / whole, 1) for kind in KINDS),
+                number(100 * sum(found.values()) / whole, 1),
+            )
+            for row, found in profiles.items()
+        ),
+        labels=1,
+        note=f"OpenVINO's own counters, the least of {PROFILE_RUNS} runs for each layer. Attention is what OpenVINO "
+        "compiles into one kernel around a product of 8-bit queries and keys; where those are float it lies under "
+        "elementwise or products of activations. "
+        "Elementwise: norms' affine parts, activations, sums and, in quest-deploy's graphs, the multiplications by r "
+        "and 1/r of layers with a scale for each timestep group.",
+    )
     return [
         Table(
             title="Speed of a denoising step on the CPU",
@@ -275,7 +345,8 @@ def tables(result: dict[str, Any]) -> list[Table]:
             f"{LATENTS} x {LATENTS} latents, {result['threads']} threads, OpenVINO compiled for these shapes; least "
             f"of {RUNS} runs in each of {result['rounds']} rounds. Goals: quest-deploy's int8 in OpenVINO "
             f"{GOAL_OVER_DIFFUSERS} times as fast as diffusers, and no slower than NNCF's.",
-        )
+        ),
+        *([layers] if profiles else []),
     ]
 
 
@@ -285,5 +356,7 @@ if __name__ == "__main__":
         write_model(place)
     elif what == "nncf":
         write_nncf(place)
+    elif what.startswith("profile-"):
+        print(json.dumps(profile(what.removeprefix("profile-"), place)))
     else:
         print(json.dumps(worker(what, place)))

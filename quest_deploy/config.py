@@ -130,6 +130,7 @@ class ParityConfig:
     """Which prompts two artifacts are compared on, and how.
 
     `prompts` empty means what the model's kind suggests: the packaged held-out list, every class in turn, or none.
+    With `debug_engines`, TensorRT engines are built once more with their codes marked, and compared layer by layer.
     """
 
     prompts: tuple[str, ...] = ()
@@ -140,6 +141,7 @@ class ParityConfig:
     seed: int = 0
     batch_size: int = 8
     budget: str | None = None
+    debug_engines: bool = False
 
     def __post_init__(self) -> None:
         problems: list[str] = []

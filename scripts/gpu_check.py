@@ -112,6 +112,21 @@ def steps(output: Path, recipe: Path, backend: str) -> tuple[Step, ...]:
             needs=("engines",),
         ),
         Step(
+            name="parity of the engine rung, layer by layer",
+            command=verb(
+                "parity",
+                small,
+                at("engines"),
+                "--via",
+                at("checkpoint"),
+                "--via",
+                at("onnx"),
+                "--debug-engines",
+            )
+            + (*SAMPLING, "--num-prompts", "2", "-o", at("parity-layers")),
+            needs=("engines", "onnx"),
+        ),
+        Step(
             name="parity of torch on the GPU",
             command=verb("parity", small, at("checkpoint"), *SAMPLING, "--num-prompts", "4")
             + ("-o", at("parity-torch")),

@@ -38,6 +38,11 @@ from quest_deploy.config import BACKENDS, ParityConfig
 @click.option("--scheduler", metavar="NAME", help="For example ddim.  [default: the model's own]")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the first prompt's noise.")
 @click.option("--batch-size", type=int, default=ParityConfig.batch_size, show_default=True)
+@click.option(
+    "--debug-engines",
+    is_flag=True,
+    help="Compare TensorRT engines layer by layer too: builds each once more with its codes marked.",
+)
 @overwrite_option
 @verb()
 def parity(
@@ -55,6 +60,7 @@ def parity(
     scheduler: str | None,
     seed: int,
     batch_size: int,
+    debug_engines: bool,
     overwrite: bool,
 ) -> Result:
     """Compare CANDIDATE with REFERENCE: same noise, same schedule, same prompts.
@@ -75,6 +81,7 @@ def parity(
         seed=seed,
         batch_size=batch_size,
         budget=budget,
+        debug_engines=debug_engines,
     )
 
     from quest_deploy.parity import compare

@@ -11,14 +11,15 @@ encoder or decoder that is quantized is compared in the same way, on the prompts
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from quest_deploy.config import TENSORRT_BACKENDS, TensorRTBackend
 from quest_deploy.metrics import CodeFlips, code_flips, snr_db
 from quest_deploy.model.components import first_device, without_variance
 from quest_deploy.model.families import VAE_DECODER
@@ -27,13 +28,19 @@ from quest_deploy.quantize.grid import dequantize
 from quest_deploy.quantize.layers import ActivationQuantizer
 
 if TYPE_CHECKING:
+    from onnx import ModelProto
+
     from quest_deploy.pipeline import Pipeline
 
 CODE_PROMPTS = 2
 CODES_SUFFIX = "/codes"
+GRAPH = "model.onnx"
 
 Codes = Mapping[str, Tensor]
 """int8 codes by the module path of their quantizer."""
+
+RunGraph = Callable[["ModelProto", Path, Sequence[Mapping[str, Tensor]]], list[dict[str, Tensor]]]
+"""Runs a graph, with large weights in a folder, on several inputs by name; gives its outputs by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +165,11 @@ def _is_shared(name: str, above: CodeRun, below: CodeRun) -> bool:
 
 
 def take_codes(
-    pipeline: Pipeline, trace: Trace, prompts: Sequence[str], forced: Sequence[Codes] | None = None
+    pipeline: Pipeline,
+    trace: Trace,
+    prompts: Sequence[str],
+    forced: Sequence[Codes] | None = None,
+    debug: Path | None = None,
 ) -> tuple[CodeRun, ...] | str:
     """The codes that a rung's components choose on each probe, or why this runtime does not show them.
 
@@ -167,8 +178,15 @@ def take_codes(
         trace: What is given to its components, as `make_probes` has it.
         prompts: Of the trace.
         forced: Codes that every product uses instead of the chosen ones, one mapping for each probe.
+        debug: The ONNX directory that TensorRT engines were built from, to build engines that show their codes.
     """
-    if pipeline.backend not in ("torch", "onnxruntime"):
+    engines = pipeline.backend in TENSORRT_BACKENDS
+    if engines and debug is None:
+        return (
+            f"{pipeline.backend} quantizes inside fused kernels and shows no codes; --debug-engines, with the ONNX "
+            "directory they were built from as --via, builds engines that do"
+        )
+    if not engines and pipeline.backend not in ("torch", "onnxruntime"):
         return f"{pipeline.backend} quantizes inside fused kernels and shows no codes"
     probes = make_probes(pipeline, trace, prompts)
     runs: list[CodeRun] = []
@@ -176,7 +194,13 @@ def take_codes(
         chosen = [index for index, probe in enumerate(probes) if probe.component == component]
         inputs = [probes[index].inputs for index in chosen]
         given = None if forced is None else [forced[index] for index in chosen]
-        found = _component_codes(pipeline, component or pipeline.denoiser_spec.name, inputs, given)
+        name = component or pipeline.denoiser_spec.name
+        if debug is not None and engines:
+            found = engine_codes(
+                debug / name / GRAPH, inputs, given, cast("TensorRTBackend", pipeline.backend)
+            )
+        else:
+            found = _component_codes(pipeline, name, inputs, given)
         if isinstance(found, str):
             return found
         runs += [replace(run, component=component) for run in found]
@@ -187,7 +211,7 @@ def _component_codes(
     pipeline: Pipeline, name: str, inputs: Sequence[Mapping[str, Tensor]], forced: Sequence[Codes] | None
 ) -> tuple[CodeRun, ...] | str:
     if pipeline.backend == "onnxruntime":
-        return onnxruntime_codes(pipeline.path / name / "model.onnx", inputs, forced)
+        return onnxruntime_codes(pipeline.path / name / GRAPH, inputs, forced)
     engine: Any = pipeline.engines[name]
     given: Sequence[Codes | None] = [None] * len(inputs) if forced is None else forced
     return tuple(torch_codes(engine.module, one, codes) for one, codes in zip(inputs, given, strict=True))
@@ -240,12 +264,39 @@ def onnxruntime_codes(
 
     The output of every QuantizeLinear is made an output of the graph.
     """
+    return _graph_codes(onnx_path, probes, forced, _run_onnxruntime)
+
+
+def engine_codes(
+    onnx_path: Path,
+    probes: Sequence[Mapping[str, Tensor]],
+    forced: Sequence[Codes] | None,
+    backend: TensorRTBackend,
+) -> tuple[CodeRun, ...] | str:
+    """The same of a TensorRT engine, which is built for it from the graph with its codes as inputs and outputs.
+
+    Raises:
+        MissingDependencyError: no GPU, no CUDA build of torch, or no TensorRT.
+        EngineBuildError: TensorRT does not take the graph in this form.
+    """
+    from quest_deploy.engines import debug_engine
+
+    def run(
+        graph: ModelProto, weights: Path, calls: Sequence[Mapping[str, Tensor]]
+    ) -> list[dict[str, Tensor]]:
+        return debug_engine.run_graph(graph, weights, calls, backend=backend)
+
+    return _graph_codes(onnx_path, probes, forced, run)
+
+
+def _graph_codes(
+    onnx_path: Path, probes: Sequence[Mapping[str, Tensor]], forced: Sequence[Codes] | None, run: RunGraph
+) -> tuple[CodeRun, ...] | str:
     import onnx
-    import onnxruntime
 
     from quest_deploy.export.codes import code_names, force_codes, forced_name, mark_codes
 
-    # Weights beyond 2 GB stay in the file next to the graph, where the session is told to look for them.
+    # Weights beyond 2 GB stay in the file next to the graph, where the runtime is told to look for them.
     graph = onnx.load(onnx_path, load_external_data=False)
     names = code_names(graph)
     paths = [name.removesuffix(CODES_SUFFIX) for name in names]
@@ -253,27 +304,42 @@ def onnxruntime_codes(
     unknown = [path for path in paths if forced is not None and path not in given]
     if unknown:
         return f"the graph quantizes at {unknown[0]}, where the rung above does not"
+    graph = mark_codes(graph) if forced is None else force_codes(graph)
+    calls = [dict(probe) for probe in probes]
+    if forced is not None:
+        for call, codes in zip(calls, forced, strict=True):
+            call |= {forced_name(name): codes[path] for name, path in zip(names, paths, strict=True)}
+    return tuple(
+        CodeRun(
+            codes={path: outputs[name] for name, path in zip(names, paths, strict=True)},
+            output=_prediction(outputs[graph.graph.output[0].name], probe),
+        )
+        for probe, outputs in zip(probes, run(graph, onnx_path.parent, calls), strict=True)
+    )
+
+
+def _run_onnxruntime(
+    graph: ModelProto, weights: Path, calls: Sequence[Mapping[str, Tensor]]
+) -> list[dict[str, Tensor]]:
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     # As the engine runs it: float products of integer weights stay float.
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     options.log_severity_level = 3
     options.add_session_config_entry(
-        "session.model_external_initializers_file_folder_path", str(onnx_path.parent.resolve())
+        "session.model_external_initializers_file_folder_path", str(weights.resolve())
     )
-    graph = mark_codes(graph) if forced is None else force_codes(graph)
     session = onnxruntime.InferenceSession(
         graph.SerializeToString(), sess_options=options, providers=["CPUExecutionProvider"]
     )
-    runs = []
-    for index, probe in enumerate(probes):
-        inputs = {name: value.numpy() for name, value in probe.items()}
-        if forced is not None:
-            inputs |= {
-                forced_name(name): forced[index][path].numpy()
-                for name, path in zip(names, paths, strict=True)
-            }
-        output, *codes = (
-            torch.from_numpy(output) for output in session.run([graph.graph.output[0].name, *names], inputs)
-        )
-        runs.append(CodeRun(codes=dict(zip(paths, codes, strict=True)), output=_prediction(output, probe)))
-    return tuple(runs)
+    names = [output.name for output in graph.graph.output]
+    return [
+        {
+            name: torch.from_numpy(value)
+            for name, value in zip(
+                names, session.run(names, {key: one.numpy() for key, one in call.items()}), strict=True
+            )
+        }
+        for call in calls
+    ]

@@ -6,12 +6,13 @@ import dataclasses
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from quest_deploy.config import ParityConfig, ProgressEvent
-from quest_deploy.errors import MissingDependencyError, ParityError
+from quest_deploy.errors import EngineBuildError, MissingDependencyError, ParityError
 from quest_deploy.metrics import psnr_db, snr_db, ssim
 from quest_deploy.parity.codes import CodeRun, FlipReport, compare_codes, take_codes
 from quest_deploy.parity.figures import Against, Outcome
@@ -121,7 +122,9 @@ def _compare(
         return outcome
     flips: FlipReport | str = ""
     if edge.kind == "deployment" and outcome.rung.has_codes:
-        flips = _flips(upper_codes, pipeline, upper, request)
+        flips = _flips(
+            upper_codes, pipeline, upper, request, debug_source(outcome.rung, above, request.config)
+        )
     against = Against(
         forced=forced if edge.upper == 0 else teacher_forced(pipeline, upper, request, tick),
         text_encoder_snr_db=text_encoder_snr_db(upper, own),
@@ -140,12 +143,29 @@ def text_encoder_snr_db(upper: Trace, own: Trace) -> Tensor | None:
     return None if embeddings is None else snr_db(embeddings, own.positive["encoder_hidden_states"])
 
 
+def debug_source(rung: Rung, above: Sequence[Outcome], config: ParityConfig) -> Path | None:
+    """The ONNX directory that debug engines are built from; None where they are not wanted, or it is no rung."""
+    if not config.debug_engines or rung.stage != "engines":
+        return None
+    sources = [one.rung for one in above if one.rung.digest == rung.inputs.get("onnx")]
+    return sources[-1].path if sources else None
+
+
 def _flips(
-    upper_codes: Sequence[CodeRun] | str, pipeline: Pipeline, upper: Trace, request: Request
+    upper_codes: Sequence[CodeRun] | str,
+    pipeline: Pipeline,
+    upper: Trace,
+    request: Request,
+    debug: Path | None,
 ) -> FlipReport | str:
     if isinstance(upper_codes, str):
         return upper_codes
-    codes = take_codes(pipeline, upper, request.prompts, [run.codes for run in upper_codes])
+    try:
+        codes = take_codes(pipeline, upper, request.prompts, [run.codes for run in upper_codes], debug)
+    except EngineBuildError as error:
+        # TensorRT need not take a graph in the form that shows its codes; the rest of the comparison stands.
+        logger.warning("%s: no codes: %s", pipeline.backend, error)
+        return f"no debug engine could be built: {error}"
     return codes if isinstance(codes, str) else compare_codes(upper_codes, codes)
 
 
