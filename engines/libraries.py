@@ -16,6 +16,8 @@ _TITLES = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT for RTX"}
 
 # CUDA driver API: CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR.
 _MAJOR_ATTRIBUTE, _MINOR_ATTRIBUTE = 75, 76
+# NVML_SYSTEM_DRIVER_VERSION_BUFFER_SIZE.
+_NVML_VERSION_BYTES = 80
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +53,20 @@ def _describe(driver: ctypes.CDLL, index: int) -> Gpu:
         driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, device)
         parts.append(str(value.value))
     return Gpu(name=name.value.decode(errors="replace"), compute_capability=".".join(parts))
+
+
+def driver_version() -> str:
+    """The NVIDIA driver's version, such as "580.95.05", as its management library gives it; "" where it gives none."""
+    try:
+        library = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return ""
+    text = ctypes.create_string_buffer(_NVML_VERSION_BYTES)
+    if library.nvmlInit_v2() != 0:
+        return ""
+    known = library.nvmlSystemGetDriverVersion(text, len(text)) == 0
+    library.nvmlShutdown()
+    return text.value.decode(errors="replace") if known else ""
 
 
 def title_of(backend: str) -> str:

@@ -15,7 +15,7 @@ from quest_deploy.artifacts import Artifact, check_output, read_artifact, write_
 from quest_deploy.config import BuildConfig, to_dict
 from quest_deploy.engines import ladder
 from quest_deploy.engines.foreign import fitted_components, is_foreign, to_json
-from quest_deploy.engines.libraries import check_tensorrt, gpus, import_tensorrt, title_of
+from quest_deploy.engines.libraries import check_tensorrt, driver_version, gpus, import_tensorrt, title_of
 from quest_deploy.engines.profiles import Profile, all_profiles
 from quest_deploy.engines.trt_process import Progress
 from quest_deploy.engines.up_to_date import (
@@ -270,6 +270,7 @@ def make_details(
         "dtype": source.manifest.config.get("dtype", "fp32"),
         "lowering": source.manifest.config.get("mode", "none"),
         **target_of(config),
+        "driver": driver_version(),
         "companions_digest": companions_digest(source.manifest),
         "verified": all(report["verified"] for report in reports.values()),
         "components": components,

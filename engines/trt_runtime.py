@@ -17,7 +17,7 @@ from quest_deploy.config import TensorRTBackend
 from quest_deploy.engines.adapted import AdaptedEngine
 from quest_deploy.engines.base import Closing, Engine, check_inputs
 from quest_deploy.engines.foreign import from_json
-from quest_deploy.engines.libraries import gpus, import_tensorrt, title_of
+from quest_deploy.engines.libraries import driver_version, gpus, import_tensorrt, title_of
 from quest_deploy.engines.profiles import InputRange, Profile, Shape, limits_of, select_profile
 from quest_deploy.engines.trt_api import CudaEngine, Runtime
 from quest_deploy.engines.trt_context import Lane, Shapes, shapes_of
@@ -222,11 +222,14 @@ def stale(
     """The error for a plan that TensorRT does not load: what it was built with and for, what is here, what to run."""
     gpu = gpus()[0]
     said = f" ({'; '.join(words)})" if words else ""
+    driver = driver_version()
+    under = f", driver {details['driver']}" if details.get("driver") else ""
+    here = f", driver {driver}" if driver else ""
     return StaleArtifactError(
         f"{component}: the engine in '{path}' was built with {details.get('library')} "
         f"{details.get('library_version')} for {details.get('target_gpu')} (compute capability "
-        f"{details.get('compute_capability')}); {title_of(backend)} {version} on {gpu.name} (compute capability "
-        f"{gpu.compute_capability}) cannot load it{said}; build it again here with "
+        f"{details.get('compute_capability')}{under}); {title_of(backend)} {version} on {gpu.name} (compute capability "
+        f"{gpu.compute_capability}{here}) cannot load it{said}; build it again here with "
         f"`quest-deploy build-engine ONNX_DIR -o {path} --backend {backend} --overwrite`"
     )
 

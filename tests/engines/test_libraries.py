@@ -49,6 +49,7 @@ def test_no_driver_means_no_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(ctypes, "CDLL", refuse)
     assert libraries.gpus() == []
+    assert libraries.driver_version() == ""
 
 
 class Driver:
@@ -85,3 +86,32 @@ def test_driver_that_does_not_start_offers_no_gpus(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(ctypes, "CDLL", lambda name: Failing())
     assert libraries.gpus() == []
+
+
+class Management:
+    """A management library that knows the driver's version, or does not."""
+
+    def __init__(self, *, starts: bool = True, answers: bool = True) -> None:
+        self.starts, self.answers = starts, answers
+
+    def nvmlInit_v2(self) -> int:
+        return 0 if self.starts else 1
+
+    def nvmlSystemGetDriverVersion(self, text: ctypes.Array[ctypes.c_char], size: int) -> int:
+        text.value = b"580.95.05"
+        return 0 if self.answers else 1
+
+    def nvmlShutdown(self) -> int:
+        return 0
+
+
+@pytest.mark.parametrize(
+    ("library", "version"),
+    [(Management(), "580.95.05"), (Management(starts=False), ""), (Management(answers=False), "")],
+    ids=["known", "not-loaded", "refused"],
+)
+def test_driver_version_is_what_the_driver_says(
+    monkeypatch: pytest.MonkeyPatch, library: Management, version: str
+) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: library)
+    assert libraries.driver_version() == version

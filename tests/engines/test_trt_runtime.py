@@ -148,16 +148,22 @@ def test_gpu_that_torch_cannot_use_asks_for_another_torch(monkeypatch: pytest.Mo
 
 
 @pytest.mark.usefixtures("rtx_5090")
-def test_plan_that_does_not_load_names_versions_gpus_and_the_command() -> None:
+def test_plan_that_does_not_load_names_versions_gpus_drivers_and_the_command(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     details = {
         "library": "TensorRT",
         "library_version": "10.1",
         "target_gpu": "NVIDIA A10",
         "compute_capability": "8.6",
+        "driver": "535.1",
     }
+    monkeypatch.setattr(trt_runtime, "driver_version", lambda: "580.2")
     message = str(stale("unet", Path("engines"), details, "tensorrt", "11.0"))
     for part in (
         "TensorRT 10.1 for NVIDIA A10",
+        "8.6, driver 535.1",
+        "12.0, driver 580.2",
         "TensorRT 11.0 on NVIDIA RTX 5090",
         "12.0",
         "quest-deploy build-engine",
