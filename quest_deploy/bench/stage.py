@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import platform
@@ -85,7 +86,12 @@ def run(
 
 
 def _row(subject: Subject, turns: Sequence[Mapping[str, Any]], failed: Mapping[str, str]) -> dict[str, Any]:
-    described = {"path": str(subject.path), "backend": subject.backend, "compiled": subject.compiled}
+    described = {
+        "path": str(subject.path),
+        "backend": subject.backend,
+        "compiled": subject.compiled,
+        "run": dataclasses.asdict(subject.run),
+    }
     if subject.label in failed:
         return {**described, ERROR: failed[subject.label]}
     return {**described, **summarize(turns)}
@@ -101,6 +107,7 @@ def measure(subject: Subject, config: BenchConfig) -> dict[str, Any]:
         "path": str(subject.path),
         "backend": subject.backend,
         "compiled": subject.compiled,
+        "run": dataclasses.asdict(subject.run),
         "threads": config.threads,
         "warmup": config.warmup,
         "runs": config.runs,

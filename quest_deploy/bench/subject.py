@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
-from quest_deploy.config import BACKENDS
+from quest_deploy.config import BACKENDS, PROVIDERS, TENSORRT_BACKENDS, Provider, RunConfig
 from quest_deploy.engines import resolve_backend
 from quest_deploy.errors import ConfigError
 
 COMPILED = "torch-compile"
+WITHOUT_GRAPHS = "-no-cuda-graphs"
 ERROR = "error"
 """The key of a message in place of figures."""
 
@@ -28,11 +30,25 @@ class Subject:
     label: str
     path: Path
     backend: str
-    compiled: bool
+    compiled: bool = False
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+def _ways() -> dict[str, tuple[str, RunConfig]]:
+    """What may follow a directory, but for `torch-compile`: a backend, and what else it is told."""
+    ways = {backend: (backend, RunConfig()) for backend in BACKENDS}
+    for provider in PROVIDERS:
+        ways[f"onnxruntime-{provider}"] = ("onnxruntime", RunConfig(provider=cast("Provider", provider)))
+    for backend in TENSORRT_BACKENDS:
+        ways[f"{backend}{WITHOUT_GRAPHS}"] = (backend, RunConfig(cuda_graphs=False))
+    return ways
+
+
+WAYS = _ways()
 
 
 def parse_subject(text: str) -> Subject:
-    """``DIR`` or ``DIR:BACKEND``.
+    """``DIR`` or ``DIR:BACKEND``, where a backend may say more: ``onnxruntime-cuda``, ``tensorrt-no-cuda-graphs``.
 
     Raises:
         ArtifactError: nothing at the directory can be run.
@@ -41,12 +57,14 @@ def parse_subject(text: str) -> Subject:
     before, colon, backend = text.rpartition(":")
     if not colon or Path(text).exists():
         before, backend = text, ""
-    elif backend not in (*BACKENDS, COMPILED):
-        raise ConfigError(
-            f"{text!r}: backend is {backend!r}, expected one of {', '.join((*BACKENDS, COMPILED))}"
-        )
+    elif backend not in (*WAYS, COMPILED):
+        raise ConfigError(f"{text!r}: backend is {backend!r}, expected one of {', '.join((*WAYS, COMPILED))}")
     compiled = backend == COMPILED
-    wanted = "torch" if compiled else backend or None
+    wanted, run = ("torch", RunConfig()) if compiled else WAYS.get(backend, (None, RunConfig()))
     return Subject(
-        label=text, path=Path(before), backend=resolve_backend(Path(before), wanted), compiled=compiled
+        label=text,
+        path=Path(before),
+        backend=resolve_backend(Path(before), wanted),
+        compiled=compiled,
+        run=run,
     )

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quest_deploy.bench.subject import ERROR
-from quest_deploy.config import GenerateConfig
+from quest_deploy.config import GenerateConfig, RunConfig
 from quest_deploy.engines.base import Closing
 from quest_deploy.errors import QuestDeployError
 
@@ -74,7 +74,8 @@ def measure(job: Mapping[str, Any]) -> dict[str, Any]:
         torch.set_num_threads(job["threads"])
     _import_runtime(job["backend"])
     baseline = memory_bytes("VmRSS")
-    with load_pipeline(job["path"], backend=job["backend"], threads=job["threads"]) as pipeline:
+    run = RunConfig(**job["run"])
+    with load_pipeline(job["path"], backend=job["backend"], threads=job["threads"], run=run) as pipeline:
         synchronize = _synchronize(pipeline.device)
         if job["compiled"]:
             compile_components(pipeline)

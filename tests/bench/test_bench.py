@@ -12,10 +12,10 @@ from click.testing import CliRunner
 from quest_deploy.bench import bench
 from quest_deploy.bench.figures import percentile, summarize
 from quest_deploy.bench.plot import OUTSIDE, parts, plot
-from quest_deploy.bench.subject import parse_subject
+from quest_deploy.bench.subject import WAYS, parse_subject
 from quest_deploy.bench.worker import TimedEngine, memory_bytes
 from quest_deploy.commands import main
-from quest_deploy.config import BenchConfig
+from quest_deploy.config import BenchConfig, RunConfig
 from quest_deploy.errors import ArtifactError, BenchError, ConfigError
 
 SHORT: dict[str, Any] = {"prompts": ("pizza",), "steps": 2, "runs": 2, "warmup": 0, "rounds": 1, "threads": 1}
@@ -89,6 +89,14 @@ def test_a_subject_is_a_directory_and_a_backend(
 ) -> None:
     subject = parse_subject(f"{tiny_onnx}{suffix}")
     assert (subject.path, subject.backend, subject.compiled) == (tiny_onnx, backend, compiled)
+
+
+def test_a_backend_may_say_more(tiny_onnx: Path) -> None:
+    subject = parse_subject(f"{tiny_onnx}:onnxruntime-cpu")
+    assert (subject.backend, subject.run) == ("onnxruntime", RunConfig(provider="cpu"))
+    assert WAYS["tensorrt-rtx-no-cuda-graphs"] == ("tensorrt-rtx", RunConfig(cuda_graphs=False))
+    with pytest.raises(ConfigError, match="expected one of .*onnxruntime-cuda.*tensorrt-no-cuda-graphs"):
+        parse_subject(f"{tiny_onnx}:onnxruntime-abacus")
 
 
 def test_a_model_may_be_compiled(tiny_model: Path) -> None:
