@@ -11,6 +11,8 @@ import onnx_ir as ir
 from quest_deploy.export.lazy import mapped, sizes_of
 from quest_deploy.model.spec import TIMESTEP
 
+# Inputs that are numbers, not features: sines of large multiples are taken of them before the first product.
+NUMBERS = {TIMESTEP, "guidance", "time_ids", "resolution", "aspect_ratio", "img_ids", "txt_ids"}
 FLOAT = ir.DataType.FLOAT
 DTYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 MATRIX_PRODUCTS = ("MatMul", "Gemm")
@@ -29,9 +31,10 @@ class LowerPrecision(ir.passes.InPlacePass):
 
     1. Every float operator takes and gives `dtype`, its constants too (those beyond its range become its largest
        number). A Cast goes in wherever a value is used in another type than it has, one for all its readers.
-    2. These stay in float32: nodes called in `keep`; what follows from the timestep alone, up to the first product (a
-       timestep of 999 has no bfloat16, and comparisons choose the timestep group); the multiply and the Clip in front
-       of a QuantizeLinear; every scale.
+    2. These stay in float32: nodes called in `keep`; what follows from the timestep and other numbers alone (guidance,
+       image sizes, positions), up to the first product (a timestep of 999 has no bfloat16, and comparisons choose the
+       timestep group); what is converted to integers, back to the last product (T5's buckets of distances are
+       logarithms); the multiply and the Clip in front of a QuantizeLinear; every scale.
     3. DequantizeLinear gives `dtype` by its `output_dtype`, so that a scale is the same number as in float32. Scales of
        blocks of INT4 are the exception: products with such weights exist with scales of the product's type alone.
        Other weights that meet a float activation in a MatMul or Gemm get a Cast behind: ONNX Runtime fuses such a pair
@@ -130,9 +133,9 @@ def _other_has_codes(product: ir.Node, operand: int) -> bool:
 
 
 def stays_float(graph: ir.Graph) -> set[ir.Node]:
-    """The nodes that decide codes: rule 2, without those that are named."""
+    """The nodes that decide codes and indices: rule 2, without those that are named."""
     timed = timed_values(graph)
-    exact = {node for node in graph if node.outputs[0] in timed}
+    exact = {node for node in graph if node.outputs[0] in timed} | index_nodes(graph)
     for node in graph:
         if node.op_type == "QuantizeLinear":
             exact.update(grid_nodes(node, timed))
@@ -140,14 +143,33 @@ def stays_float(graph: ir.Graph) -> set[ir.Node]:
 
 
 def timed_values(graph: ir.Graph) -> set[ir.Value]:
-    """What follows from the timestep (and constants and shapes) without a product."""
-    timed = {value for value in graph.inputs if value.name == TIMESTEP}
+    """What follows from the timestep and the like (and constants and shapes) without a product."""
+    timed = {value for value in graph.inputs if value.name in NUMBERS}
     for node in graph:
         given = [value for value in node.inputs if value is not None and not value.is_initializer()]
         known = [value for value in given if value.dtype not in (ir.DataType.INT64, None) or value in timed]
         if known and all(value in timed for value in known) and node.op_type not in PRODUCTS:
             timed |= set(node.outputs)
     return timed
+
+
+def index_nodes(graph: ir.Graph) -> set[ir.Node]:
+    """The float nodes behind which a Cast makes integers, back to products."""
+    found: set[ir.Node] = set()
+    casts = [node for node in graph if node.op_type == "Cast" and _makes_integers(node)]
+    waiting = [value for node in casts for value in node.inputs]
+    while waiting:
+        value = waiting.pop()
+        node = None if value is None or value.dtype != FLOAT else value.producer()
+        if node is not None and node not in found and node.op_type not in PRODUCTS:
+            found.add(node)
+            waiting += node.inputs
+    return found
+
+
+def _makes_integers(cast: ir.Node) -> bool:
+    source, kind = cast.inputs[0], cast.outputs[0].dtype
+    return source is not None and source.dtype == FLOAT and kind is not None and kind.is_integer()
 
 
 def grid_nodes(quantize: ir.Node, timed: Collection[ir.Value]) -> list[ir.Node]:

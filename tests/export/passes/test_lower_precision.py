@@ -12,7 +12,7 @@ from onnx import TensorProto, numpy_helper
 from quest_deploy.export.fragile import fragile_nodes
 from quest_deploy.export.graph import lower_precision
 from quest_deploy.export.passes.lower_precision import narrowed, stays_float
-from tests.export.passes.test_passes import graph
+from tests.export.passes.test_passes import graph, run
 
 TYPES = {"fp16": (TensorProto.FLOAT16, np.float16), "bf16": (TensorProto.BFLOAT16, ml_dtypes.bfloat16)}
 QUANTIZED = """
@@ -47,20 +47,19 @@ CONSTANTS = {
 
 
 def quantized() -> ir.Model:
-    model = graph(QUANTIZED, **CONSTANTS)
+    return typed(graph(QUANTIZED, **CONSTANTS))
+
+
+def typed(model: ir.Model) -> ir.Model:
+    """With names, and the type of every value, which the exporter knows."""
+    kinds = {"Greater": ir.DataType.BOOL, "Cast": ir.DataType.INT64, "QuantizeLinear": ir.DataType.INT8}
     for value in model.graph.initializers.values():
         assert value.const_value is not None
         value.dtype = value.const_value.dtype
     for index, node in enumerate(model.graph):
         node.name = f"{index}/{node.op_type}"
         for value in node.outputs:
-            # The exporter knows the type of every value.
             if value.dtype is None:
-                kinds = {
-                    "Greater": ir.DataType.BOOL,
-                    "Cast": ir.DataType.INT64,
-                    "QuantizeLinear": ir.DataType.INT8,
-                }
                 value.dtype = kinds.get(node.op_type, ir.DataType.FLOAT)
     return model
 
@@ -153,6 +152,49 @@ def test_what_decides_codes_is_told_from_what_does_not() -> None:
     exact = {str(node.name).split("/")[1] for node in stays_float(model.graph)}
     assert {"Mul", "Clip", "Greater", "Gather", "Unsqueeze"} <= exact
     assert not exact & {"Sigmoid", "MatMul", "Add", "DequantizeLinear"}
+
+
+@pytest.mark.parametrize("name", ["timestep", "guidance", "time_ids", "resolution", "img_ids"])
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_sines_of_large_numbers_are_taken_in_float32(name: str, dtype: str) -> None:
+    text = f"""
+    g (float[n, 1] {name}) => (float[n, 4] y) {{
+        angles = Mul({name}, frequencies)
+        y = Sin(angles)
+    }}"""
+    frequencies = np.array([[1.0, 0.31, 0.1, 0.031]], dtype=np.float32)
+    model = lower_precision(typed(graph(text, frequencies=frequencies)), dtype, ())
+    numbers = np.array([[3501.0], [1023.0]], dtype=np.float32)
+    (got,) = run(model, **{name: numbers})
+    np.testing.assert_allclose(got, np.sin(numbers * frequencies), atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_what_becomes_an_index_is_computed_in_float32(dtype: str) -> None:
+    text = """
+    g (float[n] x) => (int64[n] bucket, float[n] y) {
+        scaled = Mul(x, factor)
+        logs = Log(scaled)
+        bucket = Cast<to = 7>(logs)
+        y = Neg(x)
+    }"""
+    model = lower_precision(typed(graph(text, factor=np.array(8.0, dtype=np.float32))), dtype, ())
+    kinds = {node.op_type: node.inputs[0].dtype for node in model.graph}
+    assert kinds["Log"] == ir.DataType.FLOAT and kinds["Neg"] != ir.DataType.FLOAT
+    # A bucket ends just above these; rounded to either type some are in the next.
+    x = np.exp(np.arange(1, 9, dtype=np.float32)) / 8 * np.float32(1 - 1e-5)
+    assert run(model, x=x)[0].tolist() == [*range(8)]
+
+
+def test_a_product_ends_what_decides_an_index() -> None:
+    text = """
+    g (float[n, k] x, float[k] weight) => (int64[n] index) {
+        product = MatMul(x, weight)
+        scaled = Neg(product)
+        index = Cast<to = 7>(scaled)
+    }"""
+    model = typed(graph(text))
+    assert {node.op_type for node in stays_float(model.graph)} == {"Neg"}
 
 
 class TestFragile:
