@@ -161,6 +161,28 @@ def test_code_flips_of_several_layers_add_up() -> None:
     assert (total.places, total.differing, total.max_difference) == (8, 1, 3)
 
 
+def test_equal_tokens_count_once_and_differ_where_one_of_them_does() -> None:
+    words = torch.tensor([[1, 2, 3], [4, 5, 6]], dtype=torch.int8)
+    padding = torch.tensor([7, -128, 9], dtype=torch.int8).expand(50, 3)
+    reference = torch.cat([words, padding])[None].repeat(2, 1, 1)
+    candidate = reference.clone()
+    candidate[0, 2:20, 1] = 127
+    candidate[1, 40:, 1] = -126
+    candidate[1, 0, 0] = 2
+    flips = code_flips(reference, candidate)
+    assert (flips.places, flips.differing, flips.max_difference) == (3 * 3, 2, 255)
+
+
+def test_tokens_that_differ_anywhere_are_counted_each() -> None:
+    reference = torch.randint(-128, 128, (2, 300, 16), dtype=torch.int8)
+    assert code_flips(reference, reference).places == reference.numel()
+
+
+def test_images_are_counted_place_by_place() -> None:
+    flips = code_flips(torch.zeros(2, 3, 4, 4, dtype=torch.int8), torch.ones(2, 3, 4, 4, dtype=torch.int8))
+    assert (flips.places, flips.differing) == (96, 96)
+
+
 def test_a_mean_counts_an_exact_match_as_the_ceiling() -> None:
     assert mean_db(torch.tensor([math.inf, 100.0])) == pytest.approx((IDENTICAL_DB + 100) / 2)
     assert mean_db(torch.tensor([math.inf, math.inf])) == math.inf
