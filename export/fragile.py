@@ -98,7 +98,7 @@ def fragile_nodes(
     """
     limit = ROUNDING_SNR_DB[dtype] - LOSS_DB
     graph, kind = model.graph, DTYPES[dtype]
-    exact = stays_float(graph)
+    exact = stays_float(graph, kind)
     live = [dict(given) for given in inputs]
     readers = Counter(name for node in graph for name in {*_names(node.inputs)})
     readers.update(_names(graph.outputs))

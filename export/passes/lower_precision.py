@@ -13,6 +13,10 @@ from quest_deploy.model.spec import TIMESTEP
 
 # Inputs that are numbers, not features: sines of large multiples are taken of them before the first product.
 NUMBERS = {TIMESTEP, "guidance", "time_ids", "resolution", "aspect_ratio", "img_ids", "txt_ids"}
+# They make tensors of a constant, to be multiplied with a timestep for instance.
+FILLING = ("ConstantOfShape", "Expand")
+# What they choose among floats is a matter of their order.
+CHOOSING = ("ArgMin", "ArgMax", "TopK")
 FLOAT = ir.DataType.FLOAT
 DTYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 MATRIX_PRODUCTS = ("MatMul", "Gemm")
@@ -33,8 +37,10 @@ class LowerPrecision(ir.passes.InPlacePass):
        number). A Cast goes in wherever a value is used in another type than it has, one for all its readers.
     2. These stay in float32: nodes called in `keep`; what follows from the timestep and other numbers alone (guidance,
        image sizes, positions), up to the first product (a timestep of 999 has no bfloat16, and comparisons choose the
-       timestep group); what is converted to integers, back to the last product (T5's buckets of distances are
-       logarithms); the multiply and the Clip in front of a QuantizeLinear; every scale.
+       timestep group); what becomes an index, back to the last product and with it, unless that is quantized (T5's
+       buckets of distances are logarithms, the nearest code of a VQ-VAE hangs on a small difference); a sum with a
+       constant that the type does not tell from zero; the multiply and the Clip in front of a QuantizeLinear; every
+       scale.
     3. DequantizeLinear gives `dtype` by its `output_dtype`, so that a scale is the same number as in float32. Scales of
        blocks of INT4 are the exception: products with such weights exist with scales of the product's type alone.
        Other weights that meet a float activation in a MatMul or Gemm get a Cast behind: ONNX Runtime fuses such a pair
@@ -54,7 +60,7 @@ class LowerPrecision(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Apply the rules to `model`."""
         graph = model.graph
-        exact = stays_float(graph) | {node for node in graph if node.name in self.keep}
+        exact = stays_float(graph, self.dtype) | {node for node in graph if node.name in self.keep}
         casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
         for node in list(graph):
             if node.attributes.get_int("block_size", 0) and node.op_type == "DequantizeLinear":
@@ -132,10 +138,11 @@ def _other_has_codes(product: ir.Node, operand: int) -> bool:
     return any(producer is not None and producer.op_type == "DequantizeLinear" for producer in producers)
 
 
-def stays_float(graph: ir.Graph) -> set[ir.Node]:
-    """The nodes that decide codes and indices: rule 2, without those that are named."""
+def stays_float(graph: ir.Graph, dtype: ir.DataType) -> set[ir.Node]:
+    """The nodes that decide codes and indices, and sums with tiny constants: rule 2, without those that are named."""
     timed = timed_values(graph)
     exact = {node for node in graph if node.outputs[0] in timed} | index_nodes(graph)
+    exact |= {node for node in graph if node.op_type == "Add" and _adds_what_vanishes(node, dtype)}
     for node in graph:
         if node.op_type == "QuantizeLinear":
             exact.update(grid_nodes(node, timed))
@@ -145,30 +152,50 @@ def stays_float(graph: ir.Graph) -> set[ir.Node]:
 def timed_values(graph: ir.Graph) -> set[ir.Value]:
     """What follows from the timestep and the like (and constants and shapes) without a product."""
     timed = {value for value in graph.inputs if value.name in NUMBERS}
+    filled: set[ir.Value] = set()
     for node in graph:
         given = [value for value in node.inputs if value is not None and not value.is_initializer()]
         known = [value for value in given if value.dtype not in (ir.DataType.INT64, None) or value in timed]
+        known = [value for value in known if value not in filled]
+        if not known and node.op_type in FILLING:
+            filled |= set(node.outputs)
         if known and all(value in timed for value in known) and node.op_type not in PRODUCTS:
             timed |= set(node.outputs)
     return timed
 
 
 def index_nodes(graph: ir.Graph) -> set[ir.Node]:
-    """The float nodes behind which a Cast makes integers, back to products."""
-    found: set[ir.Node] = set()
-    casts = [node for node in graph if node.op_type == "Cast" and _makes_integers(node)]
-    waiting = [value for node in casts for value in node.inputs]
+    """The float nodes behind which something makes integers, back to products and with those of floats."""
+    choosing = {node for node in graph if node.op_type in CHOOSING or _makes_integers(node)}
+    found = {node for node in choosing if node.op_type in CHOOSING}
+    waiting = [value for node in choosing for value in node.inputs]
     while waiting:
         value = waiting.pop()
         node = None if value is None or value.dtype != FLOAT else value.producer()
-        if node is not None and node not in found and node.op_type not in PRODUCTS:
+        if node is None or node in found:
+            continue
+        if node.op_type not in PRODUCTS:
             found.add(node)
             waiting += node.inputs
+        elif not any(_other_has_codes(node, operand) for operand in (0, 1)):
+            found.add(node)
     return found
 
 
-def _makes_integers(cast: ir.Node) -> bool:
-    source, kind = cast.inputs[0], cast.outputs[0].dtype
+def _adds_what_vanishes(node: ir.Node, dtype: ir.DataType) -> bool:
+    for value in node.inputs:
+        if value is None or not value.is_initializer() or value.const_value is None or value.dtype != FLOAT:
+            continue
+        numbers = value.const_value.numpy() if value.const_value.size == 1 else np.zeros(())
+        if numbers.any() and not narrowed(numbers, dtype).any():
+            return True
+    return False
+
+
+def _makes_integers(node: ir.Node) -> bool:
+    if node.op_type != "Cast":
+        return False
+    source, kind = node.inputs[0], node.outputs[0].dtype
     return source is not None and source.dtype == FLOAT and kind is not None and kind.is_integer()
 
 

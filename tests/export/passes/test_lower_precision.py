@@ -149,7 +149,7 @@ def test_constants_beyond_the_range_become_the_largest_number(dtype: str) -> Non
 
 def test_what_decides_codes_is_told_from_what_does_not() -> None:
     model = quantized()
-    exact = {str(node.name).split("/")[1] for node in stays_float(model.graph)}
+    exact = {str(node.name).split("/")[1] for node in stays_float(model.graph, ir.DataType.FLOAT16)}
     assert {"Mul", "Clip", "Greater", "Gather", "Unsqueeze"} <= exact
     assert not exact & {"Sigmoid", "MatMul", "Add", "DequantizeLinear"}
 
@@ -189,12 +189,63 @@ def test_what_becomes_an_index_is_computed_in_float32(dtype: str) -> None:
 def test_a_product_ends_what_decides_an_index() -> None:
     text = """
     g (float[n, k] x, float[k] weight) => (int64[n] index) {
-        product = MatMul(x, weight)
-        scaled = Neg(product)
+        early = Neg(x)
+        product = MatMul(early, weight)
+        scaled = Abs(product)
         index = Cast<to = 7>(scaled)
     }"""
     model = typed(graph(text))
-    assert {node.op_type for node in stays_float(model.graph)} == {"Neg"}
+    exact = {node.op_type for node in stays_float(model.graph, ir.DataType.FLOAT16)}
+    assert exact == {"Abs", "MatMul"}
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_the_nearest_code_is_found_in_float32(dtype: str) -> None:
+    text = """
+    g (float[n, 2] x) => (int64[n] nearest) {
+        scores = MatMul(x, codebook)
+        nearest = ArgMax<axis = 1, keepdims = 0>(scores)
+    }"""
+    codebook = np.array([[1.0, 1.0001], [0.0, 0.0]], dtype=np.float32)
+    model = lower_precision(typed(graph(text, codebook=codebook)), dtype, ())
+    assert run(model, x=np.array([[1.0, 0.0]], dtype=np.float32))[0].tolist() == [1]
+
+
+def test_a_quantized_product_stays_one_also_where_an_index_follows() -> None:
+    text = """
+    g (int8[n, 2] q) => (int64[n] nearest) {
+        x = DequantizeLinear(q, step)
+        w = DequantizeLinear(codes, step)
+        scores = MatMul(x, w)
+        nearest = ArgMax<axis = 1, keepdims = 0>(scores)
+    }"""
+    parts = {"step": np.array(0.5, np.float32), "codes": np.ones((2, 3), np.int8)}
+    model = typed(graph(text, **parts))
+    assert {node.op_type for node in stays_float(model.graph, ir.DataType.FLOAT16)} == {"ArgMax"}
+
+
+@pytest.mark.parametrize(("dtype", "stays"), [("fp16", True), ("bf16", False)])
+def test_a_sum_with_what_the_type_takes_for_zero_stays(dtype: str, stays: bool) -> None:
+    text = """
+    g (float[n] x) => (float[n] y) {
+        positive = Relu(x)
+        y = Add(positive, tiny)
+    }"""
+    model = typed(graph(text, tiny=np.array(1e-15, np.float32)))
+    kind = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}[dtype]
+    assert ({node.op_type for node in stays_float(model.graph, kind)} == {"Add"}) is stays
+
+
+def test_a_timestep_times_ones_is_one() -> None:
+    text = """
+    g (float[n] timestep, int64[k] shape) => (float[n] y) {
+        ones = ConstantOfShape<value = float[1] {1.0}>(shape)
+        many = Mul(timestep, ones)
+        y = Sin(many)
+    }"""
+    model = typed(graph(text))
+    exact = {node.op_type for node in stays_float(model.graph, ir.DataType.FLOAT16)}
+    assert exact == {"Mul", "Sin"}
 
 
 class TestFragile:
