@@ -13,6 +13,7 @@ from quest_deploy.artifacts import stage_of
 from quest_deploy.engines.base import Closing, Engine, check_inputs
 from quest_deploy.model.components import first_device
 from quest_deploy.model.load import LoadedModel, load_model, wrap_components
+from quest_deploy.model.products import float32_products
 from quest_deploy.model.spec import ComponentSpec, component_specs
 
 
@@ -37,7 +38,7 @@ class TorchEngine(Closing):
         if self.module is None:
             raise RuntimeError(f"{self.spec.name}: the engine is closed")
         arguments = [inputs[tensor.name].to(self.device) for tensor in self.spec.inputs]
-        with limited_threads(self.threads):
+        with limited_threads(self.threads), float32_products("ieee"):
             outputs = self.module(*arguments)
         return {tensor.name: value for tensor, value in zip(self.spec.outputs, outputs, strict=True)}
 

@@ -6,6 +6,7 @@ and divided by the speed of a matrix product. Memory is found without computing 
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,9 +17,10 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from quest_deploy.config import FinetuneConfig, PhaseConfig
+from quest_deploy.config import FinetuneConfig, PhaseConfig, Precision
 from quest_deploy.model.components import predict
 from quest_deploy.model.load import LoadedModel
+from quest_deploy.model.products import float32_products
 from quest_deploy.model.spec import classes_of, family_of
 from quest_deploy.quantize import auto_layers, calibrate, gptq, losses, parts, train
 from quest_deploy.quantize.calibrate import CalibrationSet
@@ -37,6 +39,7 @@ from quest_deploy.quantize.memory import (
     without_trajectories,
     without_values,
 )
+from quest_deploy.quantize.parallel import ALONE, device_of, place
 from quest_deploy.quantize.phases import Inputs, phase_memory, phases
 from quest_deploy.quantize.select import layer_bits
 from quest_deploy.quantize.tables import insert_tables, make_context, time_tables
@@ -87,9 +90,10 @@ def estimate(model: str | Path, config: FinetuneConfig) -> tuple[list[PartEstima
     """
     if Path(model).is_dir():
         config = with_prompts(config, family_of(Path(model)), classes_of(Path(model)))
+    device = device_of(config.device, ALONE)
     loaded, trace, config = prepare(model, config)
     recipe = config.recipe
-    data = placeholder(loaded, config)
+    data = dataclasses.replace(placeholder(loaded, config), device=device)
     context = make_context(data.boundaries(), data.timesteps, recipe)
     bits = layer_bits(trace.roles, recipe)
     student = make_student(loaded, _any_scales(loaded.denoiser, bits, data), {}, context)
@@ -97,7 +101,9 @@ def estimate(model: str | Path, config: FinetuneConfig) -> tuple[list[PartEstima
     student.requires_grad_(False)
     if recipe.gradient_checkpointing:
         enable_checkpointing(student, context)
-    speed = measure_speed(loaded, student, data, context)
+    place(loaded, device)
+    student.to(device)
+    speed = measure_speed(loaded, student, data, context, recipe.precision)
     weights = weight_bytes(loaded)
     pairs = data.num_prompts * data.timesteps.numel()
     shown = data.timesteps.numel() * min(parts.PROMPTS_PER_STEP, data.num_prompts)
@@ -195,14 +201,18 @@ def _any_scales(
 
 
 def measure_speed(
-    model: LoadedModel, student: nn.Module, data: CalibrationSet, context: TimestepContext
+    model: LoadedModel,
+    student: nn.Module,
+    data: CalibrationSet,
+    context: TimestepContext,
+    precision: Precision = "float32",
 ) -> Speed:
     """Time one pair, or count its operations where that would take long."""
     bare, shapes = without_values(model.denoiser, context), without_trajectories(data)
     one = torch.zeros(1, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         predict(bare, *shapes.inputs(one, one))
-    expected = counter.get_total_flops() / _products_per_second()
+    expected = counter.get_total_flops() / _products_per_second(data.device)
     if expected * (1 + BACKWARD_COST) > LONGEST_MEASUREMENT_S:
         return Speed(forward_s=expected, update_s=expected * BACKWARD_COST, measured=False)
 
@@ -214,22 +224,34 @@ def measure_speed(
         losses.raw_errors(student, data, one, one).sum().backward()
 
     student.requires_grad_(True)
-    found = Speed(forward_s=_timed(forward), update_s=_timed(update), measured=True)
+    with float32_products("tf32" if precision == "tf32" else "ieee"):
+        forward_s = _timed(forward, data.device)
+        with train.autocast(data.device, precision):
+            update_s = _timed(update, data.device)
+    found = Speed(forward_s=forward_s, update_s=update_s, measured=True)
     student.zero_grad(set_to_none=True)
     student.requires_grad_(False)
     return found
 
 
-def _timed(run: Callable[[], object]) -> float:
+def _timed(run: Callable[[], object], device: torch.device) -> float:
     run()
+    wait(device)
     started = time.perf_counter()
     run()
+    wait(device)
     return time.perf_counter() - started
 
 
-def _products_per_second() -> float:
-    a = torch.ones(PRODUCT_SIZE, PRODUCT_SIZE)
-    return 2 * PRODUCT_SIZE**3 / _timed(lambda: a @ a)
+def wait(device: torch.device) -> None:
+    """Until a GPU has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _products_per_second(device: torch.device) -> float:
+    a = torch.ones(PRODUCT_SIZE, PRODUCT_SIZE, device=device)
+    return 2 * PRODUCT_SIZE**3 / _timed(lambda: a @ a, device)
 
 
 def _search_seconds(
@@ -272,7 +294,10 @@ def _rounding_seconds(layers: Mapping[str, Any], chunks: list[list[str]]) -> flo
     name = sorted(names, key=cost)[len(names) // 2]
     weight = layers[name].weight.detach().flatten(1)
     started = time.perf_counter()
-    gptq.round_with_compensation(weight, torch.full([weight.shape[0]], 0.01), torch.eye(weight.shape[1]), 8)
+    with weight.device:
+        scale, hessian = torch.full([weight.shape[0]], 0.01), torch.eye(weight.shape[1])
+    gptq.round_with_compensation(weight, scale, hessian, 8)
+    wait(weight.device)
     return (time.perf_counter() - started) * sum(map(cost, names)) / cost(name)
 
 

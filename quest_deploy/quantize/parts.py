@@ -139,17 +139,26 @@ def find_scales(
 
 
 def initialize_one(layer: Quantizable, inputs: Tensor, bits: tuple[int, int], recipe: Recipe) -> LayerQParams:
-    """Starting scales of one layer as the recipe wants them; `inputs` as `collect_inputs` gives them."""
-    if layer.weight.device.type != "cpu":
-        layer = copy.deepcopy(layer).to("cpu")
-    return initialize_layer(
-        layer,
-        inputs,
-        *bits,
-        method="search",
-        time_aware=recipe.time_aware,
-        channel_wise=recipe.channel_wise,
-        migration_exponent=recipe.migration_exponent,
+    """Starting scales of one layer as the recipe wants them; `inputs` as `collect_inputs` gives them.
+
+    The search runs where the layer's weight lies; what it finds is on the CPU.
+    """
+    device = layer.weight.device
+    with device:
+        found = initialize_layer(
+            layer,
+            inputs.to(device),
+            *bits,
+            method="search",
+            time_aware=recipe.time_aware,
+            channel_wise=recipe.channel_wise,
+            migration_exponent=recipe.migration_exponent,
+        )
+    return dataclasses.replace(
+        found,
+        weight_scale=found.weight_scale.cpu(),
+        group_scale=None if found.group_scale is None else found.group_scale.cpu(),
+        row=None if found.row is None else found.row.cpu(),
     )
 
 
@@ -164,7 +173,7 @@ def initialize_together(
         bits: Of weights and activations.
         recipe: How.
     """
-    weights = [layer.weight.detach().cpu() for layer in layers.values()]
+    weights = [layer.weight.detach() for layer in layers.values()]
     if len(weights) == 1:
         return {name: initialize_one(layer, inputs, bits, recipe) for name, layer in layers.items()}
     joint = nn.Linear(weights[0].shape[1], sum(len(weight) for weight in weights), bias=False, device="meta")

@@ -130,3 +130,21 @@ def test_a_checkpoint_is_loaded_as_one(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(checkpoint, "load_checkpoint", loaded.append)
     load_torch_model(tmp_path / "checkpoint")
     assert loaded == [tmp_path / "checkpoint"]
+
+
+def test_an_engine_never_multiplies_in_tensorfloat(tiny_model: Path) -> None:
+    """PyTorch's convolutions do on a GPU unless told otherwise, and s * q would be rounded to 10 bits."""
+    seen: list[str] = []
+
+    class Spy(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor]:
+            seen.append(torch.backends.cudnn.conv.fp32_precision)
+            return (x,)
+
+    spec = ComponentSpec(
+        name="spy",
+        inputs=(TensorSpec(name="x", dtype="float32", shape=("batch",)),),
+        outputs=(TensorSpec(name="y", dtype="float32", shape=("batch",)),),
+    )
+    TorchEngine(spec, Spy())(x=torch.zeros(1))
+    assert seen == ["ieee"]

@@ -50,7 +50,7 @@ def test_what_would_take_long_is_counted(
     tiny_model: Path, config: FinetuneConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "LONGEST_MEASUREMENT_S", 0.0)
-    monkeypatch.setattr(module, "_products_per_second", lambda: 1e6)
+    monkeypatch.setattr(module, "_products_per_second", lambda device: 1e6)
     recipe = dataclasses.replace(config.recipe, memory_limit_gb=0.5, initializer="nearest")
     parts, speed = estimate(tiny_model, dataclasses.replace(config, recipe=recipe))
     assert not speed.measured
