@@ -130,8 +130,8 @@ def run(settings: Settings) -> dict[str, Any]:
     }
 
 
-def write_model(folder: Path) -> None:
-    """A pipeline around the U-Net, with text encoder and autoencoder of the bundled model's kind."""
+def write_model(folder: Path, unet: dict[str, Any] = UNET, *, half: bool = False) -> None:
+    """A pipeline around a U-Net, with text encoder and autoencoder of the bundled model's kind; `half` as float16."""
     import shutil
 
     import torch
@@ -154,7 +154,7 @@ def write_model(folder: Path) -> None:
         pad_token_id=tokenizer.pad_token_id,
     )
     pipeline = StableDiffusionPipeline(
-        unet=UNet2DConditionModel(**UNET),
+        unet=UNet2DConditionModel(**unet),
         vae=AutoencoderKL(latent_channels=4, block_out_channels=(32,), norm_num_groups=8),
         text_encoder=CLIPTextModel(text),
         tokenizer=tokenizer,
@@ -164,6 +164,8 @@ def write_model(folder: Path) -> None:
         requires_safety_checker=False,
     )
     shutil.rmtree(folder / "model", ignore_errors=True)
+    if half:
+        pipeline.to(torch.float16)
     pipeline.save_pretrained(folder / "model")
 
 

@@ -46,6 +46,27 @@ class TorchEngine(Closing):
         self.module = None
 
 
+class InHalf(nn.Module):
+    """A component in half precision between inputs and outputs in float32, as engines of that type have them.
+
+    Timesteps stay float32: diffusers makes sines of them in float32, and float16 knows no 999.5.
+    """
+
+    def __init__(self, module: nn.Module, spec: ComponentSpec, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.module = module.to(dtype)
+        self.names = [tensor.name for tensor in spec.inputs]
+        self.dtype = dtype
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Run once; inputs and outputs in the order of the specification."""
+        halved = [
+            value.to(self.dtype) if value.is_floating_point() and name != "timestep" else value
+            for name, value in zip(self.names, inputs, strict=True)
+        ]
+        return tuple(value.float() if value.is_floating_point() else value for value in self.module(*halved))
+
+
 def default_device() -> torch.device:
     """The GPU where torch can use one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

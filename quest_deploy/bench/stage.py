@@ -90,6 +90,7 @@ def _row(subject: Subject, turns: Sequence[Mapping[str, Any]], failed: Mapping[s
         "path": str(subject.path),
         "backend": subject.backend,
         "compiled": subject.compiled,
+        "half": subject.half,
         "run": dataclasses.asdict(subject.run),
     }
     if subject.label in failed:
@@ -107,6 +108,7 @@ def measure(subject: Subject, config: BenchConfig) -> dict[str, Any]:
         "path": str(subject.path),
         "backend": subject.backend,
         "compiled": subject.compiled,
+        "half": subject.half,
         "run": dataclasses.asdict(subject.run),
         "threads": config.threads,
         "warmup": config.warmup,

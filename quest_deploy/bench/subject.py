@@ -6,11 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
+from quest_deploy.artifacts import stage_of
 from quest_deploy.config import BACKENDS, PROVIDERS, TENSORRT_BACKENDS, Provider, RunConfig
 from quest_deploy.engines import resolve_backend
 from quest_deploy.errors import ConfigError
 
 COMPILED = "torch-compile"
+HALVES = ("fp16", "bf16")
 WITHOUT_GRAPHS = "-no-cuda-graphs"
 ERROR = "error"
 """The key of a message in place of figures."""
@@ -25,6 +27,8 @@ class Subject:
         path: A model, checkpoint, ONNX or engines directory.
         backend: What runs it.
         compiled: Whether torch.compile compiles its components.
+        run: How it runs.
+        half: "fp16" or "bf16", the type that torch runs a full-precision model in; None leaves it in float32.
     """
 
     label: str
@@ -32,10 +36,19 @@ class Subject:
     backend: str
     compiled: bool = False
     run: RunConfig = field(default_factory=RunConfig)
+    half: str | None = None
+
+
+TORCH_WAYS = {
+    f"{way}{half and '-'}{half}": (way == COMPILED, half or None)
+    for way in ("torch", COMPILED)
+    for half in ("", *HALVES)
+}
+"""How torch may run a model: whether it is compiled, and in which type of half precision."""
 
 
 def _ways() -> dict[str, tuple[str, RunConfig]]:
-    """What may follow a directory, but for `torch-compile`: a backend, and what else it is told."""
+    """What may follow a directory, but for torch's own ways: a backend, and what else it is told."""
     ways = {backend: (backend, RunConfig()) for backend in BACKENDS}
     for provider in PROVIDERS:
         ways[f"onnxruntime-{provider}"] = ("onnxruntime", RunConfig(provider=cast("Provider", provider)))
@@ -57,14 +70,22 @@ def parse_subject(text: str) -> Subject:
     before, colon, backend = text.rpartition(":")
     if not colon or Path(text).exists():
         before, backend = text, ""
-    elif backend not in (*WAYS, COMPILED):
-        raise ConfigError(f"{text!r}: backend is {backend!r}, expected one of {', '.join((*WAYS, COMPILED))}")
-    compiled = backend == COMPILED
-    wanted, run = ("torch", RunConfig()) if compiled else WAYS.get(backend, (None, RunConfig()))
+    elif backend not in (*WAYS, *TORCH_WAYS):
+        known = ", ".join(dict.fromkeys((*WAYS, *TORCH_WAYS)))
+        raise ConfigError(f"{text!r}: backend is {backend!r}, expected one of {known}")
+    compiled, half = TORCH_WAYS.get(backend, (False, None))
+    wanted, run = ("torch", RunConfig()) if backend in TORCH_WAYS else WAYS.get(backend, (None, RunConfig()))
+    path = Path(before)
+    if half is not None and path.is_dir() and stage_of(path) == "checkpoint":
+        raise ConfigError(
+            f"{text!r}: a checkpoint's grids are float32, expected a full-precision model beside {backend}; "
+            "leave the type out"
+        )
     return Subject(
         label=text,
-        path=Path(before),
-        backend=resolve_backend(Path(before), wanted),
+        path=path,
+        backend=resolve_backend(path, wanted),
         compiled=compiled,
         run=run,
+        half=half,
     )

@@ -16,6 +16,7 @@ from quest_deploy.engines.base import Closing
 from quest_deploy.errors import QuestDeployError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from quest_deploy.engines.base import Engine
@@ -77,6 +78,8 @@ def measure(job: Mapping[str, Any]) -> dict[str, Any]:
     run = RunConfig(**job["run"])
     with load_pipeline(job["path"], backend=job["backend"], threads=job["threads"], run=run) as pipeline:
         synchronize = _synchronize(pipeline.device)
+        if job["half"] is not None:
+            halve_components(pipeline, {"fp16": torch.float16, "bf16": torch.bfloat16}[job["half"]])
         if job["compiled"]:
             compile_components(pipeline)
         timed = {name: TimedEngine(engine, synchronize) for name, engine in pipeline.engines.items()}
@@ -116,6 +119,15 @@ def _draw(pipeline: Pipeline, config: GenerateConfig) -> None:
     jobs = make_jobs(config)
     for start in range(0, len(jobs), config.batch_size):
         draw_batch(pipeline, config, jobs[start : start + config.batch_size], lambda images: None)
+
+
+def halve_components(pipeline: Pipeline, dtype: torch.dtype) -> None:
+    """Let torch run every component in half precision."""
+    from quest_deploy.engines.torch_runtime import InHalf, TorchEngine
+
+    for engine in pipeline.engines.values():
+        assert isinstance(engine, TorchEngine) and engine.module is not None
+        engine.module = InHalf(engine.module, engine.spec, dtype)
 
 
 def compile_components(pipeline: Pipeline) -> None:

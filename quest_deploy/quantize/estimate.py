@@ -122,7 +122,7 @@ def estimate(model: str | Path, config: FinetuneConfig) -> tuple[list[PartEstima
         PartEstimate(
             part="record trajectories",
             seconds=pairs * speed.forward_s,
-            memory_bytes=passes(parts.BATCH_PROMPTS),
+            memory_bytes=passes(parts.batch_prompts(device)),
             disk_bytes=kept,
         ),
         PartEstimate(

@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 Progress = Callable[[ProgressEvent], None]
 BATCH_PROMPTS = 8
+GPU_BATCH_PROMPTS = 32
 PROMPTS_PER_STEP = 8
 POSITIONS_PER_STEP = 64
 ROWS_PER_STEP = 256
@@ -46,17 +47,17 @@ def record(
     recipe, total = config.recipe, config.recipe.calibration_prompts
     device = first_device(model.denoiser)
     parts, names = [], []
-    at_once = BATCH_PROMPTS
+    batch = at_once = batch_prompts(device)
     if recipe.memory_limit_gb is not None:
-        at_once = prompts_at_once(model, placeholder(model, config), recipe, BATCH_PROMPTS)
+        at_once = prompts_at_once(model, placeholder(model, config), recipe, batch)
     done = work.load(TRAJECTORIES)
-    for start in range(0, total if done is None else 0, BATCH_PROMPTS):
+    for start in range(0, total if done is None else 0, batch):
         names.append(f"{TRAJECTORIES}-{start:06d}")
         saved = work.load(names[-1])
         if saved is None:
             part = calibrate.record_trajectories(
                 model,
-                config.prompts[start : min(start + BATCH_PROMPTS, total)],
+                config.prompts[start : min(start + batch, total)],
                 steps=recipe.calibration_steps,
                 guidance_scale=recipe.guidance_scale,
                 seed=config.seed + start,
@@ -72,7 +73,7 @@ def record(
             parts.append(
                 calibrate.from_tensors(tensors, teacher=model.denoiser, device=device, control=model.control)
             )
-        completed = min(start + BATCH_PROMPTS, total)
+        completed = min(start + batch, total)
         progress(ProgressEvent(stage="record trajectories", completed=completed, total=total))
     if recipe.targets != "disk":
         return calibrate.join(parts)
@@ -82,6 +83,11 @@ def record(
     assert done is not None
     # safetensors maps the file: rows are read when they are asked for.
     return calibrate.from_tensors(done[0], teacher=model.denoiser, device=device, control=model.control)
+
+
+def batch_prompts(device: torch.device) -> int:
+    """Prompts that are recorded together; a GPU is hardly busy with as few as a CPU is."""
+    return BATCH_PROMPTS if device.type == "cpu" else GPU_BATCH_PROMPTS
 
 
 def find_scales(

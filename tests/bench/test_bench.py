@@ -104,6 +104,17 @@ def test_a_model_may_be_compiled(tiny_model: Path) -> None:
     assert (subject.backend, subject.compiled) == ("torch", True)
 
 
+@pytest.mark.parametrize(
+    ("way", "compiled", "half"),
+    [("torch", False, None), ("torch-bf16", False, "bf16"), ("torch-compile-fp16", True, "fp16")],
+)
+def test_torch_may_run_a_model_in_half_precision(
+    tiny_model: Path, way: str, compiled: bool, half: str | None
+) -> None:
+    subject = parse_subject(f"{tiny_model}:{way}")
+    assert (subject.backend, subject.compiled, subject.half) == ("torch", compiled, half)
+
+
 def test_what_cannot_run_is_refused_before_anything_is_measured(
     tiny_onnx: Path, tiny_model: Path, tmp_path: Path
 ) -> None:

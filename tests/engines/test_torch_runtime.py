@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from quest_deploy.artifacts import write_artifact
 from quest_deploy.engines.base import Engine
 from quest_deploy.engines.torch_runtime import (
+    InHalf,
     TorchEngine,
     limited_threads,
     load_torch_engines,
@@ -130,6 +131,17 @@ def test_a_checkpoint_is_loaded_as_one(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(checkpoint, "load_checkpoint", loaded.append)
     load_torch_model(tmp_path / "checkpoint")
     assert loaded == [tmp_path / "checkpoint"]
+
+
+def test_half_precision_is_near_and_hands_on_float32(tiny_model: Path) -> None:
+    inputs = unet_inputs()
+    with_halves = load_torch_engines(tiny_model, device="cpu")["unet"]
+    assert isinstance(with_halves, TorchEngine) and with_halves.module is not None
+    expected = with_halves(**inputs)["out_sample"]
+    with_halves.module = InHalf(with_halves.module, with_halves.spec, torch.bfloat16)
+    found = with_halves(**inputs)["out_sample"]
+    assert found.dtype == torch.float32
+    assert 0 < (found - expected).norm() / expected.norm() < 0.05
 
 
 def test_an_engine_never_multiplies_in_tensorfloat(tiny_model: Path) -> None:
