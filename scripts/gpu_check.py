@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from quest_deploy.manifest import tool_versions
 
 NAME = "gpu-check.json"
 LAST_CHARACTERS = 2000
+RUNS = "run its engines, with CUDA graphs and without"
 NO_GPU = "this machine offers no NVIDIA GPU (no NVIDIA driver): run it on one that does"
 SAMPLING = ("--steps", "20", "--guidance-scale", "3")
 
@@ -39,12 +41,14 @@ class Step:
         command: Arguments of the interpreter.
         makes: What it leaves in the output directory.
         needs: What it reads from there.
+        after: The step without whose success this one would show nothing.
     """
 
     name: str
     command: tuple[str, ...]
     makes: str = ""
     needs: tuple[str, ...] = ()
+    after: str = ""
 
 
 @dataclass(kw_only=True)
@@ -97,7 +101,7 @@ def steps(output: Path, recipe: Path, backend: str) -> tuple[Step, ...]:
             makes="engines",
             needs=("onnx",),
         ),
-        measured("run its engines, with CUDA graphs and without", output, "engines"),
+        measured(RUNS, output, "engines"),
         Step(
             name="compare its engines with what lint promised",
             command=("-m", "scripts.gpu_measure", at("engines"), at("onnx")),
@@ -137,6 +141,11 @@ def steps(output: Path, recipe: Path, backend: str) -> tuple[Step, ...]:
             command=("-m", "benchmarks.cpu_speed", "model", at("large")),
             makes="large/model",
         ),
+        bench(
+            output,
+            "torch alone",
+            *(f"large/model{way}" for way in ("", ":torch-fp16", ":torch-compile-fp16", ":torch-compile")),
+        ),
         Step(
             name="export it in full precision",
             command=verb(
@@ -144,6 +153,7 @@ def steps(output: Path, recipe: Path, backend: str) -> tuple[Step, ...]:
             ),
             makes="onnx-fp16",
             needs=("large/model",),
+            after=RUNS,
         ),
         Step(
             name="build its fp16 engines",
@@ -152,8 +162,14 @@ def steps(output: Path, recipe: Path, backend: str) -> tuple[Step, ...]:
             needs=("onnx-fp16",),
         ),
         measured("run the fp16 engines, with CUDA graphs and without", output, "engines-fp16"),
-        bench(output, "torch alone", "large/model", "large/model:torch-compile"),
-        bench(output, "fp16 engines beside torch", "large/model", "engines-fp16"),
+        bench(
+            output,
+            "fp16 engines beside torch",
+            "large/model",
+            "large/model:torch-fp16",
+            "engines-fp16",
+            f"engines-fp16:{backend}-no-cuda-graphs",
+        ),
         Step(
             name="quantize it on the GPU",
             command=verb("finetune", large, "--recipe", str(recipe), "--device", "cuda")
@@ -166,6 +182,7 @@ def steps(output: Path, recipe: Path, backend: str) -> tuple[Step, ...]:
             command=verb("export", at("checkpoint-large"), *target, "--dtype", "fp16", "-o", at("onnx-int8")),
             makes="onnx-int8",
             needs=("checkpoint-large",),
+            after=RUNS,
         ),
         Step(
             name="build its int8 engines",
@@ -178,7 +195,8 @@ def steps(output: Path, recipe: Path, backend: str) -> tuple[Step, ...]:
             output,
             "fp16 and int8 engines beside torch",
             "large/model",
-            "large/model:torch-compile",
+            "large/model:torch-fp16",
+            "large/model:torch-compile-fp16",
             "engines-fp16",
             "engines-int8",
         ),
@@ -198,20 +216,24 @@ def bench(output: Path, name: str, *subjects: str) -> Step:
     return Step(name=f"bench: {name}", command=verb("bench", *paths, *SAMPLING, *options), needs=needs)
 
 
-def run_step(step: Step, output: Path, deadline: float) -> dict[str, Any]:
+def run_step(step: Step, output: Path, deadline: float, succeeded: Collection[str] = ()) -> dict[str, Any]:
     """Run one step, and kill it with its children when the time is up.
 
     Args:
         step: What to run.
         output: Where the steps' results lie.
         deadline: On :func:`time.monotonic`'s clock.
+        succeeded: The steps that went well so far.
     """
     row: dict[str, Any] = {"name": step.name, "ok": False, "command": " ".join(("python", *step.command))}
     missing = [name for name in step.needs if not (output / name).exists()]
     left = deadline - time.monotonic()
-    if missing or left <= 0:
-        why = f"an earlier step did not make {', '.join(missing)}" if missing else "no time was left"
-        return {**row, "error": f"not run: {why}"}
+    if missing:
+        return {**row, "error": f"not run: an earlier step did not make {', '.join(missing)}"}
+    if step.after and step.after not in succeeded:
+        return {**row, "error": f"not run: '{step.after}' failed"}
+    if left <= 0:
+        return {**row, "error": "not run: no time was left"}
     started = time.monotonic()
     process = subprocess.Popen(
         [sys.executable, *step.command],
@@ -327,7 +349,8 @@ def run_all(report: Report, planned: tuple[Step, ...], deadline: float) -> None:
     """Run every step, and write the report after each."""
     for number, step in enumerate(planned, start=1):
         print(f"[{number}/{len(planned)}] {step.name}", flush=True)
-        row = run_step(step, report.path.parent, deadline)
+        succeeded = {row["name"] for row in report.steps if row["ok"]}
+        row = run_step(step, report.path.parent, deadline, succeeded)
         report.steps.append(row)
         report.write()
         print(f"    {'ok' if row['ok'] else row['error'].strip()[-300:]}", flush=True)

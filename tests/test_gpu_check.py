@@ -107,3 +107,10 @@ def test_one_failure_loses_no_other_step(tmp_path: Path) -> None:
 def test_nothing_is_started_when_no_time_is_left(tmp_path: Path) -> None:
     row = run_step(code("open('started', 'w')"), tmp_path, time.monotonic())
     assert row["error"] == "not run: no time was left" and "seconds" not in row
+
+
+def test_a_step_that_would_show_nothing_is_left_out(tmp_path: Path) -> None:
+    step = Step(name="build more", command=("-c", "print('{}')"), after="run its engines")
+    row = run_step(step, tmp_path, time.monotonic() + 60)
+    assert (row["ok"], row["error"]) == (False, "not run: 'run its engines' failed")
+    assert run_step(step, tmp_path, time.monotonic() + 60, {"run its engines"})["ok"]

@@ -51,8 +51,9 @@ def bench(
     """Measure how fast each DIR draws, and what memory it takes; the first is what the others are compared with.
 
     A DIR is a model, checkpoint, ONNX or engines directory. `:BACKEND` after it runs it with that, for example
-    `onnx:openvino`; `:torch-compile` compiles a model, `:torch-fp16` and `:torch-compile-fp16` run it in half precision,
-    `:onnxruntime-cuda` names ONNX Runtime's execution provider, and `:tensorrt-no-cuda-graphs` captures no graphs. They take turns, each time in a new process.
+    `onnx:openvino`; `:torch-compile` compiles a model, `:torch-fp16` and `:torch-compile-fp16` run it in half
+    precision, `:onnxruntime-cuda` names ONNX Runtime's execution provider, and `:tensorrt-no-cuda-graphs` captures no
+    graphs. They take turns, each time in a new process.
     """
     from quest_deploy.artifacts import stage_of
     from quest_deploy.bench import bench as run
