@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from quest_deploy.config import BuildConfig, TensorRTBackend
-from quest_deploy.engines import ladder
 from quest_deploy.engines.libraries import check_tensorrt, import_tensorrt, title_of
-from quest_deploy.engines.trt_build import make_job
+from quest_deploy.engines.trt_build import build_one
 from quest_deploy.engines.trt_memory import ActivationMemory
 from quest_deploy.engines.trt_plan import LoadedPlan
 from quest_deploy.engines.trt_runtime import PLAN_NAME, TensorRTEngine, check_gpu, make_log
@@ -84,7 +83,6 @@ def build_graph(
     check_tensorrt(backend)
     name = graph.graph.name or "graph"
     (folder / "source" / name).mkdir(parents=True)
-    (folder / "plans" / name).mkdir(parents=True)
     for tensor in graph.graph.initializer:
         for entry in tensor.external_data:
             if entry.key == "location":
@@ -98,9 +96,7 @@ def build_graph(
         value.name: dict.fromkeys(("min", "opt", "max"), list(inputs[value.name].shape))
         for value in graph.graph.input
     }
-    job = make_job(folder / "source", folder / "plans", {name: ()}, BuildConfig(backend=backend))
-    job["components"][0]["profiles"] = [profile]
-    ladder.build(job, None)
+    build_one(name, folder / "source", folder / "plans", [profile], BuildConfig(backend=backend))
     return folder / "plans" / name / PLAN_NAME
 
 
@@ -119,7 +115,7 @@ def component_of(graph: onnx.ModelProto, inputs: Mapping[str, Tensor]) -> Compon
 
 
 def load_plan(plan: Path, spec: ComponentSpec, *, backend: TensorRTBackend) -> TensorRTEngine:
-    """A plan of this process's own, ready to run.
+    """A plan that was built on this machine, ready to run without CUDA graphs.
 
     Raises:
         StaleArtifactError: this GPU cannot load it; holds what TensorRT says.
@@ -128,10 +124,13 @@ def load_plan(plan: Path, spec: ComponentSpec, *, backend: TensorRTBackend) -> T
     log = make_log(library)
     log.errors.clear()
     runtime: Any = library.Runtime(log)
+    if backend == "tensorrt":
+        # A plan for several versions brings a runtime of its own, which is trusted as the plan is.
+        runtime.engine_host_code_allowed = True
     engine = runtime.deserialize_cuda_engine(plan.read_bytes())
     if engine is None:
         raise StaleArtifactError(
-            f"{spec.name}: {title_of(backend)} {library.__version__} cannot load the debug engine that it has just "
+            f"{spec.name}: {title_of(backend)} {library.__version__} cannot load the engine that it has just "
             f"built ({'; '.join(log.errors) or 'it gives no reason'}); "
             "run `quest-deploy doctor` for what this GPU takes"
         )

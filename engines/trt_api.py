@@ -13,6 +13,8 @@ from typing import Any, Protocol
 class ExecutionContext(Protocol):
     """IExecutionContext: one engine, ready to run with one set of shapes at a time."""
 
+    profiler: Any
+
     @property
     def active_optimization_profile(self) -> int: ...
 

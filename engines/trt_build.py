@@ -226,6 +226,26 @@ def make_job(
     }
 
 
+def build_one(
+    component: str,
+    onnx_dir: Path,
+    output: Path,
+    profiles: Sequence[Mapping[str, Any]],
+    config: BuildConfig,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Build one engine outside of any artifact, for profiles in JSON types; what the worker reports about it.
+
+    Raises:
+        EngineBuildError: TensorRT does not take the graph.
+    """
+    (output / component).mkdir(parents=True, exist_ok=True)
+    job = make_job(onnx_dir, output, {component: ()}, config)
+    job["components"][0]["profiles"] = list(profiles)
+    built = ladder.build(job, progress)[component]
+    return {key: value for key, value in built.items() if key != "tensorrt_version"}
+
+
 def profile_to_json(profile: Profile) -> dict[str, dict[str, list[int]]]:
     """A profile in JSON types."""
     return {

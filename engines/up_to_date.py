@@ -83,6 +83,8 @@ def differences(
             found[name] = "its ONNX graph or weights changed"
         elif built[name].get("requested_profiles") != list(wanted):
             found[name] = "other shapes are asked for"
+        elif built[name].get("auto_fallback", {}).get("left_in_float") and not config.get("auto_fallback"):
+            found[name] = "some of its products were left in floats, for --auto-fallback"
     if not found and (
         old.details.get("companions_digest") != companions_digest(source) or built.keys() != profiles.keys()
     ):

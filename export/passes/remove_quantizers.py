@@ -98,10 +98,8 @@ def _replace(
         value = _as_type(node, _unclipped(dequantizer.quantizer), dequantizer.node, f"{prefix}/cast")
         moves = (*operand.through, *walk_up(codes)[1])
     for step, move in enumerate(reversed(moves)):
-        inputs, dtype = (
-            [value, *move.inputs[1:]],
-            move.outputs[0].dtype if move.op_type == "Cast" else value.dtype,
-        )
+        dtype = move.outputs[0].dtype if move.op_type == "Cast" else value.dtype
+        inputs = [value, *move.inputs[1:]]
         value = _insert(node, move.op_type, inputs, move.attributes, f"{prefix}/{step}", dtype)
     for index in places:
         node.replace_input_with(index, value)
@@ -148,7 +146,8 @@ def _insert(
     assert isinstance(node.graph, ir.Graph)
     new = ir.node(op_type, inputs, attributes=attributes, name=name)
     new.outputs[0].name = f"{name}/out"
-    new.outputs[0].dtype = dtype
+    if dtype is not None:
+        new.outputs[0].dtype = dtype
     node.graph.insert_before(node, new)
     return new.outputs[0]
 
@@ -166,11 +165,8 @@ def _fold(node: ir.Node, dequantizer: Dequantizer) -> ir.Value:
     assert wanted is not None and codes is not None and codes.const_value is not None and scale is not None
     assert isinstance(node.graph, ir.Graph)
     points = dequantizer.node.inputs[2] if len(dequantizer.node.inputs) > 2 else None
-    name, shape, stored = (
-        f"{dequantizer.node.name}/float",
-        ir.Shape(sizes_of(codes.const_value)),
-        codes.const_value,
-    )
+    name, stored = f"{dequantizer.node.name}/float", codes.const_value
+    shape = ir.Shape(sizes_of(stored))
     scales, point = constant(scale), constant(points)
     assert scales is not None
 

@@ -76,6 +76,17 @@ from quest_deploy.config import TENSORRT_BACKENDS, BuildConfig, ProfileConfig, S
     "--weight-streaming", is_flag=True, help="Let weights stay in host memory while an engine runs."
 )
 @click.option(
+    "--strip-weights",
+    is_flag=True,
+    help="Write engines without weights, which `refit` puts in from ONNX_DIR on the machine that runs them.",
+)
+@click.option(
+    "--auto-fallback",
+    is_flag=True,
+    help="Time the engines' layers on this machine's GPU, and leave products in floats that are slower in low "
+    "precision.",
+)
+@click.option(
     "--jobs", type=int, default=BuildConfig.jobs, show_default=True, help="Components to build at a time."
 )
 @click.option(
@@ -127,7 +138,7 @@ def build_engine(
         **options,
     )
 
-    from quest_deploy.engines.trt_build import build_engine as run
+    from quest_deploy.auto_fallback import build_engine as run
 
     with show_progress() as progress:
         artifact = run(onnx_dir, output, config, progress=progress, overwrite=overwrite)
