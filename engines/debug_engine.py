@@ -11,17 +11,17 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from quest_deploy.config import BuildConfig, TensorRTBackend
+from quest_deploy.config import BuildConfig, TensorRTBackend, to_dict
 from quest_deploy.engines.libraries import check_tensorrt, import_tensorrt, title_of
 from quest_deploy.engines.trt_build import build_one
 from quest_deploy.engines.trt_memory import ActivationMemory
 from quest_deploy.engines.trt_plan import LoadedPlan
-from quest_deploy.engines.trt_runtime import PLAN_NAME, TensorRTEngine, check_gpu, make_log
+from quest_deploy.engines.trt_runtime import PLAN_NAME, TensorRTEngine, check_gpu, make_log, make_runtime
 from quest_deploy.errors import StaleArtifactError
 from quest_deploy.model.spec import ComponentSpec, TensorSpec
 
@@ -58,7 +58,7 @@ def run_graph(
     with TemporaryDirectory(prefix="quest-deploy-debug-") as place:
         folder = Path(place)
         plan = build_graph(graph, weights, calls[0], folder, backend=backend)
-        with load_plan(plan, component_of(graph, calls[0]), backend=backend) as engine:
+        with load_plan(plan, component_of(graph, calls[0]), BuildConfig(backend=backend)) as engine:
             found = [{name: value.cpu() for name, value in engine(**_on_gpu(call)).items()} for call in calls]
             torch.cuda.synchronize()
     return found
@@ -114,23 +114,18 @@ def component_of(graph: onnx.ModelProto, inputs: Mapping[str, Tensor]) -> Compon
     )
 
 
-def load_plan(plan: Path, spec: ComponentSpec, *, backend: TensorRTBackend) -> TensorRTEngine:
-    """A plan that was built on this machine, ready to run without CUDA graphs.
+def load_plan(plan: Path, spec: ComponentSpec, config: BuildConfig) -> TensorRTEngine:
+    """A plan that was built on this machine with `config`, ready to run without CUDA graphs.
 
     Raises:
         StaleArtifactError: this GPU cannot load it; holds what TensorRT says.
     """
-    library = import_tensorrt(backend)
-    log = make_log(library)
-    log.errors.clear()
-    runtime: Any = library.Runtime(log)
-    if backend == "tensorrt":
-        # A plan for several versions brings a runtime of its own, which is trusted as the plan is.
-        runtime.engine_host_code_allowed = True
+    library = import_tensorrt(config.backend)
+    log, runtime = make_log(library), make_runtime(library, to_dict(config))
     engine = runtime.deserialize_cuda_engine(plan.read_bytes())
     if engine is None:
         raise StaleArtifactError(
-            f"{spec.name}: {title_of(backend)} {library.__version__} cannot load the engine that it has just "
+            f"{spec.name}: {title_of(config.backend)} {library.__version__} cannot load the engine that it has just "
             f"built ({'; '.join(log.errors) or 'it gives no reason'}); "
             "run `quest-deploy doctor` for what this GPU takes"
         )

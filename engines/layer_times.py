@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from quest_deploy.artifacts import Artifact
-from quest_deploy.config import TensorRTBackend
+from quest_deploy.config import BuildConfig
 from quest_deploy.engines.debug_engine import load_plan
 from quest_deploy.engines.foreign import from_json
 from quest_deploy.engines.inspector import EngineLayer, inspect_engine
@@ -55,22 +55,22 @@ def plan_specs(source: Artifact) -> dict[str, ComponentSpec]:
     }
 
 
-def time_layers(plan: Path, spec: ComponentSpec, *, backend: TensorRTBackend) -> LayerTimes:
+def time_layers(plan: Path, spec: ComponentSpec, config: BuildConfig) -> LayerTimes:
     """Run an engine on made-up inputs of its first profile's optimal shapes, and time its layers.
 
     Args:
         plan: The engine's file.
         spec: What it takes and gives.
-        backend: The flavour that built it.
+        config: It was built with.
 
     Raises:
         StaleArtifactError: this GPU cannot load the engine.
         EngineBuildError: too little memory on the GPU.
     """
-    library = import_tensorrt(backend)
-    with load_plan(plan, spec, backend=backend) as engine:
+    library = import_tensorrt(config.backend)
+    with load_plan(plan, spec, config) as engine:
         assert engine.plan is not None and engine.plan.engine is not None
-        if backend == "tensorrt-rtx":
+        if config.backend == "tensorrt-rtx":
             # Else it runs fallback kernels until better ones are compiled in the background.
             engine.plan.compile_at_run_time(library, plan.parent, hash_file(plan))
         return LayerTimes(

@@ -53,6 +53,12 @@ class RuntimeConfig(Protocol):
     def set_runtime_cache(self, cache: RuntimeCache) -> bool: ...
 
 
+class SerializationConfig(Protocol):
+    """ISerializationConfig: what of an engine is written."""
+
+    def clear_flag(self, flag: Any) -> bool: ...
+
+
 class EngineInspector(Protocol):
     """IEngineInspector: what an engine is made of."""
 
@@ -75,6 +81,10 @@ class CudaEngine(Protocol):
     def create_execution_context(self, how: Any) -> ExecutionContext | None: ...
 
     def create_engine_inspector(self) -> EngineInspector: ...
+
+    def create_serialization_config(self) -> SerializationConfig: ...
+
+    def serialize_with_config(self, config: SerializationConfig) -> Any: ...
 
 
 class Runtime(Protocol):

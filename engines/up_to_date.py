@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from quest_deploy.artifacts import Artifact, read_artifact
+from quest_deploy.build_config import BuildConfig
 from quest_deploy.errors import ArtifactError
 from quest_deploy.files import hash_mapping
 from quest_deploy.manifest import MANIFEST_NAME, Manifest, read_manifest
@@ -106,7 +107,8 @@ def _common(
         if old.details.get(name) != value:
             return f"it was built for {old.details.get(name)}, this is {value}"
     for name in options:
-        before, now = old.config.get(name), config.get(name)
+        # Engines of a version without an option are what its default makes.
+        before, now = old.config.get(name, getattr(BuildConfig, name)), config.get(name)
         if before != now:
             return f"{name} was {before}, is {now}"
     return None

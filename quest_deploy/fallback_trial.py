@@ -101,7 +101,7 @@ def measure(subject: Subject, plan: Path, folder: Path) -> Trial:
     products = graph_products(subject.graph)
     removable = {product.name for product in products if product.removable}
     logger.info("%s: timing %d quantized products", subject.name, len(removable))
-    low = time_layers(plan, subject.spec, backend=subject.config.backend)
+    low = time_layers(plan, subject.spec, subject.config)
     full = build(subject, removable, folder / "float")
     rows = tuple(compare(products, low, full.times))
     slower = {name for row in rows if row.is_slower for name in row.products}
@@ -129,9 +129,7 @@ def build(subject: Subject, products: Collection[str], folder: Path) -> Candidat
         None if progress is None else report,
     )
     plan = folder / "plans" / subject.name / PLAN_NAME
-    return Candidate(
-        plan=plan, report=built, times=time_layers(plan, subject.spec, backend=subject.config.backend)
-    )
+    return Candidate(plan=plan, report=built, times=time_layers(plan, subject.spec, subject.config))
 
 
 def say(component: str, trial: Trial) -> None:

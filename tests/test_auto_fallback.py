@@ -39,7 +39,7 @@ class SimulatedTimes:
         self.ms = ms
         self.timed: list[str] = []
 
-    def __call__(self, plan: Path, spec: object, *, backend: str) -> LayerTimes:
+    def __call__(self, plan: Path, spec: object, config: BuildConfig) -> LayerTimes:
         assert plan.stat().st_size > 1000
         engine = next((part for part in plan.parts if part in ("float", "mixed")), "low")
         self.timed.append(engine)

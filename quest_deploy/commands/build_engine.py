@@ -142,9 +142,9 @@ def build_engine(
 
     with show_progress() as progress:
         artifact = run(onnx_dir, output, config, progress=progress, overwrite=overwrite)
-    return artifact_result(
-        artifact, f"quest-deploy generate {output} PROMPT -o DIR (on a machine with a GPU)"
-    )
+    on_the_gpu = f"quest-deploy generate {output} PROMPT -o DIR (on a machine with a GPU)"
+    weights_first = f"quest-deploy refit {output} {onnx_dir} -o DIR (on the machine with the GPU that draws)"
+    return artifact_result(artifact, weights_first if config.strip_weights else on_the_gpu)
 
 
 def parse_profile(text: str) -> ProfileConfig:

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from quest_deploy.config import BuildConfig
 from quest_deploy.engines import layer_times
 from quest_deploy.engines.layer_times import (
     LayerTimes,
@@ -61,8 +62,8 @@ def test_times_come_with_what_the_layers_are(monkeypatch: pytest.MonkeyPatch, tm
     inspector = SimpleNamespace(get_engine_information=lambda how: told)
     monkeypatch.setattr(cuda, "create_engine_inspector", lambda: inspector, raising=False)
     monkeypatch.setattr(layer_times, "import_tensorrt", lambda backend: library)
-    monkeypatch.setattr(layer_times, "load_plan", lambda plan, spec, *, backend: make_engine(cuda))
-    found = time_layers(tmp_path / "model.plan", SPEC, backend="tensorrt")
+    monkeypatch.setattr(layer_times, "load_plan", lambda plan, spec, config: make_engine(cuda))
+    found = time_layers(tmp_path / "model.plan", SPEC, BuildConfig(backend="tensorrt"))
     assert [layer.name for layer in found.layers] == list(found.ms) == ["conv", "add"]
 
 
