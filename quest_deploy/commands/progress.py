@@ -77,10 +77,13 @@ def show_progress() -> Iterator[Progress]:
     from rich.text import Text
 
     class Eta(ProgressColumn):
+        """Counts down to when the stage would end at the pace it had when it was last heard of."""
+
         def render(self, task: Task) -> Text:
-            begun = task.fields["started_at"]
-            left = time_left(task.elapsed or 0.0, task.completed - begun, (task.total or 0) - task.completed)
-            return Text("-:--:--" if left is None else str(left))
+            ends_at = task.fields["ends_at"]
+            if ends_at is None:
+                return Text("-:--:--")
+            return Text(str(timedelta(seconds=round(max(0.0, ends_at - time.monotonic())))))
 
     columns = (
         TextColumn("{task.description}"),
@@ -93,13 +96,21 @@ def show_progress() -> Iterator[Progress]:
     )
     with Bars(*columns, console=Console(stderr=True)) as bars:
         tasks: dict[str, TaskID] = {}
+        began: dict[str, tuple[float, int]] = {}
 
         def update(event: ProgressEvent) -> None:
             if event.stage not in tasks:
-                tasks[event.stage] = bars.add_task(
-                    event.stage, total=event.total, note="", started_at=event.completed
-                )
+                tasks[event.stage] = bars.add_task(event.stage, total=event.total, note="", ends_at=None)
+                began[event.stage] = (time.monotonic(), event.completed)
             note = ", ".join(text for text in (format_metrics(event.metrics), event.message) if text)
-            bars.update(tasks[event.stage], completed=event.completed, total=event.total, note=note)
+            now, (at, done) = time.monotonic(), began[event.stage]
+            left = time_left(now - at, event.completed - done, event.total - event.completed)
+            bars.update(
+                tasks[event.stage],
+                completed=event.completed,
+                total=event.total,
+                note=note,
+                ends_at=None if left is None else now + left.total_seconds(),
+            )
 
         yield update
