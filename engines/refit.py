@@ -9,7 +9,7 @@ from typing import Any
 from quest_deploy.artifacts import Artifact, check_output, read_artifact
 from quest_deploy.engines.libraries import check_tensorrt, gpus, import_tensorrt, title_of
 from quest_deploy.engines.replace import with_plans
-from quest_deploy.engines.trt_build import ONNX_NAME, PLAN_NAME
+from quest_deploy.engines.trt_build import ONNX_NAME, PLAN_NAME, is_stripped
 from quest_deploy.engines.trt_runtime import make_log, make_runtime, stale
 from quest_deploy.engines.up_to_date import graph_digest
 from quest_deploy.errors import ArtifactError, EngineBuildError, MissingDependencyError, StaleArtifactError
@@ -42,15 +42,17 @@ def refit(engine_dir: Path, onnx_dir: Path, output: Path, *, overwrite: bool = F
     backend = source.manifest.config["backend"]
     check_tensorrt(backend)
     library = import_tensorrt(backend)
+    reports = source.manifest.details["components"]
     with TemporaryDirectory(prefix="quest-deploy-refit-") as place:
         plans = {}
-        for name in source.manifest.details["components"]:
+        for name in [name for name, report in reports.items() if is_stripped(report)]:
             plans[name] = Path(place) / f"{name}.plan"
             content = refit_plan(library, source, name, graphs.path / name / ONNX_NAME)
             plans[name].write_bytes(content)
-        done = {name: {"verified": True} for name in plans}
+        done = dict.fromkeys(plans, {"verified": True, "weights_stripped": False})
+        verified = all(name in plans or reports[name]["verified"] for name in reports)
         return with_plans(
-            source, Path(output), plans, done, overwrite=overwrite, weights_stripped=False, verified=True
+            source, Path(output), plans, done, overwrite=overwrite, weights_stripped=False, verified=verified
         )
 
 
@@ -67,7 +69,7 @@ def check_refittable(source: Artifact, graphs: Artifact) -> None:
             f"the engines in '{source.path}' hold their weights already; use them as they are"
         )
     for name, report in details["components"].items():
-        if report["graph_digest"] != graph_digest(graphs.manifest, name):
+        if is_stripped(report) and report["graph_digest"] != graph_digest(graphs.manifest, name):
             raise StaleArtifactError(
                 f"{name}: '{graphs.path}' holds another graph or other weights than the engine in '{source.path}' was "
                 "built from; give the directory it was built from, or build the engines again with "

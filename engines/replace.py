@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from quest_deploy.artifacts import Artifact, read_artifact, write_artifact
@@ -18,6 +19,7 @@ def with_plans(
     plans: Mapping[str, Path],
     components: Mapping[str, Mapping[str, Any]],
     *,
+    config: Mapping[str, Any] = MappingProxyType({}),
     overwrite: bool = False,
     **details: Any,
 ) -> Artifact:
@@ -28,6 +30,7 @@ def with_plans(
         output: Where to write.
         plans: Files to copy in, by component.
         components: What the manifest says anew about components, beside what it says already.
+        config: What its configuration says anew.
         overwrite: Replace what lies at `output`.
         **details: What it says anew about all of them.
 
@@ -39,7 +42,7 @@ def with_plans(
     with (
         locked(lock_of(output), output, "build-engine"),
         write_artifact(
-            output, stage="engines", config=old.config, inputs=old.inputs, overwrite=overwrite
+            output, stage="engines", config={**old.config, **config}, inputs=old.inputs, overwrite=overwrite
         ) as writer,
     ):
         replaced = {f"{name}/{PLAN_NAME}": plan for name, plan in plans.items()}

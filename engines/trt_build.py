@@ -297,6 +297,7 @@ def make_details(
         name: {
             "profiles": [profile_to_json(profile) for profile in profiles[name]],
             **{key: value for key, value in reports[name].items() if key != "tensorrt_version"},
+            "weights_stripped": config.strip_weights if name in built else is_stripped(reports[name]),
             "requested_profiles": [profile_to_json(profile) for profile in profiles[name]],
             "plan": f"{name}/{PLAN_NAME}",
             "onnx_sha256": source.manifest.files[f"{name}/{ONNX_NAME}"].sha256,
@@ -315,11 +316,16 @@ def make_details(
         "driver": driver_version(),
         "companions_digest": companions_digest(source.manifest),
         "verified": all(report["verified"] for report in reports.values()),
-        "weights_stripped": config.strip_weights,
+        "weights_stripped": any(map(is_stripped, components.values())),
         "components": components,
         "seconds": round(sum(report["seconds"] for report in reports.values()), 3),
         "size_bytes": sum(report["size_bytes"] for report in reports.values()),
     }
+
+
+def is_stripped(report: Mapping[str, Any]) -> bool:
+    """Whether an engine lacks its weights, by what the manifest says about it."""
+    return bool(report.get("weights_stripped", False))
 
 
 def target_of(config: BuildConfig) -> dict[str, str]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from quest_deploy.artifacts import Artifact, read_artifact
-from quest_deploy.build_config import BuildConfig
+from quest_deploy.config import BuildConfig, to_dict
 from quest_deploy.errors import ArtifactError
 from quest_deploy.files import hash_mapping
 from quest_deploy.manifest import MANIFEST_NAME, Manifest, read_manifest
@@ -106,9 +107,10 @@ def _common(
     for name, value in target.items():
         if old.details.get(name) != value:
             return f"it was built for {old.details.get(name)}, this is {value}"
+    # Engines of a version without an option are what its default makes.
+    defaults = json.loads(json.dumps(to_dict(BuildConfig())))
     for name in options:
-        # Engines of a version without an option are what its default makes.
-        before, now = old.config.get(name, getattr(BuildConfig, name)), config.get(name)
+        before, now = old.config.get(name, defaults.get(name)), config.get(name)
         if before != now:
             return f"{name} was {before}, is {now}"
     return None

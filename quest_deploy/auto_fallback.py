@@ -108,4 +108,7 @@ def fall_back(
             if trial.mixed is not None and trial.is_worth_it:
                 plans[name] = trial.mixed.plan
                 reports[name] |= trial.mixed.report
-        return with_plans(engines, engines.path, plans, reports, overwrite=True) if reports else engines
+        if not reports:
+            return engines
+        told = {"auto_fallback": True}
+        return with_plans(engines, engines.path, plans, reports, config=told, overwrite=True)

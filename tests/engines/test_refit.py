@@ -31,7 +31,8 @@ def stripped(tiny_onnx: Path, tmp_path_factory: pytest.TempPathFactory) -> Artif
     """Engines whose manifest says that they hold no weights: no machine without a GPU makes real ones."""
     folder = tmp_path_factory.mktemp("stripped")
     built = build_engine(tiny_onnx, folder / "built", BuildConfig())
-    return with_plans(built, folder / "engines", {}, {}, weights_stripped=True)
+    said = dict.fromkeys(built.manifest.details["components"], {"weights_stripped": True})
+    return with_plans(built, folder / "engines", {}, said, weights_stripped=True)
 
 
 class SimulatedStrippedEngine:
@@ -99,6 +100,16 @@ def test_every_component_gets_the_weights_of_its_own_graph(
         assert report["size_bytes"] == len(content) and report["verified"]
     assert done.manifest.details["weights_stripped"] is False
     assert done.manifest.config == stripped.manifest.config
+
+
+def test_engines_that_have_their_weights_stay_as_they_are(
+    stripped: Artifact, tiny_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    simulate(monkeypatch)
+    partly = with_plans(stripped, tmp_path / "partly", {}, {"unet": {"weights_stripped": False}})
+    done = refit.refit(partly.path, tiny_onnx, tmp_path / "engines")
+    same = [name for name, entry in done.manifest.files.items() if entry == stripped.manifest.files[name]]
+    assert [name for name in same if name.endswith(".plan")] == ["unet/model.plan"]
 
 
 def test_in_place(
