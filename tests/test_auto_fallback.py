@@ -12,13 +12,14 @@ from quest_deploy import auto_fallback, fallback_trial
 from quest_deploy.artifacts import Artifact, read_artifact
 from quest_deploy.auto_fallback import RESULT, build_engine
 from quest_deploy.commands import main
-from quest_deploy.config import BuildConfig
+from quest_deploy.config import BuildConfig, Dtype, ExportConfig, Mode
 from quest_deploy.engines.inspector import EngineLayer
 from quest_deploy.engines.layer_times import LayerTimes
 from quest_deploy.engines.libraries import gpus
-from quest_deploy.engines.trt_build import PLAN_NAME
+from quest_deploy.engines.trt_build import PLAN_NAME, build_one
 from quest_deploy.errors import ArtifactError, ConfigError, MissingDependencyError, StaleArtifactError
-from quest_deploy.export.quantized import graph_products
+from quest_deploy.export.quantized import graph_products, without_quantizers
+from quest_deploy.export.to_onnx import export
 from tests.engines.conftest import write_onnx
 
 pytest.importorskip("tensorrt_rtx")
@@ -167,3 +168,24 @@ def test_without_a_gpu_engines_that_are_there_stay(source: Path, tmp_path: Path)
 def test_engines_without_weights_cannot_be_measured() -> None:
     with pytest.raises(ConfigError, match="auto_fallback runs the engines it builds"):
         BuildConfig(auto_fallback=True, strip_weights=True)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("mode", "dtype"), [("int8", "fp16"), ("int4-weight-only", "fp16")])
+def test_real_exports_build_without_all_their_quantizers_and_without_some(
+    mode: Mode, dtype: Dtype, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    config = ExportConfig(target="tensorrt-rtx", mode=mode, dtype=dtype)
+    source = export(tiny_checkpoint, tmp_path / "onnx", config)
+    engines = build_engine(source.path, tmp_path / "engines", BuildConfig())
+    report = engines.manifest.details["components"]["unet"]
+    graph = source.path / "unet" / "model.onnx"
+    removable = [one.name for one in graph_products(graph) if one.removable]
+    assert len(removable) > 50
+    for number, names in enumerate((removable, removable[::2])):
+        place = tmp_path / str(number)
+        without_quantizers(graph, names, place / "unet" / "model.onnx")
+        left = {one.name for one in graph_products(place / "unet" / "model.onnx") if one.removable}
+        assert left == {*removable} - {*names}
+        assert build_one("unet", place, place, report["profiles"], BuildConfig())["size_bytes"] > 1000
