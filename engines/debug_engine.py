@@ -11,18 +11,17 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from quest_deploy.config import BuildConfig, TensorRTBackend
-from quest_deploy.engines import ladder
+from quest_deploy.config import BuildConfig, TensorRTBackend, to_dict
 from quest_deploy.engines.libraries import check_tensorrt, import_tensorrt, title_of
-from quest_deploy.engines.trt_build import make_job
+from quest_deploy.engines.trt_build import build_one
 from quest_deploy.engines.trt_memory import ActivationMemory
 from quest_deploy.engines.trt_plan import LoadedPlan
-from quest_deploy.engines.trt_runtime import PLAN_NAME, TensorRTEngine, check_gpu, make_log
+from quest_deploy.engines.trt_runtime import PLAN_NAME, TensorRTEngine, check_gpu, make_log, make_runtime
 from quest_deploy.errors import StaleArtifactError
 from quest_deploy.model.spec import ComponentSpec, TensorSpec
 
@@ -59,7 +58,7 @@ def run_graph(
     with TemporaryDirectory(prefix="quest-deploy-debug-") as place:
         folder = Path(place)
         plan = build_graph(graph, weights, calls[0], folder, backend=backend)
-        with load_plan(plan, component_of(graph, calls[0]), backend=backend) as engine:
+        with load_plan(plan, component_of(graph, calls[0]), BuildConfig(backend=backend)) as engine:
             found = [{name: value.cpu() for name, value in engine(**_on_gpu(call)).items()} for call in calls]
             torch.cuda.synchronize()
     return found
@@ -84,7 +83,6 @@ def build_graph(
     check_tensorrt(backend)
     name = graph.graph.name or "graph"
     (folder / "source" / name).mkdir(parents=True)
-    (folder / "plans" / name).mkdir(parents=True)
     for tensor in graph.graph.initializer:
         for entry in tensor.external_data:
             if entry.key == "location":
@@ -98,9 +96,7 @@ def build_graph(
         value.name: dict.fromkeys(("min", "opt", "max"), list(inputs[value.name].shape))
         for value in graph.graph.input
     }
-    job = make_job(folder / "source", folder / "plans", {name: ()}, BuildConfig(backend=backend))
-    job["components"][0]["profiles"] = [profile]
-    ladder.build(job, None)
+    build_one(name, folder / "source", folder / "plans", [profile], BuildConfig(backend=backend))
     return folder / "plans" / name / PLAN_NAME
 
 
@@ -118,20 +114,18 @@ def component_of(graph: onnx.ModelProto, inputs: Mapping[str, Tensor]) -> Compon
     )
 
 
-def load_plan(plan: Path, spec: ComponentSpec, *, backend: TensorRTBackend) -> TensorRTEngine:
-    """A plan of this process's own, ready to run.
+def load_plan(plan: Path, spec: ComponentSpec, config: BuildConfig) -> TensorRTEngine:
+    """A plan that was built on this machine with `config`, ready to run without CUDA graphs.
 
     Raises:
         StaleArtifactError: this GPU cannot load it; holds what TensorRT says.
     """
-    library = import_tensorrt(backend)
-    log = make_log(library)
-    log.errors.clear()
-    runtime: Any = library.Runtime(log)
+    library = import_tensorrt(config.backend)
+    log, runtime = make_log(library), make_runtime(library, to_dict(config))
     engine = runtime.deserialize_cuda_engine(plan.read_bytes())
     if engine is None:
         raise StaleArtifactError(
-            f"{spec.name}: {title_of(backend)} {library.__version__} cannot load the debug engine that it has just "
+            f"{spec.name}: {title_of(config.backend)} {library.__version__} cannot load the engine that it has just "
             f"built ({'; '.join(log.errors) or 'it gives no reason'}); "
             "run `quest-deploy doctor` for what this GPU takes"
         )

@@ -13,6 +13,8 @@ from typing import Any, Protocol
 class ExecutionContext(Protocol):
     """IExecutionContext: one engine, ready to run with one set of shapes at a time."""
 
+    profiler: Any
+
     @property
     def active_optimization_profile(self) -> int: ...
 
@@ -51,6 +53,12 @@ class RuntimeConfig(Protocol):
     def set_runtime_cache(self, cache: RuntimeCache) -> bool: ...
 
 
+class SerializationConfig(Protocol):
+    """ISerializationConfig: what of an engine is written."""
+
+    def clear_flag(self, flag: Any) -> bool: ...
+
+
 class EngineInspector(Protocol):
     """IEngineInspector: what an engine is made of."""
 
@@ -73,6 +81,10 @@ class CudaEngine(Protocol):
     def create_execution_context(self, how: Any) -> ExecutionContext | None: ...
 
     def create_engine_inspector(self) -> EngineInspector: ...
+
+    def create_serialization_config(self) -> SerializationConfig: ...
+
+    def serialize_with_config(self, config: SerializationConfig) -> Any: ...
 
 
 class Runtime(Protocol):

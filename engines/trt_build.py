@@ -39,6 +39,7 @@ BUILDER_OPTIONS = (
     "hardware_compatible",
     "compute_capabilities",
     "weight_streaming",
+    "strip_weights",
 )
 
 # What a pipeline reads beside the engines; another tool's external data may have any name.
@@ -67,7 +68,8 @@ def build_engine(
         overwrite: Bring an engines artifact at `output` up to date; engines that nothing changed for are kept.
 
     Raises:
-        MissingDependencyError: the library, or the GPU that TensorRT builds on, is absent.
+        MissingDependencyError: the library is absent, or the GPU that TensorRT builds on, or that it needs in order to
+            leave weights out.
         ArtifactError: `onnx_dir` cannot be trusted, or `output` cannot be written.
         ConfigError: a requested size does not fit the model, or another process is building into `output`.
         EngineBuildError: TensorRT does not take a graph.
@@ -119,9 +121,7 @@ def build_engine(
             copy_plan(existing, name, writer.path)
         built = {}
         if wanted:
-            built = ladder.build(
-                make_job(source.path, writer.path, wanted, config), progress, jobs=config.jobs
-            )
+            built = run_job(make_job(source.path, writer.path, wanted, config), progress, config)
         writer.details.update(make_details(source, profiles, config, built, kept))
         if fitted:
             writer.details["interfaces"] = to_json(fitted)
@@ -226,6 +226,48 @@ def make_job(
     }
 
 
+def run_job(
+    job: Mapping[str, Any], progress: Progress | None, config: BuildConfig
+) -> dict[str, dict[str, Any]]:
+    """Build all components of a job; the worker's reports.
+
+    Raises:
+        MissingDependencyError: without a driver, TensorRT cannot leave weights out.
+        EngineBuildError: TensorRT does not take a graph.
+    """
+    try:
+        return ladder.build(job, progress, jobs=config.jobs)
+    except EngineBuildError as error:
+        # What TensorRT for RTX 1.7 says of graphs that it builds with their weights.
+        if config.strip_weights and not gpus() and "CUDA_SUCCESS" in str(error):
+            raise MissingDependencyError(
+                f"--strip-weights: {title_of(config.backend)} {import_tensorrt(config.backend).__version__} needs an "
+                "NVIDIA driver to leave weights out, and this machine has none; build on a machine with a GPU, or "
+                "leave --strip-weights out"
+            ) from error
+        raise
+
+
+def build_one(
+    component: str,
+    onnx_dir: Path,
+    output: Path,
+    profiles: Sequence[Mapping[str, Any]],
+    config: BuildConfig,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Build one engine outside of any artifact, for profiles in JSON types; what the worker reports about it.
+
+    Raises:
+        EngineBuildError: TensorRT does not take the graph.
+    """
+    (output / component).mkdir(parents=True, exist_ok=True)
+    job = make_job(onnx_dir, output, {component: ()}, config)
+    job["components"][0]["profiles"] = list(profiles)
+    built = ladder.build(job, progress)[component]
+    return {key: value for key, value in built.items() if key != "tensorrt_version"}
+
+
 def profile_to_json(profile: Profile) -> dict[str, dict[str, list[int]]]:
     """A profile in JSON types."""
     return {
@@ -255,6 +297,7 @@ def make_details(
         name: {
             "profiles": [profile_to_json(profile) for profile in profiles[name]],
             **{key: value for key, value in reports[name].items() if key != "tensorrt_version"},
+            "weights_stripped": config.strip_weights if name in built else is_stripped(reports[name]),
             "requested_profiles": [profile_to_json(profile) for profile in profiles[name]],
             "plan": f"{name}/{PLAN_NAME}",
             "onnx_sha256": source.manifest.files[f"{name}/{ONNX_NAME}"].sha256,
@@ -273,10 +316,16 @@ def make_details(
         "driver": driver_version(),
         "companions_digest": companions_digest(source.manifest),
         "verified": all(report["verified"] for report in reports.values()),
+        "weights_stripped": any(map(is_stripped, components.values())),
         "components": components,
         "seconds": round(sum(report["seconds"] for report in reports.values()), 3),
         "size_bytes": sum(report["size_bytes"] for report in reports.values()),
     }
+
+
+def is_stripped(report: Mapping[str, Any]) -> bool:
+    """Whether an engine lacks its weights, by what the manifest says about it."""
+    return bool(report.get("weights_stripped", False))
 
 
 def target_of(config: BuildConfig) -> dict[str, str]:

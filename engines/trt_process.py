@@ -47,23 +47,41 @@ class BuildMemoryError(EngineBuildError):
 
 
 class Tally:
-    """How far all components are; several threads may report."""
+    """How far all components are, in time as far as that can be told; several threads may report.
 
-    def __init__(self, progress: Progress | None, names: Sequence[str]) -> None:
+    Args:
+        progress: Told, of 100 units for each component.
+        sizes: Of the components in bytes, by name: what takes long to build is large.
+        phases_share: The part of a component's time that its builder's phases stand for; the rest comes with its end.
+    """
+
+    def __init__(
+        self, progress: Progress | None, sizes: Mapping[str, int], *, phases_share: float = 1.0
+    ) -> None:
         self.progress = progress
-        self.percent = dict.fromkeys(names, 0)
+        self.sizes = sizes
+        self.phases_share = phases_share
+        self.done = dict.fromkeys(sizes, 0.0)
         self.lock = threading.Lock()
 
     def report(self, component: str, percent: int, phase: str) -> None:
-        """Note that `component` is `percent` done."""
+        """Note that the phases of `component` are `percent` done."""
+        self._note(component, self.phases_share * percent / 100, phase)
+
+    def finish(self, component: str) -> None:
+        """Note that `component` is built."""
+        self._note(component, 1.0, "done")
+
+    def _note(self, component: str, fraction: float, phase: str) -> None:
         with self.lock:
-            self.percent[component] = max(percent, self.percent[component])
-            completed, total = sum(self.percent.values()), 100 * len(self.percent)
+            self.done[component] = max(fraction, self.done[component])
+            total, whole = 100 * len(self.sizes), sum(self.sizes.values())
+            part = sum(size * self.done[name] for name, size in self.sizes.items())
             if self.progress is not None:
                 self.progress(
                     ProgressEvent(
                         stage="build-engine",
-                        completed=completed,
+                        completed=round(total * part / whole),
                         total=total,
                         message=f"{component}: {phase}",
                     )
@@ -106,7 +124,7 @@ def run_worker(
                 elif kind == "built":
                     component = event.pop("component")
                     built[component] = event
-                    tally.report(component, 100, "done")
+                    tally.finish(component)
                 else:
                     raise _failure(job, event)
     except BuildMemoryError as error:

@@ -23,7 +23,13 @@ from quest_deploy.engines.trt_api import CudaEngine, Runtime
 from quest_deploy.engines.trt_context import Lane, Shapes, shapes_of
 from quest_deploy.engines.trt_memory import ActivationMemory
 from quest_deploy.engines.trt_plan import LoadedPlan
-from quest_deploy.errors import ConfigError, EngineInputError, MissingDependencyError, StaleArtifactError
+from quest_deploy.errors import (
+    ArtifactError,
+    ConfigError,
+    EngineInputError,
+    MissingDependencyError,
+    StaleArtifactError,
+)
 from quest_deploy.model.spec import ComponentSpec, component_specs
 
 logger = logging.getLogger(__name__)
@@ -114,11 +120,12 @@ def load_tensorrt_engines(
     Raises:
         MissingDependencyError: no GPU, no CUDA build of torch, or no TensorRT.
         ConfigError: the artifact is of the other flavour.
-        ArtifactError: not an `engines` artifact, or changed since it was written.
+        ArtifactError: not an `engines` artifact, changed since it was written, or without weights.
         StaleArtifactError: this TensorRT or GPU cannot load the plans.
     """
     source = read_artifact(Path(engine_dir), stage="engines")
     check_flavour(source.path, str(source.manifest.config.get("backend")), backend)
+    check_weights(source)
     check_gpu(source.path)
     library = import_tensorrt(backend)
     plans = load_plans(source, library, backend)
@@ -142,11 +149,7 @@ def load_plans(source: Artifact, library: Any, backend: TensorRTBackend) -> dict
         StaleArtifactError: this TensorRT or GPU cannot load one; holds what TensorRT says.
     """
     log = make_log(library)
-    log.errors.clear()
-    runtime: Runtime = library.Runtime(log)
-    if source.manifest.config.get("version_compatible") and backend == "tensorrt":
-        # Such a plan brings the runtime of the version that built it.
-        runtime.engine_host_code_allowed = True
+    runtime = make_runtime(library, source.manifest.config)
     plans = {}
     for name in component_specs(source.path):
         file = f"{name}/{PLAN_NAME}"
@@ -160,6 +163,17 @@ def load_plans(source: Artifact, library: Any, backend: TensorRTBackend) -> dict
             digest = source.manifest.files[file].sha256
             plans[name].compile_at_run_time(library, source.path / name, digest)
     return plans
+
+
+def make_runtime(library: Any, config: Mapping[str, Any]) -> Runtime:
+    """What deserializes the plans of a build with this configuration; its log holds no errors yet."""
+    log = make_log(library)
+    log.errors.clear()
+    runtime: Runtime = library.Runtime(log)
+    if config.get("version_compatible") and config.get("backend") == "tensorrt":
+        # Such a plan brings the runtime of the version that built it.
+        runtime.engine_host_code_allowed = True
+    return runtime
 
 
 @functools.cache  # the first logger that TensorRT is given serves it until the process ends
@@ -189,6 +203,19 @@ def check_flavour(path: Path, built_for: str, backend: str) -> None:
         raise ConfigError(
             f"backend is {backend}, but the engines in '{path}' were built for {built_for}; "
             f"use --backend {built_for}, or build others with `quest-deploy build-engine --backend {backend}`"
+        )
+
+
+def check_weights(source: Artifact) -> None:
+    """Check that engines have their weights.
+
+    Raises:
+        ArtifactError: they were built without; says how to put them in.
+    """
+    if source.manifest.details.get("weights_stripped"):
+        raise ArtifactError(
+            f"the engines in '{source.path}' were built with --strip-weights and hold no weights; put them in, on the "
+            f"machine that runs them, with `quest-deploy refit {source.path} ONNX_DIR -o DIR`"
         )
 
 

@@ -208,6 +208,9 @@ def builder_arguments(trt: Any, options: Mapping[str, Any]) -> dict[str, Any]:
         ]
     if options.get("weight_streaming"):
         given["weight_streaming"] = True
+    if options.get("strip_weights"):
+        # Without a mode of refitting it is the one for the same weights, which costs no speed.
+        given["strip_plan"] = True
     return given
 
 
@@ -217,7 +220,10 @@ def can_deserialize(trt: Any, plan: Any) -> bool:
 
     if not gpus():
         return False
-    return trt.Runtime(get_trt_logger()).deserialize_cuda_engine(plan) is not None
+    runtime = trt.Runtime(get_trt_logger())
+    # A plan for later versions brings a runtime, and this one was built here.
+    runtime.engine_host_code_allowed = True
+    return runtime.deserialize_cuda_engine(plan) is not None
 
 
 def run_job(job: Mapping[str, Any], log: EventLog) -> int:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from quest_deploy.artifacts import Artifact, read_artifact
+from quest_deploy.config import BuildConfig, to_dict
 from quest_deploy.errors import ArtifactError
 from quest_deploy.files import hash_mapping
 from quest_deploy.manifest import MANIFEST_NAME, Manifest, read_manifest
@@ -83,6 +85,8 @@ def differences(
             found[name] = "its ONNX graph or weights changed"
         elif built[name].get("requested_profiles") != list(wanted):
             found[name] = "other shapes are asked for"
+        elif built[name].get("auto_fallback", {}).get("left_in_float") and not config.get("auto_fallback"):
+            found[name] = "some of its products were left in floats, for --auto-fallback"
     if not found and (
         old.details.get("companions_digest") != companions_digest(source) or built.keys() != profiles.keys()
     ):
@@ -103,8 +107,10 @@ def _common(
     for name, value in target.items():
         if old.details.get(name) != value:
             return f"it was built for {old.details.get(name)}, this is {value}"
+    # Engines of a version without an option are what its default makes.
+    defaults = json.loads(json.dumps(to_dict(BuildConfig())))
     for name in options:
-        before, now = old.config.get(name), config.get(name)
+        before, now = old.config.get(name, defaults.get(name)), config.get(name)
         if before != now:
             return f"{name} was {before}, is {now}"
     return None

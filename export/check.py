@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -145,7 +145,7 @@ def stay_int8(graph: onnx.GraphProto) -> dict[str, str]:
     dims = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
     found = {}
     for node, sides in _products(graph):
-        dequantize = producer.get(node.input[1])
+        dequantize = _dequantizer(node.input[1], producer)
         if sides != (None, STORED) or dequantize is None or _block_size(dequantize):
             continue
         # Packed for ONNX Runtime, codes pass a Cast.
@@ -165,14 +165,22 @@ def _block_size(dequantize: onnx.NodeProto) -> int:
     return next((int(one.i) for one in dequantize.attribute if one.name == "block_size"), 0)
 
 
+def _dequantizer(value: str, producer: Mapping[str, onnx.NodeProto]) -> onnx.NodeProto | None:
+    """The DequantizeLinear behind `value`; in fp16 and bf16 graphs a Cast may stand between, see LowerPrecision."""
+    node = producer.get(value)
+    if node is not None and node.op_type == "Cast":
+        node = producer.get(node.input[0])
+    return node if node is not None and node.op_type == "DequantizeLinear" else None
+
+
 def _products(graph: onnx.GraphProto) -> Iterator[tuple[onnx.NodeProto, tuple[str | None, str | None]]]:
     """Every product, with what lies behind its two operands: stored codes, codes of an activation, or floats (None)."""
     producer = {name: node for node in graph.node for name in node.output}
     stored = {tensor.name for tensor in graph.initializer}
 
     def codes_behind(value: str) -> str | None:
-        node = producer.get(value)
-        if node is None or node.op_type != "DequantizeLinear":
+        node = _dequantizer(value, producer)
+        if node is None:
             return None
         source = producer.get(node.input[0])
         if source is None:

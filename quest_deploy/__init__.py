@@ -19,7 +19,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from quest_deploy.engines.trt_build import build_engine
+    from quest_deploy.auto_fallback import build_engine
     from quest_deploy.export.lint import lint
     from quest_deploy.parity import compare
     from quest_deploy.pipeline import generate, load_pipeline
@@ -42,7 +42,7 @@ __all__ = [
 _VERBS = {
     "finetune": "quest_deploy.quantize.finetune",
     "lint": "quest_deploy.export.lint",
-    "build_engine": "quest_deploy.engines.trt_build",
+    "build_engine": "quest_deploy.auto_fallback",
     "generate": "quest_deploy.pipeline",
     "load_pipeline": "quest_deploy.pipeline",
     "compare": "quest_deploy.parity",

@@ -67,6 +67,9 @@ class BuildConfig(ProfileConfig):
         compute_capabilities: Of the GPUs that engines are made for, for example "8.6"; none means Ampere and later
             (TensorRT for RTX only).
         weight_streaming: Whether weights may stay in host memory while an engine runs.
+        strip_weights: Whether plans are written without weights, to be put in by `refit` on the machine that runs them.
+        auto_fallback: Whether products that are measured to be slower in low precision than in floats stay in floats
+            (:mod:`quest_deploy.auto_fallback`).
         jobs: Components that are built at a time.
         memory_limit_gb: The most memory of this machine that building may take, in 10^9 bytes; None for no limit. Where
             it does not suffice, a component is built with a lower optimization level, then a smaller workspace, then
@@ -82,6 +85,8 @@ class BuildConfig(ProfileConfig):
     hardware_compatible: HardwareCompatibility = "none"
     compute_capabilities: tuple[str, ...] = ()
     weight_streaming: bool = False
+    strip_weights: bool = False
+    auto_fallback: bool = False
     jobs: int = 1
     memory_limit_gb: float | None = None
 
@@ -115,6 +120,10 @@ class BuildConfig(ProfileConfig):
         if self.backend == "tensorrt-rtx" and self.version_compatible:
             problems.append(
                 "version_compatible is for TensorRT; TensorRT for RTX has no lean runtime for other versions"
+            )
+        if self.strip_weights and self.auto_fallback:
+            problems.append(
+                "auto_fallback runs the engines it builds, and with strip_weights they cannot run; choose one of them"
             )
         raise_if_any(problems, "build-engine")
 

@@ -200,6 +200,33 @@ def steps(output: Path, recipe: Path, backend: str) -> tuple[Step, ...]:
             "engines-fp16",
             "engines-int8",
         ),
+        Step(
+            name="build the bundled model's engines without weights",
+            command=verb("build-engine", at("onnx"), "--backend", backend, "--strip-weights")
+            + ("-o", at("engines-stripped")),
+            makes="engines-stripped",
+            needs=("onnx",),
+        ),
+        Step(
+            name="put the weights in",
+            command=verb("refit", at("engines-stripped"), at("onnx"), "-o", at("engines-refitted")),
+            makes="engines-refitted",
+            needs=("engines-stripped", "onnx"),
+        ),
+        measured("run the refitted engines, with CUDA graphs and without", output, "engines-refitted"),
+        Step(
+            name="build the large model's int8 engines with slower products in floats",
+            command=verb("build-engine", at("onnx-int8"), *build, "--auto-fallback")
+            + ("-o", at("engines-fallback")),
+            makes="engines-fallback",
+            needs=("onnx-int8",),
+        ),
+        bench(
+            output,
+            "int8 engines with slower products in floats",
+            "engines-int8",
+            "engines-fallback",
+        ),
     )
 
 

@@ -14,6 +14,7 @@ VERBS = (
     "export",
     "lint",
     "build-engine",
+    "refit",
     "generate",
     "parity",
     "bench",

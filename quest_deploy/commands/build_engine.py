@@ -76,6 +76,17 @@ from quest_deploy.config import TENSORRT_BACKENDS, BuildConfig, ProfileConfig, S
     "--weight-streaming", is_flag=True, help="Let weights stay in host memory while an engine runs."
 )
 @click.option(
+    "--strip-weights",
+    is_flag=True,
+    help="Write engines without weights, which `refit` puts in from ONNX_DIR on the machine that runs them.",
+)
+@click.option(
+    "--auto-fallback",
+    is_flag=True,
+    help="Time the engines' layers on this machine's GPU, and leave products in floats that are slower in low "
+    "precision.",
+)
+@click.option(
     "--jobs", type=int, default=BuildConfig.jobs, show_default=True, help="Components to build at a time."
 )
 @click.option(
@@ -127,13 +138,13 @@ def build_engine(
         **options,
     )
 
-    from quest_deploy.engines.trt_build import build_engine as run
+    from quest_deploy.auto_fallback import build_engine as run
 
     with show_progress() as progress:
         artifact = run(onnx_dir, output, config, progress=progress, overwrite=overwrite)
-    return artifact_result(
-        artifact, f"quest-deploy generate {output} PROMPT -o DIR (on a machine with a GPU)"
-    )
+    on_the_gpu = f"quest-deploy generate {output} PROMPT -o DIR (on a machine with a GPU)"
+    weights_first = f"quest-deploy refit {output} {onnx_dir} -o DIR (on the machine with the GPU that draws)"
+    return artifact_result(artifact, weights_first if config.strip_weights else on_the_gpu)
 
 
 def parse_profile(text: str) -> ProfileConfig:

@@ -23,6 +23,14 @@ def format_metrics(metrics: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
 
 
+def time_left(seconds: float, completed: float, left: float) -> timedelta | None:
+    """How long `left` units take at the pace of the `completed` ones; None without a pace, or with nothing left.
+
+    The pace is that of the whole stage: builds and exports go by leaps, whose own pace says nothing.
+    """
+    return timedelta(seconds=round(seconds / completed * left)) if completed > 0 and left > 0 else None
+
+
 class LineProgress:
     """Log lines: the first and last of each stage, and between them one every few seconds."""
 
@@ -42,9 +50,8 @@ class LineProgress:
             return
         self.last_line = now
         parts = [f"{event.stage} {event.completed}/{event.total}"]
-        if self.started_at < event.completed < event.total:
-            pace = (now - self.started) / (event.completed - self.started_at)
-            left = timedelta(seconds=round(pace * (event.total - event.completed)))
+        left = time_left(now - self.started, event.completed - self.started_at, event.total - event.completed)
+        if left is not None:
             parts.append(f"ETA {left}")
         parts += [text for text in (format_metrics(event.metrics), event.message) if text]
         logger.info("%s", ", ".join(parts))
@@ -60,12 +67,23 @@ def show_progress() -> Iterator[Progress]:
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
+        ProgressColumn,
+        Task,
         TaskID,
         TextColumn,
         TimeElapsedColumn,
-        TimeRemainingColumn,
     )
     from rich.progress import Progress as Bars
+    from rich.text import Text
+
+    class Eta(ProgressColumn):
+        """Counts down to when the stage would end at the pace it had when it was last heard of."""
+
+        def render(self, task: Task) -> Text:
+            ends_at = task.fields["ends_at"]
+            if ends_at is None:
+                return Text("-:--:--")
+            return Text(str(timedelta(seconds=round(max(0.0, ends_at - time.monotonic())))))
 
     columns = (
         TextColumn("{task.description}"),
@@ -73,16 +91,26 @@ def show_progress() -> Iterator[Progress]:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("ETA"),
-        TimeRemainingColumn(),
+        Eta(),
         TextColumn("{task.fields[note]}", markup=False),
     )
     with Bars(*columns, console=Console(stderr=True)) as bars:
         tasks: dict[str, TaskID] = {}
+        began: dict[str, tuple[float, int]] = {}
 
         def update(event: ProgressEvent) -> None:
             if event.stage not in tasks:
-                tasks[event.stage] = bars.add_task(event.stage, total=event.total, note="")
+                tasks[event.stage] = bars.add_task(event.stage, total=event.total, note="", ends_at=None)
+                began[event.stage] = (time.monotonic(), event.completed)
             note = ", ".join(text for text in (format_metrics(event.metrics), event.message) if text)
-            bars.update(tasks[event.stage], completed=event.completed, total=event.total, note=note)
+            now, (at, done) = time.monotonic(), began[event.stage]
+            left = time_left(now - at, event.completed - done, event.total - event.completed)
+            bars.update(
+                tasks[event.stage],
+                completed=event.completed,
+                total=event.total,
+                note=note,
+                ends_at=None if left is None else now + left.total_seconds(),
+            )
 
         yield update

@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from quest_deploy.commands.progress import LineProgress
+from quest_deploy.commands.progress import LineProgress, time_left
 from quest_deploy.config import ProgressEvent
 
 
@@ -46,6 +46,17 @@ def test_first_and_last_are_always_shown(caplog: pytest.LogCaptureFixture) -> No
 def test_eta_counts_from_where_a_resumed_run_began(caplog: pytest.LogCaptureFixture) -> None:
     """60 done before, 10 in 20 s: 30 left take 60 s."""
     assert lines(caplog, [(0.0, event(60)), (20.0, event(70))])[-1] == "phase 1 70/100, ETA 0:01:00"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "completed", "left", "shown"),
+    [(20.0, 10, 30, "0:01:00"), (20.0, 0, 40, "None"), (20.0, 40, 0, "None")],
+    ids=["pace", "no-pace-yet", "nothing-left"],
+)
+def test_time_left_follows_from_the_pace_of_the_whole_stage(
+    seconds: float, completed: int, left: int, shown: str
+) -> None:
+    assert str(time_left(seconds, completed, left)) == shown
 
 
 def test_metrics_and_message_are_shown(caplog: pytest.LogCaptureFixture) -> None:

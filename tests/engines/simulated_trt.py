@@ -55,6 +55,8 @@ class SimulatedContext:
         self.enqueued = 0
         self.shapes_set = 0
         self.recording: list[Callable[[], None]] | None = None
+        self.profiler: Any = None
+        self.layer_ms: Callable[[int], dict[str, float]] = lambda run: {}
 
     def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
         self.active_optimization_profile = profile_index
@@ -84,6 +86,9 @@ class SimulatedContext:
         if self.recording is None:
             self.enqueued += 1
             self._double(*state)
+            if self.profiler is not None:
+                for name, ms in self.layer_ms(self.enqueued).items():
+                    self.profiler.report_layer_time(name, ms)
         else:
             self.recording.append(lambda: self._replay(state))
         return self.runs
@@ -196,6 +201,13 @@ class SimulatedLogger:
         pass
 
 
+class SimulatedProfiler:
+    """IProfiler."""
+
+    def __init__(self) -> None:
+        pass
+
+
 def simulated_library(deserialize: Callable[[Any, bytes], Any]) -> ModuleType:
     """A TensorRT whose runtime answers with `deserialize` (of its logger and the plan)."""
     library = ModuleType("simulated")
@@ -204,6 +216,7 @@ def simulated_library(deserialize: Callable[[Any, bytes], Any]) -> ModuleType:
     library.Runtime = lambda log: SimpleNamespace(  # type: ignore[attr-defined]
         deserialize_cuda_engine=lambda plan: deserialize(log, plan)
     )
+    library.IProfiler = SimulatedProfiler  # type: ignore[attr-defined]
     library.ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="user")  # type: ignore[attr-defined]
     library.DynamicShapesKernelSpecializationStrategy = SimpleNamespace(EAGER="eager")  # type: ignore[attr-defined]
     return library

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -96,3 +98,39 @@ def test_write_that_fails_leaves_the_old_file_and_no_other(
     monkeypatch.undo()
     assert path.read_bytes() == b"conv"
     assert sorted(item.name for item in tmp_path.iterdir()) == ["cache", "cache.lock"]
+
+
+SAVE = """
+import sys
+from pathlib import Path
+from quest_deploy.engines.timing_cache import save_timing_cache
+from tests.engines.test_timing_cache import Config
+
+for number in range(int(sys.argv[3])):
+    save_timing_cache(Config(f"{sys.argv[2]}-{number}".encode()), Path(sys.argv[1]))
+"""
+
+
+def saving(path: Path, name: str, times: int) -> subprocess.Popen[bytes]:
+    """A process that adds timings of its own to the cache again and again."""
+    return subprocess.Popen([sys.executable, "-c", SAVE, str(path), name, str(times)])
+
+
+def test_processes_that_save_at_the_same_time_lose_no_timings(tmp_path: Path) -> None:
+    path, names, times = tmp_path / "cache", ("a", "b", "c"), 40
+    processes = [saving(path, name, times) for name in names]
+    assert [process.wait(timeout=60) for process in processes] == [0, 0, 0]
+    words = {f"{name}-{number}" for name in names for number in range(times)}
+    assert Cache(path.read_bytes()).words == words
+
+
+def test_killed_process_leaves_a_whole_file_and_no_lock(tmp_path: Path) -> None:
+    path = tmp_path / "cache"
+    process = saving(path, "killed", 100_000)
+    while not path.exists():
+        assert process.poll() is None
+    process.kill()
+    process.wait()
+    assert all(word.startswith("killed-") for word in Cache(path.read_bytes()).words)
+    save_timing_cache(Config(b"next"), path)
+    assert "next" in Cache(path.read_bytes()).words

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 import pytest
 
@@ -25,7 +26,7 @@ def worker(*lines: str) -> list[str]:
 
 
 def run(command: list[str], progress: Progress | None = None, **more: int) -> dict[str, dict]:
-    return run_worker({**JOB, **more}, Tally(progress, ["a", "b"]), command)
+    return run_worker({**JOB, **more}, Tally(progress, {"a": 1, "b": 1}), command)
 
 
 def test_results_are_by_component() -> None:
@@ -45,6 +46,25 @@ def test_progress_counts_a_hundred_units_a_component() -> None:
     assert [event.completed for event in events] == [40, 100, 105, 200]
     assert {event.total for event in events} == {200}
     assert events[0].message == "a: tuning"
+
+
+def completed(tally_of: Callable[[Progress], Tally]) -> list[int]:
+    events: list[ProgressEvent] = []
+    tally = tally_of(events.append)
+    tally.report("a", 40, "tuning")
+    tally.finish("a")
+    tally.report("b", 50, "tuning")
+    tally.finish("b")
+    assert {event.total for event in events} == {200}
+    return [event.completed for event in events]
+
+
+def test_large_components_count_for_more() -> None:
+    assert completed(lambda told: Tally(told, {"a": 1, "b": 9})) == [8, 20, 110, 200]
+
+
+def test_phases_count_for_their_share_of_the_time() -> None:
+    assert completed(lambda told: Tally(told, {"a": 1, "b": 1}, phases_share=0.1)) == [4, 100, 105, 200]
 
 
 def test_refused_graph_is_an_error_that_says_what_and_what_next() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -148,3 +149,17 @@ def test_damaged_engines_are_not_used_again(
     build_engine(tmp_path / "onnx", engines.path, BuildConfig(), overwrite=True)
     assert "nothing of the engines that are there is used again" in caplog.text
     assert len(jobs[0]) == 3
+
+
+def test_engines_of_a_version_without_an_option_are_what_its_default_makes(
+    engines: Artifact, tmp_path: Path, jobs: list[list[str]]
+) -> None:
+    manifest = engines.path / "manifest.json"
+    content = json.loads(manifest.read_text())
+    for name in ("strip_weights", "auto_fallback", "compute_capabilities"):
+        del content["config"][name]
+    manifest.write_text(json.dumps(content))
+    build_engine(tmp_path / "onnx", engines.path, BuildConfig())
+    assert not jobs
+    with pytest.raises(ArtifactError, match="strip_weights was False, is True"):
+        build_engine(tmp_path / "onnx", engines.path, BuildConfig(strip_weights=True))

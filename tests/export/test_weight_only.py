@@ -12,7 +12,7 @@ import torch
 from onnx.reference import ReferenceEvaluator
 from torch import nn
 
-from quest_deploy.config import ExportConfig
+from quest_deploy.config import ExportConfig, Target
 from quest_deploy.errors import ExportError
 from quest_deploy.export.passes.block_int4 import BlockInt4
 from quest_deploy.export.to_onnx import export, export_component, weight_only_layer_names
@@ -121,6 +121,24 @@ def test_says_which_layers_stay_int8_and_why(exported: tuple[Net, Path, dict[str
     assert "convolution" in stay["conv"]
     assert "40 inputs" in stay["odd"]
     assert stay["eight"] == "8-bit weights"
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "tensorrt-rtx"])
+def test_the_same_layers_stay_int8_in_half_precision(target: Target, tmp_path: Path) -> None:
+    """Their weights get a Cast behind, which the count of quantized products sees through."""
+    net = quantized()
+    drop_activation_quantizers(net)
+    config = ExportConfig(mode="int4-weight-only", target=target, dtype="fp16")
+    summary, _ = export_component(
+        parameters_frozen(net),
+        SPEC,
+        tmp_path / "model.onnx",
+        config,
+        granularity=1,
+        quantized_layers=0,
+        weight_only_layers=4,
+    )
+    assert set(summary.stay_int8) == {"conv", "odd", "eight"}
 
 
 def test_builds(exported: tuple[Net, Path, dict[str, str]], request: pytest.FixtureRequest) -> None:
