@@ -13,7 +13,7 @@ import pytest
 
 from quest_deploy.commands import main
 from quest_deploy.engines.libraries import gpus
-from scripts.gpu_check import NAME, Report, Step, run_all, run_step, steps
+from scripts.gpu_check import NAME, Report, Step, run_all, run_step, steps, without_engines
 
 
 @pytest.fixture
@@ -114,3 +114,9 @@ def test_a_step_that_would_show_nothing_is_left_out(tmp_path: Path) -> None:
     row = run_step(step, tmp_path, time.monotonic() + 60)
     assert (row["ok"], row["error"]) == (False, "not run: 'run its engines' failed")
     assert run_step(step, tmp_path, time.monotonic() + 60, {"run its engines"})["ok"]
+
+
+def test_torch_alone_makes_no_engines(planned: tuple[Step, ...]) -> None:
+    left = [step.name for step in without_engines(planned)]
+    assert "parity of torch on the GPU" in left and "bench: torch alone" in left
+    assert not [name for name in left if "engine" in name or "export" in name]
