@@ -18,6 +18,7 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,15 +31,17 @@ from benchmarks.settings import MODEL
 from quest_deploy.config import FinetuneConfig, PhaseConfig, ProgressEvent, Recipe
 from quest_deploy.engines.libraries import gpus
 from quest_deploy.manifest import tool_versions
+from quest_deploy.model.load import load_model
 from quest_deploy.prompts import load_prompts
+from quest_deploy.quantize import gptq
 from quest_deploy.quantize.finetune import finetune
+from quest_deploy.quantize.insert import quantizable_layers
 from quest_deploy.quantize.recipe import load_recipe
 
 # Of runwayml/stable-diffusion-v1-5; everything else is diffusers' default.
 SD15: dict[str, Any] = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
 SHORT_PROMPTS, SHORT_VALIDATION, SHORT_UPDATES = 4, 1, 10
 SEEDS_PER_PROMPT = 8
-PRECISIONS = ("tf32", "float32", "bfloat16")
 MEMORY_LIMIT_GB = 24.0
 LONG = "w4a4-long"
 
@@ -57,6 +60,7 @@ class Clock:
     updates: dict[str, list[float]] = field(default_factory=dict)
     bytes: dict[str, int] = field(default_factory=dict)
     losses: list[dict[str, Any]] = field(default_factory=list)
+    save: Callable[[dict[str, Any]], None] = lambda known: None
     last: float = field(default_factory=time.perf_counter)
 
     def __call__(self, event: ProgressEvent) -> None:
@@ -69,7 +73,8 @@ class Clock:
             self.losses.append({"stage": event.stage, "step": event.completed, **event.metrics})
             print(event.stage, event.completed, event.total, event.metrics, flush=True)
         torch.cuda.reset_peak_memory_stats()
-        self.last = moment
+        self.save({"unfinished": {"parts_s": self.seconds, "peak_bytes": self.bytes, "at": event.completed}})
+        self.last = time.perf_counter()
 
 
 def short(recipe: Recipe, **changes: Any) -> Recipe:
@@ -78,15 +83,21 @@ def short(recipe: Recipe, **changes: Any) -> Recipe:
         recipe,
         calibration_prompts=SHORT_PROMPTS,
         validation_prompts=SHORT_VALIDATION,
-        temporal=dataclasses.replace(recipe.temporal, steps=2 * recipe.temporal.network_every),
+        temporal=dataclasses.replace(recipe.temporal, steps=recipe.temporal.network_every),
         sensitive=dataclasses.replace(recipe.sensitive, steps=SHORT_UPDATES),
         **changes,
     )
 
 
-def timed(model: Path, recipe: Recipe, output: Path, prompts: tuple[str, ...] = ()) -> dict[str, Any]:
+def timed(
+    model: Path,
+    recipe: Recipe,
+    output: Path,
+    prompts: tuple[str, ...] = (),
+    save: Callable[[dict[str, Any]], None] = lambda known: None,
+) -> dict[str, Any]:
     """Finetune on the GPU, and tell what each part took; an error is told as well."""
-    clock = Clock()
+    clock = Clock(save=save)
     torch.cuda.reset_peak_memory_stats()
     started = time.perf_counter()
     found: dict[str, Any] = {"recipe": asdict(recipe)}
@@ -127,12 +138,12 @@ def whole(recipe: Recipe, run: dict[str, Any]) -> dict[str, float]:
         "record trajectories": parts["record trajectories"] * prompts,
         "collect activations": parts["collect activations"] * shown,
         "search scales": parts["search scales"],
-        "round weights": parts.get("round weights", 0.0) * shown,
     }
     temporal, sensitive = "finetune temporal layers", "finetune sensitive layers"
     judged = max(parts[sensitive] - updates[sensitive] * SHORT_UPDATES, 0.0)
-    judging = judged * recipe.validation_prompts / SHORT_VALIDATION
-    short_steps = 2 * recipe.temporal.network_every
+    # Of one prompt, six times; the whole phase judges nine times.
+    judging = judged * recipe.validation_prompts / SHORT_VALIDATION * 9 / 6
+    short_steps = recipe.temporal.network_every
     found[temporal] = (parts[temporal] - judged) * recipe.temporal.steps / short_steps + judging
     found[sensitive] = updates[sensitive] * recipe.sensitive.steps + judging
     return {name: round(value, 1) for name, value in found.items()}
@@ -146,11 +157,18 @@ def cost(output: Path, header: dict[str, Any], seconds: float) -> None:
         model = Path(folder) / "model"
         print("model written", round(time.perf_counter() - started, 1), flush=True)
         packaged = load_recipe("w4a8")
+        # The published choice of layers for text-to-image.
+        few = dataclasses.replace(packaged.sensitive, layers="paper-sd")
+        frugal = {"gradient_checkpointing": True, "targets": "disk", "precision": "tf32"}
         variants = {
-            "tf32": {"precision": "tf32"},
-            "tf32, 24 GB": {"precision": "tf32", "memory_limit_gb": MEMORY_LIMIT_GB, "targets": "disk"},
-            "bfloat16": {"precision": "bfloat16"},
-            "float32": {"precision": "float32"},
+            "ff.net learns, 24 GB": {**frugal, "sensitive": few, "memory_limit_gb": MEMORY_LIMIT_GB},
+            "all layers learn": frugal,
+            "ff.net learns, 24 GB, bfloat16": {
+                **frugal,
+                "sensitive": few,
+                "memory_limit_gb": MEMORY_LIMIT_GB,
+                "precision": "bfloat16",
+            },
         }
         runs: dict[str, Any] = {}
         for index, (name, changes) in enumerate(variants.items()):
@@ -158,14 +176,50 @@ def cost(output: Path, header: dict[str, Any], seconds: float) -> None:
                 runs[name] = {"error": "not run: the time was up"}
                 write(output, {**header, "unet": SD15, "runs": runs})
                 continue
-            if index:
-                # What comes before training was timed by the first.
-                changes = {**changes, "initializer": "nearest"}
-            run = timed(model, short(packaged, **changes), Path(folder) / "checkpoint")
-            if "error" not in run and not index:
-                run["whole_recipe_s"] = whole(packaged, run)
+            recipe = dataclasses.replace(packaged, **changes)
+            done = {**header, "unet": SD15, "runs": runs}
+            run = timed(
+                model,
+                short(recipe, initializer="nearest"),
+                Path(folder) / "checkpoint",
+                save=lambda known, done=done: write(output, {**done, **known}),  # type: ignore[misc]
+            )
+            if "error" not in run:
+                run["whole_recipe_s"] = whole(recipe, run)
             runs[name] = run
             write(output, {**header, "unet": SD15, "runs": runs})
+            if not index:
+                header["rounding"] = rounding(model)
+                for each in runs.values():
+                    if "whole_recipe_s" in each:
+                        passes = header["rounding"]["chunks"] * each["whole_recipe_s"]["collect activations"]
+                        each["whole_recipe_s"]["round weights"] = round(
+                            passes + header["rounding"]["columns"] * header["rounding"]["column_s"], 1
+                        )
+                write(output, {**header, "unet": SD15, "runs": runs})
+
+
+def rounding(path: Path) -> dict[str, Any]:
+    """What error-compensated rounding takes: seconds of a column, and how many there are."""
+    denoiser = load_model(path).denoiser
+    layers = quantizable_layers(denoiser)
+    chunks = list(gptq.chunks(denoiser, list(layers)))
+    names = sorted(
+        (name for chunk in chunks for name in chunk), key=lambda name: layers[name].weight[0].numel()
+    )
+    seen, spent = 0, 0.0
+    for name in names[:: max(1, len(names) // 8)]:
+        weight = layers[name].weight.detach().flatten(1).cuda()
+        with weight.device:
+            scale, hessian = torch.full([weight.shape[0]], 0.01), torch.eye(weight.shape[1])
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        gptq.round_with_compensation(weight, scale, hessian, 4)
+        torch.cuda.synchronize()
+        spent += time.perf_counter() - started
+        seen += weight.shape[1]
+    columns = sum(layers[name].weight[0].numel() for name in names)
+    return {"layers": len(names), "chunks": len(chunks), "columns": columns, "column_s": spent / seen}
 
 
 def long_recipe(updates: int) -> Recipe:
