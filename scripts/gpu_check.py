@@ -145,7 +145,7 @@ def steps(output: Path, recipe: Path, backend: str) -> tuple[Step, ...]:
         bench(
             output,
             "torch alone",
-            *(f"large/model{way}" for way in ("", ":torch-fp16", ":torch-compile-fp16", ":torch-compile")),
+            *(f"large/model{way}" for way in ("", ":torch-fp16", ":torch-compile-fp16")),
         ),
         Step(
             name="export it in full precision",
