@@ -82,7 +82,7 @@ def make_document(
         "verdict": verdict,
         "config": dict(config),
         "prompts": list(prompts),
-        "seeds": [config["seed"] + number for number in range(len(prompts))],
+        "seeds": [config["seed"] + index for index in range(len(prompts))],
         "timesteps": [] if reference is None else [step.item() for step in reference.timesteps],
         "rungs": [_rung(outcome, named) for outcome, named in zip(outcomes, lineage, strict=True)],
         "edges": [_edge(edge, outcomes) for edge in edges],
