@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.environment import header
+from benchmarks.environment import git, header
 from benchmarks.settings import MODEL, Settings, one_update
 from benchmarks.stages import PACKAGE, sources_digest
 from benchmarks.tables import MISSING, Table, number, yes
@@ -64,6 +64,11 @@ def run(settings: Settings) -> dict[str, Any]:
     from tests.families import models, text_models
 
     kinds = QUICK if settings.quick else (REFERENCE, *text_models.TEXT_MAKERS, *models.MAKERS)
+    return {**header(settings), "kinds": rows(settings, kinds)}
+
+
+def rows(settings: Settings, kinds: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """A row for each of `kinds` and each mode, with the commit that it was measured at."""
     found: dict[str, dict[str, Any]] = {}
     for kind, variant in itertools.product(kinds, VARIANTS):
         folder = settings.work / NAME / kind
@@ -72,10 +77,19 @@ def run(settings: Settings) -> dict[str, Any]:
         known = read_json(record) if record.is_file() else {}
         if known.get("sources") != digest:
             print(f"\n{kind}, {variant.label}", flush=True)
-            known = {"sources": digest, "row": measure(kind, variant, folder)}
+            row = measure(kind, variant, folder)
+            known = {"sources": digest, "row": {**row, "commit": git("rev-parse", "HEAD")}}
             write_json(record, known)
         found.setdefault(kind, {})[variant.label] = known["row"]
-    return {**header(settings), "kinds": found}
+    return found
+
+
+def measure_again(settings: Settings, kinds: Sequence[str]) -> None:
+    """Replace the rows of some kinds in the result file; the others stay, and the table says so."""
+    file = settings.results / f"{NAME}.json"
+    result = read_json(file)
+    result["kinds"] |= rows(settings, kinds)
+    write_json(file, result)
 
 
 def measure(kind: str, variant: Variant, folder: Path) -> dict[str, Any]:
@@ -227,15 +241,29 @@ def tables(result: dict[str, Any]) -> list[Table]:
             "TensorRT for RTX, built without a GPU and not run). `reference` is the bundled model, the others "
             "have a few thousand random weights. Products are convolutions and matrix products, those of "
             "attention among them; their shares are what the preflight expects of ONNX Runtime at the model's "
-            "own size. Gates and SNR are those of `quest-deploy parity` against torch, over all components.",
+            "own size. Gates and SNR are those of `quest-deploy parity` against torch, over all components."
+            + _later(result),
         )
     ]
+
+
+def _later(result: dict[str, Any]) -> str:
+    """Which rows were measured at another commit than the rest."""
+    later = {
+        kind: row["commit"]
+        for kind, variants in result["kinds"].items()
+        for row in variants.values()
+        if row.get("commit") not in (None, result["commit"])
+    }
+    return "".join(
+        f" Rows of {kind} were measured later, at `{commit[:12]}`." for kind, commit in later.items()
+    )
 
 
 def _cells(kind: str, label: str, row: dict[str, Any]) -> tuple[str, ...]:
     shares, gates, found = row["share_of_macs"], row["gates"], row["openvino"]
     quantized = row["quantized_products"] + row["weight_only_products"]
-    decibels = [gate["measured"] for name, gate in gates.items() if "SNR" in name]
+    decibels = [gate["measured"] for name, gate in gates.items() if "SNR" in name and "PSNR" not in name]
     finite = [value for value in decibels if isinstance(value, float)]
     codes = gates.get("int8 codes that differ", {}).get("measured")
     fused = ", ".join(f"{count} {kernel}" for kernel, count in row["onnxruntime_fused"].items())
@@ -251,3 +279,10 @@ def _cells(kind: str, label: str, row: dict[str, Any]) -> tuple[str, ...]:
         found if isinstance(found, str) else f"{found['int8']} of {found['products']}",
         yes(row["tensorrt_rtx"]["builds"]),
     )
+
+
+if __name__ == "__main__":
+    # python -m benchmarks.modes KIND...: measure these again, after a change that touches them alone.
+    import sys
+
+    measure_again(Settings(), sys.argv[1:])

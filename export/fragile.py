@@ -31,7 +31,8 @@ LOSS_DB = 30.0
 PIECE = 1 << 20
 IR_VERSION = 10
 PROMPTS, STEPS, GUIDANCE_SCALE, SEED = 2, 4, 5.0, 0
-# A denoiser of more parameters is tried on fewer and smaller images: its operators are many, and each is tried.
+# A denoiser of more parameters, or of larger latents, is tried on fewer and smaller images: its operators are many, each
+# is tried, and attention's probabilities grow with the fourth power of a side.
 LARGE, SMALL_LATENTS, FEW_PROMPTS, FEW_STEPS = 500_000_000, 32, 1, 2
 Arrays = Mapping[str, np.ndarray]
 Report = Callable[[int, int], None]
@@ -42,9 +43,11 @@ def sample_inputs(model: LoadedModel) -> dict[str, list[dict[str, np.ndarray]]]:
     """What the components are given while a few images are drawn, by component: a list of inputs by name.
 
     Components that do not run then (an encoder of images, a ControlNet) have none. Weights that were left in their
-    files are read layer by layer; a denoiser of more than :data:`LARGE` parameters draws fewer and smaller images.
+    files are read layer by layer; a denoiser of more than :data:`LARGE` parameters, or of latents larger than
+    :data:`SMALL_LATENTS`, draws fewer and smaller images.
     """
     large = sum(tensor.numel() for tensor in model.denoiser.parameters()) > LARGE
+    large = large or max(model.latent_shape[1:]) > SMALL_LATENTS
     count, steps = (FEW_PROMPTS, FEW_STEPS) if large else (PROMPTS, STEPS)
     prompts = choose_prompts(model.family, model.classes, (), default=load_prompts()[:count], count=count)
     vae: Any = model.vae

@@ -186,7 +186,7 @@ def _adds_what_vanishes(node: ir.Node, dtype: ir.DataType) -> bool:
     for value in node.inputs:
         if value is None or not value.is_initializer() or value.const_value is None or value.dtype != FLOAT:
             continue
-        numbers = value.const_value.numpy() if value.const_value.size == 1 else np.zeros(())
+        numbers = value.const_value.numpy()
         if numbers.any() and not narrowed(numbers, dtype).any():
             return True
     return False

@@ -236,6 +236,15 @@ def test_a_sum_with_what_the_type_takes_for_zero_stays(dtype: str, stays: bool) 
     assert ({node.op_type for node in stays_float(model.graph, kind)} == {"Add"}) is stays
 
 
+def test_a_sum_with_many_that_the_type_takes_for_zero_stays() -> None:
+    """Sana's linear attention divides by such a sum; its 1e-15 may have any shape."""
+    small = np.full((1, 3), 1e-15, dtype=np.float32)
+    mixed = np.array([[1e-15, 1.0, 0.0]], dtype=np.float32)
+    for added, stays in ((small, True), (mixed, False), (np.zeros_like(small), False)):
+        model = typed(graph("unet (float[n, 3] x) => (float[n, 3] y) { y = Add(x, small) }", small=added))
+        assert bool(stays_float(model.graph, ir.DataType.FLOAT16)) == stays
+
+
 def test_a_timestep_times_ones_is_one() -> None:
     text = """
     g (float[n] timestep, int64[k] shape) => (float[n] y) {
