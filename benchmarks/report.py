@@ -26,6 +26,7 @@ HEADINGS = {
     "large": "Large models",
     "cpu_speed": "Speed on the CPU",
     "generation": "Generation on the CPU",
+    "gpu": "On a GPU",
     "analysis": "Sensitivity to low bits",
     "differences": "Differences from the published quantizers",
 }
@@ -36,7 +37,7 @@ INTRODUCTION = """\
 
 What was measured on the bundled reference model. `make bench` measures it again; one benchmark alone:
 `python -m benchmarks quality` (or `baselines`, `ablation`, `kid`, `order`, `cost`, `engines`, `runtimes`, `families`,
-`modes`, `large`, `cpu_speed`, `generation`, `analysis`, `differences`).
+`modes`, `large`, `cpu_speed`, `generation`, `analysis`, `differences`; `gpu` on a machine with one).
 """
 
 

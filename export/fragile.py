@@ -31,8 +31,8 @@ LOSS_DB = 30.0
 PIECE = 1 << 20
 IR_VERSION = 10
 PROMPTS, STEPS, GUIDANCE_SCALE, SEED = 2, 4, 5.0, 0
-# A denoiser of more parameters, or of larger latents, is tried on fewer and smaller images: its operators are many, each
-# is tried, and attention's probabilities grow with the fourth power of a side.
+# A denoiser of more parameters, or of larger latents, is tried on fewer and smaller images: its operators are many, and
+# attention's probabilities grow with the fourth power of a side.
 LARGE, SMALL_LATENTS, FEW_PROMPTS, FEW_STEPS = 500_000_000, 32, 1, 2
 Arrays = Mapping[str, np.ndarray]
 Report = Callable[[int, int], None]

@@ -175,6 +175,23 @@ def large() -> dict[str, Any]:
     return {**HEADER, "export": export, "components": {"unet": component}, "limit_bytes": 7_500_000_000}
 
 
+def gpu() -> dict[str, Any]:
+    """A GPU that engines load on for any GPU alone, and finetuning that was stopped."""
+    parts = {"parts_s": {"record trajectories": 2.0}, "peak_bytes": {"record trajectories": 3e9}}
+    refused = {"plan_bytes": 9, "deserialized": False, "said": ["Severity.ERROR: no such GPU"]}
+    return {
+        **HEADER,
+        "gpus": [{"name": "Abacus GPU", "compute_capability": "9.9"}],
+        "tensorrt_rtx": {
+            "version": "1",
+            "as it is": {"plan_bytes": 9, "deserialized": True, "ran": True, "said": []},
+            "for this GPU": refused,
+        },
+        "w4a4": parts,
+        "sd15": {"unfinished": parts},
+    }
+
+
 def families() -> dict[str, Any]:
     recipes = {}
     for name, best in (("w8a8", 40.0), ("w4a8", 30.0)):

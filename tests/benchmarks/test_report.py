@@ -67,6 +67,7 @@ def everything(made_up: ModuleType) -> dict[str, dict]:
         "large": made_up.large(),
         "cpu_speed": made_up.cpu_speed(),
         "generation": made_up.generation(),
+        "gpu": made_up.gpu(),
         "analysis": {**made_up.HEADER, **SENSITIVITY},
         "differences": {**made_up.HEADER, **DIFFERENCES},
     }
