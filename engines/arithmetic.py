@@ -129,7 +129,11 @@ def _in_tensorrt_rtx(capability: Capability) -> str:
     listed = RTX_LISTS.get(capability)
     if listed is None:
         known = ", ".join(_text(one) for one in RTX_LISTS)
-        return f"TensorRT for RTX does not list this compute capability (it lists {known}): use --backend tensorrt"
+        seen = " and refused to load engines on it (version 1.7, an H200)" if capability == (9, 0) else ""
+        return (
+            f"TensorRT for RTX does not list this compute capability (it lists {known}){seen}: "
+            "use --backend tensorrt"
+        )
     if not listed:
         return "TensorRT for RTX lists neither INT8 nor INT4 for this GPU: use --backend tensorrt"
     return (

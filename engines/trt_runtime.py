@@ -35,6 +35,8 @@ from quest_deploy.model.spec import ComponentSpec, component_specs
 logger = logging.getLogger(__name__)
 
 PLAN_NAME = "model.plan"
+# Of TensorRT for RTX 1.7 on an H200.
+UNSUPPORTED = "does not support this compute capability"
 
 
 class TensorRTEngine(Closing):
@@ -252,12 +254,17 @@ def stale(
     driver = driver_version()
     under = f", driver {details['driver']}" if details.get("driver") else ""
     here = f", driver {driver}" if driver else ""
+    remedy = f"build it again here with `quest-deploy build-engine ONNX_DIR -o {path} --backend {backend} --overwrite`"
+    if any(UNSUPPORTED in word for word in words):
+        remedy = (
+            f"no build of {title_of(backend)} runs on this GPU: "
+            "build with --backend tensorrt, or draw with --backend onnxruntime or torch"
+        )
     return StaleArtifactError(
         f"{component}: the engine in '{path}' was built with {details.get('library')} "
         f"{details.get('library_version')} for {details.get('target_gpu')} (compute capability "
         f"{details.get('compute_capability')}{under}); {title_of(backend)} {version} on {gpu.name} (compute capability "
-        f"{gpu.compute_capability}{here}) cannot load it{said}; build it again here with "
-        f"`quest-deploy build-engine ONNX_DIR -o {path} --backend {backend} --overwrite`"
+        f"{gpu.compute_capability}{here}) cannot load it{said}; {remedy}"
     )
 
 

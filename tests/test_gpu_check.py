@@ -13,7 +13,8 @@ import pytest
 
 from quest_deploy.commands import main
 from quest_deploy.engines.libraries import gpus
-from scripts.gpu_check import NAME, Report, Step, run_all, run_step, steps, without_engines
+from scripts.gpu_check import NAME, Report, run_all, run_step
+from scripts.gpu_steps import Step, steps, without_engines
 
 
 @pytest.fixture

@@ -65,7 +65,7 @@ def test_eight_and_four_bit_floats_are_not_used(capability: Capability, words: s
     [
         ((7, 5), "lists neither INT8 nor INT4 for this GPU"),
         ((8, 9), "INT8 and INT4 for weights alone"),
-        ((9, 0), "does not list this compute capability (it lists 7.5, 8.6, 8.9, 12.0)"),
+        ((9, 0), "does not list this compute capability (it lists 7.5, 8.6, 8.9, 12.0) and refused to load"),
     ],
 )
 def test_tensorrt_for_rtx_is_promised_nothing_that_it_does_not_list(

@@ -171,6 +171,18 @@ def test_plan_that_does_not_load_names_versions_gpus_drivers_and_the_command(
         assert part in message
 
 
+@pytest.mark.usefixtures("rtx_5090")
+def test_a_gpu_that_the_library_never_runs_on_is_not_told_to_build_again() -> None:
+    """The words are those of TensorRT for RTX 1.7 on an H200 (benchmarks/results/gpu.json)."""
+    words = (
+        "The engine cannot run on this GPU, which has compute capability 9.0. Supported compute capabilities: None. "
+        "TensorRT-RTX does not support this compute capability, so the engine cannot be rebuilt for it."
+    )
+    message = str(stale("unet", Path("engines"), {}, "tensorrt-rtx", "1.7", [words]))
+    assert "no build of TensorRT for RTX runs on this GPU: build with --backend tensorrt" in message
+    assert "build it again" not in message
+
+
 @pytest.fixture(scope="module")
 def plans(tiny_onnx: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     """Real engines of the tiny pipeline."""
