@@ -249,9 +249,14 @@ class QuantizedLayer(nn.Module):
         if self.shared is not None:
             return self.shared
         weight = self.scaled_weight()
-        if not (weight.requires_grad or self.weight_log_scale.requires_grad):
+        if not self.weight_learns():
             return self._constant_weight(weight)
         return learned.weight(weight, self.weight_scale(), *weight_bounds(self.weight_bits))
+
+    def weight_learns(self) -> bool:
+        """Whether the weight or its scale is being trained."""
+        parts = (self.weight, self.weight_log_scale, self.low_rank_a, self.low_rank_b)
+        return any(part is not None and part.requires_grad for part in parts)
 
     def _constant_weight(self, weight: Tensor) -> Tensor:
         # Rounding an untrained weight again at every step would cost as much as the layer itself.

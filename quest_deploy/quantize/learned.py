@@ -117,18 +117,17 @@ def weight(value: Tensor, scale: Tensor, qmin: int, qmax: int) -> Tensor:
 
 @contextmanager
 def quantized_once(layers: Iterable[QuantizedLayer]) -> Iterator[None]:
-    """Quantize the weights that learn once for all passes and backward passes of the body, which is one update.
+    """Quantize the weights that learn once for all passes and backward passes of the body: one update, or a validation.
 
     Gradients gather at the quantized weights, and go on to weights and scales when the body ends.
     """
     shared: list[tuple[QuantizedLayer, Tensor]] = []
     for layer in layers:
-        if layer.frozen or layer.rounding is not None:
+        if layer.frozen or layer.rounding is not None or not layer.weight_learns():
             continue
         quantized = layer.quantized_weight()
-        if quantized.requires_grad:
-            layer.shared = quantized.detach().requires_grad_()
-            shared.append((layer, quantized))
+        layer.shared = quantized.detach().requires_grad_(quantized.requires_grad)
+        shared.append((layer, quantized))
     try:
         yield
         learned = [(quantized, layer.shared.grad) for layer, quantized in shared if layer.shared is not None]

@@ -144,7 +144,12 @@ class Task:
     def validation_loss(self) -> float:
         """The mean of errors, relative to those of rounding alone: 1 is the start."""
         mine = self.validation[self.workers.index :: self.workers.count]
-        with autocast(self.data.device, self.precision):
+        layers = quantized_layers(self.student).values()
+        with (
+            torch.no_grad(),
+            autocast(self.data.device, self.precision),
+            learned_weights.quantized_once(layers),
+        ):
             total = losses.total_loss(self.student, self.data, mine, self.objective)
         return self.objective.mean(self.workers.sum(total) / self.validation.numel())
 

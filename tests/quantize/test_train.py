@@ -90,6 +90,19 @@ def test_the_start_costs_one(task: train.Task) -> None:
     assert task.validation_loss() == pytest.approx(1.0, rel=1e-4)
 
 
+def test_a_validation_quantizes_each_weight_that_learns_once(
+    task: train.Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train.trainable(task.student, phase(), task.trace.roles, temporal=False)
+    expected, quantized = task.validation_loss(), []
+    original = learned.weight
+    monkeypatch.setattr(learned, "weight", lambda *args: quantized.append(1) or original(*args))
+    assert task.validation_loss() == expected
+    learning = [layer for layer in quantized_layers(task.student).values() if layer.weight_learns()]
+    assert len(quantized) == len(learning) > 0
+    assert all(layer.shared is None for layer in learning)
+
+
 def test_the_start_costs_one_in_the_geometric_mean_too(task: train.Task) -> None:
     objective = losses.make_objective(
         task.student,
