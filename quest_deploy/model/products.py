@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -18,7 +18,9 @@ Products = Literal["ieee", "tf32"]
 @contextmanager
 def float32_products(products: Products) -> Iterator[None]:
     """Multiply float32 on GPUs as `products` says while the body runs; CPUs know one way."""
-    backends = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+    # PyTorch makes `conv` while it runs, so its type hints know none.
+    cudnn: Any = torch.backends.cudnn
+    backends = (torch.backends.cuda.matmul, cudnn.conv)
     before = [backend.fp32_precision for backend in backends]
     try:
         for backend in backends:

@@ -30,7 +30,7 @@ from quest_deploy.config import FinetuneConfig, ProgressEvent, to_dict
 from quest_deploy.model.families import Classes, Family, choose_prompts
 from quest_deploy.model.load import LoadedModel, load_model
 from quest_deploy.model.lora import merge_loras
-from quest_deploy.model.products import float32_products
+from quest_deploy.model.products import Products, float32_products
 from quest_deploy.model.spec import classes_of, family_of
 from quest_deploy.prompts import load_prompts
 from quest_deploy.quantize.attention import insert_attention
@@ -95,7 +95,7 @@ def finetune(
                 work.open(run, resume=resume, overwrite=overwrite)
         place(loaded, device_of(config.device, workers))
         told = progress if progress is not None and workers.main else _tell_nobody
-        products = "tf32" if config.recipe.precision == "tf32" else "ieee"
+        products: Products = "tf32" if config.recipe.precision == "tf32" else "ieee"
         with deterministic(config.seed), float32_products(products):
             denoiser, context, history = _quantize(loaded, trace, config, work, told, workers)
         with workers.main_first():
