@@ -19,6 +19,8 @@ from quest_deploy.model.spec import ComponentSpec, TensorSpec
 STANDARD_DOMAINS = ("", "ai.onnx")
 STORED, COMPUTED = "stored", "computed"
 PRODUCTS = ("Conv", "MatMul", "Gemm")
+# Of the codes of a gated layer, see SplitGatedLayers.
+SECOND_HALF = "/1"
 ABSOLUTE_PATH = re.compile(r"(?:^|[\s\"'=:(])(?:/[\w.+-]+){2,}|[A-Za-z]:\\")
 
 
@@ -84,7 +86,7 @@ def check_file(
         path: The ``.onnx`` file; external data lies next to it.
         spec: The inputs and outputs that it must have.
         opset: The operator set it must use; None accepts any.
-        quantized_layers: How many of its products must be quantized; None accepts any number.
+        quantized_layers: How many layers' products must be quantized; None accepts any number.
         weight_only_layers: How many must have integer weights and float activations; None accepts any number.
 
     Raises:
@@ -101,14 +103,18 @@ def check_file(
     summary = summarize(path, model)
     if opset is not None and summary.opset != opset:
         raise ExportError(f"{path}: got opset {summary.opset}, expected {opset}; report this")
-    if quantized_layers is not None and summary.quantized_products != quantized_layers:
+    # The two products of a gated layer are one layer's.
+    halves = gated_layers(model.graph)
+    found = summary.quantized_products - halves[False]
+    if quantized_layers is not None and found != quantized_layers:
         raise ExportError(
-            f"{path}: {summary.quantized_products} products are quantized, expected {quantized_layers} "
+            f"{path}: {found} products are quantized, expected {quantized_layers} "
             "(one for each quantized layer); report this, with the recipe"
         )
-    if weight_only_layers is not None and summary.weight_only_products != weight_only_layers:
+    found = summary.weight_only_products - halves[True]
+    if weight_only_layers is not None and found != weight_only_layers:
         raise ExportError(
-            f"{path}: {summary.weight_only_products} products have integer weights and float activations, expected "
+            f"{path}: {found} products have integer weights and float activations, expected "
             f"{weight_only_layers}; report this, with the recipe"
         )
     return summary
@@ -137,6 +143,20 @@ def quantized_products(graph: onnx.GraphProto) -> int:
 def weight_only_products(graph: onnx.GraphProto) -> int:
     """How many products read stored codes as their second operand alone."""
     return sum(sides == (None, STORED) for _, sides in _products(graph))
+
+
+def gated_layers(graph: onnx.GraphProto) -> dict[bool, int]:
+    """How many layers have two products, see SplitGatedLayers; by whether only their weights are quantized."""
+    producer = {name: node for node in graph.node for name in node.output}
+    halves: Counter[bool] = Counter()
+    for node, sides in _products(graph):
+        dequantize = _dequantizer(node.input[1], producer)
+        if sides[1] != STORED or dequantize is None:
+            continue
+        packed = producer.get(dequantize.input[0])
+        codes = dequantize.input[0] if packed is None else packed.input[0]
+        halves[sides[0] is None] += codes.endswith(SECOND_HALF)
+    return {weight_only: halves[weight_only] for weight_only in (False, True)}
 
 
 def stay_int8(graph: onnx.GraphProto) -> dict[str, str]:

@@ -9,12 +9,22 @@ QUANTIZE = "QuantizeLinear"
 
 
 def code_names(model: onnx.ModelProto) -> list[str]:
-    """Names of all QuantizeLinear outputs, in graph order: ``<path of the quantizer in the torch component>/codes``."""
-    return [node.output[0] for node in model.graph.node if node.op_type == QUANTIZE]
+    """Names of all codes, in graph order: ``<path of the quantizer in the torch component>/codes``.
+
+    Of QuantizeLinear nodes with the same inputs (see UnshareQuantize) the first stands for all.
+    """
+    return list(dict.fromkeys(_names(model).values()))
+
+
+def _names(model: onnx.ModelProto) -> dict[str, str]:
+    """For the output of every QuantizeLinear, that of the first with the same inputs."""
+    first: dict[tuple[str, ...], str] = {}
+    quantizers = [node for node in model.graph.node if node.op_type == QUANTIZE]
+    return {node.output[0]: first.setdefault(tuple(node.input), node.output[0]) for node in quantizers}
 
 
 def mark_codes(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy of `model` that also returns the output of every QuantizeLinear.
+    """A copy of `model` that also returns the codes of every quantizer.
 
     The new outputs (int8, in the order of :func:`code_names`) follow the model's own. So the codes of two rungs can be
     compared layer by layer. A quantizer that several layers share appears once, under the first.
@@ -35,11 +45,11 @@ def force_codes(model: onnx.ModelProto) -> onnx.ModelProto:
     rung, a code that differs is a difference made since the last product: it does not cascade into later layers.
     """
     forced = mark_codes(model)
-    codes = set(code_names(model))
+    names = _names(model)
     for node in forced.graph.node:
         for index, name in enumerate(node.input):
-            if name in codes:
-                node.input[index] = forced_name(name)
+            if name in names:
+                node.input[index] = forced_name(names[name])
     for name in code_names(model):
         forced.graph.input.append(helper.make_tensor_value_info(forced_name(name), TensorProto.INT8, None))
     return forced

@@ -25,9 +25,11 @@ from quest_deploy.export.passes.lower_precision import LowerPrecision
 from quest_deploy.export.passes.name_dimensions import NameDimensions
 from quest_deploy.export.passes.pack_int4 import PackInt4
 from quest_deploy.export.passes.remove_no_ops import RemoveNoOps
+from quest_deploy.export.passes.split_gated_layers import SplitGatedLayers
 from quest_deploy.export.passes.strip_metadata import StripMetadata
 from quest_deploy.export.passes.transpose_weights import TransposeWeights
 from quest_deploy.export.passes.unshare_dequantize import UnshareDequantize
+from quest_deploy.export.passes.unshare_quantize import UnshareQuantize
 from quest_deploy.export.qdq import translation_table
 from quest_deploy.export.wrap import keep_tiny_addends, remove_idle_squeezes, traceable
 from quest_deploy.model.components import ControlNet, Denoiser
@@ -124,12 +126,13 @@ def clean(model: ir.Model, spec: ComponentSpec, target: str) -> ir.Model:
         FoldWeightTranspose(),
         RemoveNoOps(),
         FoldRows(),
+        *([SplitGatedLayers()] if target == "onnxruntime" else []),
         UnshareDequantize(),
         BlockInt4(),
         RemoveUnusedNodesPass(),
     ]
     if target == "onnxruntime":
-        passes.append(PackInt4())
+        passes += [UnshareQuantize(), PackInt4()]
     passes += [TopologicalSortPass(), NameDimensions(spec), CanonicalNames()]
     result = ir.passes.Sequential(*passes)(model)
     result.model.graph.name = spec.name

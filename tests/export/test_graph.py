@@ -7,10 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from quest_deploy.errors import ExportError
+from quest_deploy.export.check import gated_layers
 from quest_deploy.export.codes import code_names, force_codes, forced_name, mark_codes
 from quest_deploy.export.graph import component_graph
 from quest_deploy.model.spec import ComponentSpec, TensorSpec
 from quest_deploy.quantize import grid
+from quest_deploy.quantize.insert import quantized_layers
 from quest_deploy.quantize.layers import ActivationQuantizer
 from tests.export.conftest import Exported, run_onnx, snr_db, unet_inputs
 
@@ -77,6 +79,12 @@ def test_codes_agree_layer_by_layer(
     largest = max(int(np.abs(got[name].astype(int) - codes[name]).max()) for name in names)
     # Float operators between the products may round differently: DESIGN §7 allows one code in 10^4, by one.
     assert differing <= 1e-4 * sum(codes[name].size for name in names) and largest <= 1
+
+
+def test_gated_layers_are_two_products(w4a4_unet: Exported) -> None:
+    gated = sum(name.endswith(".ff.net.0.proj") for name in quantized_layers(w4a4_unet.module))
+    assert gated_layers(w4a4_unet.proto.graph) == {False: gated, True: 0}
+    assert gated > 0
 
 
 def test_each_sample_has_the_scale_of_its_own_timestep(w4a4_unet: Exported) -> None:
