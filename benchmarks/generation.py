@@ -6,6 +6,7 @@ is nothing to see.
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from typing import Any
@@ -35,8 +36,11 @@ def run(settings: Settings) -> dict[str, Any]:
     model, checkpoint = folder / "model", folder / "checkpoint"
     if not (model / "model_index.json").is_file():
         subprocess.run([sys.executable, "-m", "benchmarks.cpu_speed", "model", str(folder)], check=True)
-    recipe = write_recipe(one_update(weight_bits=4, batch_size=1), settings.work / "recipes")
-    finetune = ("finetune", str(model), "--seed", "0", "--recipe", str(recipe))
+    recipe = dataclasses.replace(
+        one_update(weight_bits=4, batch_size=1), name=NAME, memory_limit_gb=cpu_speed.MEMORY_LIMIT_GB
+    )
+    finetune = ("finetune", str(model), "--seed", "0", "--recipe")
+    finetune += (str(write_recipe(recipe, settings.work / "recipes")),)
     made = {"inputs": (model,), "sources": stages.QUANTIZER}
     stages.required(stages.make(settings, f"finetune {NAME}", finetune, checkpoint, **made))
     for name, source in ((FLOAT, model), (QUANTIZED, checkpoint)):

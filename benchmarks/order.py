@@ -131,10 +131,11 @@ def worker(order: str, *, quick: bool) -> dict[str, Any]:
     for name, phase in phases.items():
         temporal = name == "phase_1"
         groups = train.trainable(task.student, phase, task.trace.roles, temporal=temporal)
-        optimizer = torch.optim.Adam(groups, lr=1.0)
         if order in OWN:
+            optimizer = train.make_optimizer(groups)
             cost[f"{name}_ms"] = _here(task, phase, optimizer, temporal=temporal, quick=quick)
         else:
+            optimizer = torch.optim.Adam(groups, lr=1.0)
             gathered = 1 if order == "update-a-pass" else GATHERED[name]
             cost[f"{name}_ms"] = _published(task, optimizer, gathered, temporal=temporal, quick=quick)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -105,8 +105,11 @@ class CalibrationSet:
 
     def batch(self, prompt: Tensor, step: Tensor) -> tuple[Tensor, Tensor, Conditioning, Tensor]:
         """As :meth:`inputs`, and what the full-precision denoiser answered, [Bn, c, h, w]."""
-        target = torch.cat(self.targets[prompt, step].unbind(1)).to(self.device)
-        return (*self.inputs(prompt, step), target)
+        return (*self.inputs(prompt, step), self.answers(prompt, step))
+
+    def answers(self, prompt: Tensor, step: Tensor) -> Tensor:
+        """What the full-precision denoiser answered to :meth:`inputs`, [Bn, c, h, w]."""
+        return torch.cat(self.targets[prompt, step].unbind(1)).to(self.device)
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything as one mapping, for files; :func:`from_tensors` reads it."""

@@ -119,27 +119,43 @@ def _split(a: Tensor, b: Tensor, size: int) -> Iterable[tuple[Tensor, Tensor]]:
     return zip(a.split(size), b.split(size), strict=True) if a.numel() else ()
 
 
-def raw_errors(denoiser: nn.Module, data: CalibrationSet, prompt: Tensor, step: Tensor) -> Tensor:
-    """float32 [n]: mean squared error of the output, over all branches, for (prompt, step) pairs int64 [n]."""
-    sample, timestep, conditioning, target = data.batch(prompt, step)
-    error = predict(denoiser, sample, timestep, conditioning) - target
+def raw_errors(
+    denoiser: nn.Module, data: CalibrationSet, prompt: Tensor, step: Tensor, output: Tensor | None = None
+) -> Tensor:
+    """float32 [n]: mean squared error of the output, over all branches, for (prompt, step) pairs int64 [n].
+
+    `output`, [B n, c, h, w], is what the denoiser answers; None asks it.
+    """
+    if output is None:
+        output = predict(denoiser, *data.inputs(prompt, step))
+    error = output - data.answers(prompt, step)
     branches = torch.stack(error.square().flatten(1).mean(dim=1).chunk(data.targets.shape[2]))
     return branches.mean(dim=0)
 
 
 def weighed_pairs(
-    denoiser: nn.Module, data: CalibrationSet, objective: Objective, prompt: Tensor, step: Tensor
+    denoiser: nn.Module,
+    data: CalibrationSet,
+    objective: Objective,
+    prompt: Tensor,
+    step: Tensor,
+    output: Tensor | None = None,
 ) -> Tensor:
     """float32 [n]: terms of the errors of pairs, relative to those at the start."""
-    errors = raw_errors(denoiser, data, prompt, step)
+    errors = raw_errors(denoiser, data, prompt, step, output)
     return objective.term(objective.raw[step].to(errors.device) * errors)
 
 
 def weighed_walks(
-    denoiser: nn.Module, data: CalibrationSet, objective: Objective, prompt: Tensor, start: Tensor
+    denoiser: nn.Module,
+    data: CalibrationSet,
+    objective: Objective,
+    prompt: Tensor,
+    start: Tensor,
+    first: Tensor | None = None,
 ) -> Tensor:
     """float32 [n]: terms of what walks end in, relative to the start of training."""
-    errors = walks(denoiser, data, objective, prompt, start)
+    errors = walks(denoiser, data, objective, prompt, start, first)
     return objective.term(objective.walks[start].to(errors.device) * errors)
 
 
@@ -151,9 +167,14 @@ def in_slices(errors: Errors, prompt: Tensor, step: Tensor, size: int | None) ->
 
 
 def walks(
-    denoiser: nn.Module, data: CalibrationSet, objective: Objective, prompt: Tensor, start: Tensor
+    denoiser: nn.Module,
+    data: CalibrationSet,
+    objective: Objective,
+    prompt: Tensor,
+    start: Tensor,
+    first: Tensor | None = None,
 ) -> Tensor:
-    """float32 [n]: what walks end in, for (prompt, step) pairs int64 [n]."""
+    """float32 [n]: what walks end in, for (prompt, step) pairs int64 [n]; `first` as :func:`walk_errors` has it."""
     assert objective.steps is not None
     return walk_errors(
         denoiser,
@@ -163,6 +184,7 @@ def walks(
         start,
         length=objective.walk_length,
         guidance_scale=objective.guidance_scale,
+        first=first,
     )
 
 
@@ -261,14 +283,32 @@ def draw(
 def network_loss(denoiser: nn.Module, data: CalibrationSet, objective: Objective, drawn: Draw) -> Tensor:
     """The part that `drawn` has in the loss of its update, a scalar."""
     raw = walked = torch.zeros((), device=data.device)
+    pairs, starts = _first_outputs(denoiser, data, drawn)
     if drawn.prompt.numel():
-        raw = weighed_pairs(denoiser, data, objective, drawn.prompt, drawn.step).sum() / drawn.num_pairs
+        terms = weighed_pairs(denoiser, data, objective, drawn.prompt, drawn.step, pairs)
+        raw = terms.sum() / drawn.num_pairs
     if not drawn.num_walks:
         return raw
     if drawn.walk_prompt.numel():
-        ends = weighed_walks(denoiser, data, objective, drawn.walk_prompt, drawn.walk_start)
+        ends = weighed_walks(denoiser, data, objective, drawn.walk_prompt, drawn.walk_start, starts)
         walked = ends.sum() / drawn.num_walks
     return combine(objective, raw, walked)
+
+
+def _first_outputs(
+    denoiser: nn.Module, data: CalibrationSet, drawn: Draw
+) -> tuple[Tensor | None, Tensor | None]:
+    """What the denoiser answers to pairs and at the start of walks, asked once; None where there is only one kind.
+
+    Few samples at a time cost the network more for each.
+    """
+    count, walking = drawn.prompt.numel(), drawn.walk_prompt.numel()
+    if not count or not walking:
+        return None, None
+    prompt = torch.cat([drawn.prompt, drawn.walk_prompt])
+    output = predict(denoiser, *data.inputs(prompt, torch.cat([drawn.step, drawn.walk_start])))
+    by_branch = output.unflatten(0, (-1, count + walking))
+    return by_branch[:, :count].flatten(0, 1), by_branch[:, count:].flatten(0, 1)
 
 
 def draw_pairs(prompts: Tensor, steps: int, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

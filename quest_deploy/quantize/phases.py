@@ -174,7 +174,7 @@ def _train_phase(
         raise ConfigError(
             f"the {name} phase has steps but nothing to train; raise a learning rate, or set steps to 0"
         )
-    optimizer = torch.optim.Adam(groups, lr=1.0)
+    optimizer = train.make_optimizer(groups)
     state = train.TrainState()
     with task.workers.main_first():
         saved = work.load(f"phase-{name}")

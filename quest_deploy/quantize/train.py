@@ -164,6 +164,12 @@ def learned(groups: list[dict[str, object]]) -> dict[str, Tensor]:
     return {str(group["name"]): group["params"][0] for group in groups}  # type: ignore[index]
 
 
+def make_optimizer(groups: list[dict[str, object]]) -> torch.optim.Adam:
+    """Adam over `trainable(...)`; on the CPU in one pass over each tensor instead of ten."""
+    on_cpu = all(tensor.device.type == "cpu" for tensor in learned(groups).values())
+    return torch.optim.Adam(groups, lr=1.0, fused=on_cpu or None)
+
+
 def snapshot(state: TrainState, optimizer: torch.optim.Adam) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """A phase as tensors and JSON facts, from which :func:`restore` goes on with the same bits."""
     tensors = {f"best/{name}": tensor for name, tensor in state.best.items()}

@@ -82,6 +82,7 @@ def walk_errors(
     *,
     length: int,
     guidance_scale: float,
+    first: Tensor | None = None,
 ) -> Tensor:
     """Mean squared distance, in the latents as the denoiser is given them, after a walk: float32 [n].
 
@@ -93,6 +94,7 @@ def walk_errors(
         start: int64 [n], below ``steps.starts(length)``.
         length: Steps.
         guidance_scale: That the trajectories were recorded with.
+        first: What the denoiser answers at the start, [B n, c, h, w]; None asks it.
     """
     branches = data.targets.shape[2]
     conditioning = data.conditioning(prompt)
@@ -100,10 +102,13 @@ def walk_errors(
     shape = (-1, *[1] * (latents.ndim - 1))
     for step in range(length):
         at = start + step
-        sample = torch.cat([latents] * branches)
-        timestep = data.timesteps[at].repeat(branches).to(data.device)
-        told = data.told(sample, timestep, conditioning)
-        output = predict(denoiser, sample, timestep, told).to(torch.float32)
+        if first is None or step:
+            sample = torch.cat([latents] * branches)
+            timestep = data.timesteps[at].repeat(branches).to(data.device)
+            output = predict(denoiser, sample, timestep, data.told(sample, timestep, conditioning))
+        else:
+            output = first
+        output = output.to(torch.float32)
         prediction = guide(output, guidance_scale) if data.guided else output
         keep, move = (factor[at].reshape(shape).to(data.device) for factor in (steps.keep, steps.move))
         latents = keep * latents + move * prediction

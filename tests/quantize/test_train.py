@@ -65,8 +65,8 @@ def run(
     after_step: Callable[[train.TrainState, torch.optim.Adam], None] = lambda state, optimizer: None,
     resumed: tuple[dict[str, Tensor], dict[str, Any]] | None = None,
 ) -> train.TrainState:
-    optimizer = torch.optim.Adam(
-        train.trainable(task.student, phase, task.trace.roles, temporal=temporal), lr=1.0
+    optimizer = train.make_optimizer(
+        train.trainable(task.student, phase, task.trace.roles, temporal=temporal)
     )
     state = train.TrainState()
     if resumed is not None:
@@ -317,11 +317,38 @@ def test_default_settings_give_the_bits_of_the_plain_path(
     assert all(torch.equal(value, got[name]) for name, value in parameters(task).items())
 
 
+def test_walks_and_pairs_share_the_first_answer_and_their_loss_is_that_of_each(task: train.Task) -> None:
+    """Asked together or apart, the network gives the same loss and gradients but for rounding."""
+    drawn = losses.draw(
+        task.data,
+        task.training,
+        task.objective,
+        batch_size=3,
+        num_walks=2,
+        generator=torch.Generator().manual_seed(0),
+    )
+    train.trainable(task.student, phase(), task.trace.roles, temporal=False)
+    none = drawn.prompt[:0]
+    apart = [
+        dataclasses.replace(drawn, walk_prompt=none, walk_start=none),
+        dataclasses.replace(drawn, prompt=none, step=none),
+    ]
+    found = []
+    for parts in ([drawn], apart):
+        task.student.zero_grad(set_to_none=True)
+        loss = sum(losses.network_loss(task.student, task.data, task.objective, part) for part in parts)
+        assert isinstance(loss, Tensor)
+        loss.backward()
+        grads = [p.grad.flatten() for p in task.student.parameters() if p.grad is not None]
+        found.append((loss.detach(), torch.cat(grads)))
+    (together, gradient), (sum_of_parts, sum_of_gradients) = found
+    torch.testing.assert_close(together, sum_of_parts, rtol=1e-4, atol=0)
+    assert (gradient - sum_of_gradients).norm() <= 1e-2 * sum_of_gradients.norm() > 0
+
+
 def plain(task: train.Task, plan: PhaseConfig) -> None:
     """The updates of the sensitive phase as one loop, without slices, processes or precisions."""
-    optimizer = torch.optim.Adam(
-        train.trainable(task.student, plan, task.trace.roles, temporal=False), lr=1.0
-    )
+    optimizer = train.make_optimizer(train.trainable(task.student, plan, task.trace.roles, temporal=False))
     data, objective = task.data, task.objective
     for update in range(plan.steps):
         for group in optimizer.param_groups:
@@ -333,11 +360,17 @@ def plain(task: train.Task, plan: PhaseConfig) -> None:
             prompt, step = losses.draw_pairs(
                 task.training, data.timesteps.numel(), plan.batch_size, generator
             )
-            errors = losses.raw_errors(task.student, data, prompt, step)
+            starting, start = losses.draw_pairs(task.training, objective.walks.numel(), plan.walks, generator)
+            # The network is asked once for the pairs and for where the walks start.
+            inputs = data.inputs(torch.cat([prompt, starting]), torch.cat([step, start]))
+            output = predict(task.student, *inputs)
+            negative, positive = output.split(plan.batch_size + plan.walks)
+            of_pairs = torch.cat([negative[: plan.batch_size], positive[: plan.batch_size]])
+            of_walks = torch.cat([negative[plan.batch_size :], positive[plan.batch_size :]])
+            errors = losses.raw_errors(task.student, data, prompt, step, of_pairs)
             raw = (objective.raw[step] * errors).mean()
-            prompt, step = losses.draw_pairs(task.training, objective.walks.numel(), plan.walks, generator)
-            ends = losses.walks(task.student, data, objective, prompt, step)
-            walked = (objective.walks[step] * ends).mean()
+            ends = losses.walks(task.student, data, objective, starting, start, of_walks)
+            walked = (objective.walks[start] * ends).mean()
             loss = (raw + objective.walk_share * walked) / (1 + objective.walk_share)
             loss.backward()
         optimizer.step()
