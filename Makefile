@@ -1,6 +1,7 @@
 # Every target makes the virtual environment first; only python3 (with its venv module) is needed.
 #   make demo    the whole path on the bundled model: finetune, export, build, generate, compare
 #   make test    the default tests          make lint    style, types, import layers
+#   make thorough   the tests that continuous integration runs besides
 #   make bench-export   architectures and export modes
 #   make interop optimum-onnx runs exported models (its packages go to .interop/)
 #   make bench   the committed benchmarks   make clean   caches and build leftovers (never artifacts/)
@@ -11,7 +12,7 @@ BIN := .venv/bin
 STAMP := .venv/quest-deploy-installed
 PIP := $(BIN)/pip --disable-pip-version-check install -qq -c constraints.txt
 
-.PHONY: demo test interop lint bench bench-export clean
+.PHONY: demo test thorough interop lint bench bench-export clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -19,6 +20,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
+
+thorough: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m 'thorough and not slow and not gpu' $(PYTEST_ARGS)
 
 interop: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not gpu' $(PYTEST_ARGS) tests/interop/test_optimum.py

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks import stages
 from benchmarks.environment import header
+from benchmarks.in_turn import in_turn, times_as_fast
 from benchmarks.settings import Settings, one_update, write_recipe
 from benchmarks.tables import Table, number
 from quest_deploy.manifest import MANIFEST_NAME
@@ -284,34 +284,12 @@ def measure_in_turn(folder: Path, rounds: int) -> dict[str, Any]:
     command = [sys.executable, "-m", "benchmarks.cpu_speed", f"paired-{rounds}", str(folder)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     seconds = json.loads(done.stdout.splitlines()[-1])
-    return {"paired_seconds": seconds, "over_nncf": over_nncf(seconds)}
+    return {"paired_seconds": seconds, "over_nncf": times_as_fast(seconds, NNCF)}
 
 
 def paired(folder: Path, rounds: int) -> dict[str, list[float]]:
-    """Seconds of a step of each row of `PROFILED`, one after the other, round by round, the first one changing."""
-    runners = {row: _openvino(row, folder)[0] for row in PROFILED}
-    for runner in runners.values():
-        runner()
-    seconds: dict[str, list[float]] = {row: [] for row in runners}
-    for first in range(rounds):
-        for row in (*PROFILED[first % len(PROFILED) :], *PROFILED[: first % len(PROFILED)]):
-            started = time.perf_counter()
-            runners[row]()
-            seconds[row].append(time.perf_counter() - started)
-    return seconds
-
-
-def over_nncf(seconds: dict[str, list[float]]) -> dict[str, dict[str, float]]:
-    """How many times as fast as NNCF's graph the others are: median over rounds, 95 % bootstrap interval."""
-    from quest_deploy.metrics import paired_interval
-
-    found = {}
-    for row, own in seconds.items():
-        if row != NNCF:
-            logs = [math.log(theirs / mine) for theirs, mine in zip(seconds[NNCF], own, strict=True)]
-            low, median, high = paired_interval(logs, statistic="median")
-            found[row] = {"low": math.exp(low), "median": math.exp(median), "high": math.exp(high)}
-    return found
+    """Seconds of a step of each row of `PROFILED`."""
+    return in_turn({row: _openvino(row, folder)[0] for row in PROFILED}, rounds)
 
 
 def profile(row: str, folder: Path) -> dict[str, float]:

@@ -101,6 +101,7 @@ def test_where_there_are_no_locks_a_warning_is_all(
     assert "cannot be locked (Operation not supported)" in caplog.text
 
 
+@pytest.mark.thorough
 def test_two_finetune_commands_into_one_output(tiny_model: Path, tiny_recipe: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "quest_deploy.commands", "finetune", tiny_model, "-o", tmp_path / "out"]
     command += ["--recipe", tiny_recipe]

@@ -42,12 +42,14 @@ def ladder(
     return compare(tiny_model, onnx_for_runtime, output, config, via=(tiny_checkpoint,))
 
 
+@pytest.mark.thorough
 def test_a_w4a8_checkpoint_builds_a_tensorrt_for_rtx_engine(onnx_for_tensorrt: Path, tmp_path: Path) -> None:
     config = BuildConfig(backend="tensorrt-rtx", batch=ShapeRange(min=1, opt=1, max=1))
     artifact = build_engine(onnx_for_tensorrt, tmp_path / "engines", config)
     assert (artifact.path / "unet" / "model.plan").stat().st_size > 10_000
 
 
+@pytest.mark.thorough
 def test_four_bit_weights_are_packed_for_onnx_runtime_and_int8_for_tensorrt(
     onnx_for_runtime: Path, onnx_for_tensorrt: Path
 ) -> None:

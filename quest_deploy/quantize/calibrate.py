@@ -14,13 +14,7 @@ from torch import Tensor, nn
 
 from quest_deploy import sampling
 from quest_deploy.errors import CalibrationError
-from quest_deploy.model.components import (
-    Conditioning,
-    ControlNet,
-    first_device,
-    join_conditioning,
-    predict,
-)
+from quest_deploy.model.components import Conditioning, ControlNet, first_device, join_conditioning, predict
 from quest_deploy.model.load import LoadedModel
 from quest_deploy.quantize.insert import channel_axis, quantizable_layers
 from quest_deploy.quantize.pictures import pictures, sees_pictures, without_pictures

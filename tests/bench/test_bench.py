@@ -137,6 +137,7 @@ def test_every_mistake_of_a_configuration_is_told() -> None:
         assert name in str(error.value)
 
 
+@pytest.mark.thorough
 def test_the_command_measures_in_turns(tiny_onnx: Path, tiny_model: Path, tmp_path: Path) -> None:
     arguments = ["--prompt", "pizza", "--steps", "2", "--runs", "2", "--rounds", "1", "--threads", "1"]
     output = tmp_path / "bench"

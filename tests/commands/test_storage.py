@@ -47,7 +47,13 @@ def run_on_tmpfs(options: str, mount: Path, words: list[str]) -> subprocess.Comp
     return done
 
 
-@pytest.mark.parametrize("verb", ["finetune", "export", "build-engine", "generate", "parity"])
+@pytest.mark.parametrize(
+    "verb",
+    [
+        *("build-engine", "generate"),
+        *(pytest.param(verb, marks=pytest.mark.thorough) for verb in ("finetune", "export", "parity")),
+    ],
+)
 def test_full_disk(verb: str, tmp_path: Path, tiny_model: Path, tiny_onnx: Path, tiny_recipe: Path) -> None:
     """Full for real: the output lies on a tmpfs of two pages, 8 KiB.
 
@@ -105,6 +111,7 @@ def test_interrupted_write_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.thorough
 def test_killed_write_is_cleaned_by_the_next(tmp_path: Path, tiny_model: Path, tiny_onnx: Path) -> None:
     words = arguments("export", tiny_model, tiny_onnx)
     process = start(words, tmp_path / "out")

@@ -18,6 +18,7 @@ from quest_deploy.export.estimate import estimate
 from quest_deploy.export.to_onnx import export
 
 
+@pytest.mark.thorough
 def test_disk_is_what_the_weights_take(tiny_checkpoint: Path, tmp_path: Path) -> None:
     config = ExportConfig(target="onnxruntime")
     found = {one.component: one for one in estimate(tiny_checkpoint, config)}

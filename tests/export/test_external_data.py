@@ -15,6 +15,8 @@ from quest_deploy.export.to_onnx import EXTERNAL_DATA_FILE, export
 from quest_deploy.parity import compare
 from quest_deploy.pipeline import generate
 
+pytestmark = pytest.mark.thorough
+
 COMPONENTS = ("text_encoder", "unet", "vae_decoder")
 
 

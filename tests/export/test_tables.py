@@ -40,6 +40,8 @@ RECIPE = Recipe(
     sensitive=PHASE,
 )
 
+pytestmark = pytest.mark.thorough
+
 
 @dataclass(frozen=True)
 class Deployed:

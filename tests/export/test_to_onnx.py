@@ -89,6 +89,7 @@ def test_progress_ends_complete(exported: Artifact, events: list[ProgressEvent])
     assert events[-1].completed == events[-1].total
 
 
+@pytest.mark.thorough
 def test_two_processes_write_the_same_bytes(exported: Artifact, tiny_pipeline: Path, tmp_path: Path) -> None:
     script = (
         "import sys; from pathlib import Path; from quest_deploy.config import ExportConfig; "

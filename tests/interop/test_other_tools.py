@@ -13,6 +13,8 @@ from quest_deploy.config import ExportConfig
 from quest_deploy.export.to_onnx import export
 
 POLYGRAPHY = Path(sys.executable).with_name("polygraphy")
+pytestmark = pytest.mark.thorough
+
 COMPONENTS = ("text_encoder", "unet", "vae_decoder")
 SHAPES = {
     "text_encoder": {"input_ids": (2, 24)},

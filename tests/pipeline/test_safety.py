@@ -193,12 +193,14 @@ def test_a_checkpoint_brings_it(checkpoint: Artifact, tmp_path: Path) -> None:
     assert images.manifest.details["safety_checker"] is True
 
 
+@pytest.mark.thorough
 def test_an_export_brings_it(exported: Artifact, tmp_path: Path) -> None:
     assert FILES | {"LICENSE-MODEL.txt", "Notice.md", "README.md"} <= exported.manifest.files.keys()
     images = generate(exported.path, tmp_path / "images", CONFIG)
     assert (images.manifest.details["safety_checker"], metadata(images)["safety_checker"]) == (True, "passed")
 
 
+@pytest.mark.thorough
 def test_engines_bring_it(exported: Artifact, tmp_path: Path) -> None:
     copy_companions(exported, tmp_path / "engines")
     assert load_safety_checker(tmp_path / "engines", CPU) is not None

@@ -46,6 +46,7 @@ def test_the_checkpoint_has_the_size_that_was_told(
     assert found[0][-1].disk_bytes == pytest.approx(size, rel=0.25)
 
 
+@pytest.mark.thorough
 def test_what_would_take_long_is_counted(
     tiny_model: Path, config: FinetuneConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

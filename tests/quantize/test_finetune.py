@@ -115,7 +115,10 @@ def interrupt(tmp_path: Path, tiny_model: Path) -> Callable[[str], Path]:
     return make
 
 
-@pytest.fixture(scope="module", params=list(MOMENTS))
+@pytest.fixture(
+    scope="module",
+    params=[name if name == "gptq" else pytest.param(name, marks=pytest.mark.thorough) for name in MOMENTS],
+)
 def killed(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny_model: Path
 ) -> dict[str, Any]:

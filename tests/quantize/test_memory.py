@@ -103,6 +103,7 @@ def test_a_pass_that_keeps_less_has_the_same_gradients_at_every_timestep(
     assert_same(gradients(denoiser, recorded, objective, [drawn]), whole)
 
 
+@pytest.mark.thorough
 def test_a_pass_that_keeps_less_takes_less(student, recorded, objective) -> None:  # type: ignore[no-untyped-def]
     denoiser, context = student
     before = pass_memory(denoiser, recorded, context, objective, walks=True)

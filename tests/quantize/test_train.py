@@ -143,6 +143,7 @@ def test_an_absurd_learning_rate_never_ends_worse_than_the_start(
     assert all(torch.equal(value, before[name]) for name, value in parameters(task).items())
 
 
+@pytest.mark.thorough
 def test_walks_are_learned_from(task: train.Task) -> None:
     with_walks = phase(steps=1, walks=2)
     first, second = (run_one(task, plan) for plan in (with_walks, dataclasses.replace(with_walks, walks=0)))
@@ -319,14 +320,8 @@ def test_default_settings_give_the_bits_of_the_plain_path(
 
 def test_walks_and_pairs_share_the_first_answer_and_their_loss_is_that_of_each(task: train.Task) -> None:
     """Asked together or apart, the network gives the same loss and gradients but for rounding."""
-    drawn = losses.draw(
-        task.data,
-        task.training,
-        task.objective,
-        batch_size=3,
-        num_walks=2,
-        generator=torch.Generator().manual_seed(0),
-    )
+    known, generator = (task.data, task.training, task.objective), torch.Generator().manual_seed(0)
+    drawn = losses.draw(*known, batch_size=3, num_walks=2, generator=generator)
     train.trainable(task.student, phase(), task.trace.roles, temporal=False)
     none = drawn.prompt[:0]
     apart = [

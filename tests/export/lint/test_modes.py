@@ -64,6 +64,7 @@ def grid(often: tuple[str, str]) -> pytest.MarkDecorator:
 
 # Those that lower what is quantized are the ones that went wrong.
 @grid(("int4-weight-only", "fp16"))
+@pytest.mark.thorough
 def test_for_onnx_runtime_lint_says_what_it_does(mode: str, dtype: str, tmp_path: Path) -> None:
     path = write(tmp_path / "model.onnx", mode, dtype, "onnxruntime")
     report, refused = lint(path, "onnxruntime"), opens(path)
@@ -72,6 +73,7 @@ def test_for_onnx_runtime_lint_says_what_it_does(mode: str, dtype: str, tmp_path
     assert report.breaks == (dtype == "bf16"), [item for item in report.findings if item.breaks][:1]
 
 
+@pytest.mark.thorough
 @grid(("int8", "bf16"))
 def test_for_tensorrt_nothing_is_refused(mode: str, dtype: str, tmp_path: Path) -> None:
     path = write(tmp_path / "model.onnx", mode, dtype, "tensorrt-rtx")
