@@ -145,9 +145,9 @@ def _generation(result: dict[str, Any]) -> Iterator[Row]:
         overhead = rows[name]["overhead"]
         requirement = f"Generation in {runtime}: at most {100 * LIMIT_OVERHEAD:.0f} % outside engines"
         yield requirement, f"{100 * overhead:.2f} %", yes(overhead <= LIMIT_OVERHEAD)
-    memory = rows["ort-w4a8"]["memory"]
-    requirement = f"W4A8 generation: at most {LIMIT_MEMORY} of torch fp32's peak memory"
-    yield requirement, number(memory), yes(memory <= LIMIT_MEMORY)
+        memory = rows[name]["memory"]
+        requirement = f"W4A8 generation in {runtime}: at most {LIMIT_MEMORY} of torch fp32's peak memory"
+        yield requirement, number(memory), yes(memory <= LIMIT_MEMORY)
 
 
 def _cpu_speed(result: dict[str, Any]) -> Iterator[Row]:
