@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks import stages
 from benchmarks.environment import header
-from benchmarks.in_turn import in_turn, times_as_fast
+from benchmarks.in_turn import as_text, in_turn, times_as_fast
 from benchmarks.settings import Settings, one_update, write_recipe
 from benchmarks.tables import Table, number
 from quest_deploy.manifest import MANIFEST_NAME
@@ -112,17 +112,11 @@ def run(settings: Settings) -> dict[str, Any]:
     for turn in range(1 if settings.quick else ROUNDS):
         for row, times in found.items():
             print(f"\n{ROWS[row]}, {turn + 1}", flush=True)
-            command = [sys.executable, "-m", "benchmarks.cpu_speed", row, str(folder)]
-            done = subprocess.run(command, check=True, capture_output=True, text=True)
-            times.append(json.loads(done.stdout.splitlines()[-1]))
+            times.append(_in_a_process(row, folder))
     rows = {
         row: {**times[-1], "seconds": min(one["seconds"] for one in times)} for row, times in found.items()
     }
-    profiles = {}
-    for row in PROFILED:
-        command = [sys.executable, "-m", "benchmarks.cpu_speed", f"profile-{row}", str(folder)]
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
-        profiles[row] = json.loads(done.stdout.splitlines()[-1])
+    profiles = {row: _in_a_process(f"profile-{row}", folder) for row in PROFILED}
     base = rows["diffusers"]["seconds"]
     speed = {row: round(base / one["seconds"], 3) for row, one in rows.items()}
     return {
@@ -134,6 +128,13 @@ def run(settings: Settings) -> dict[str, Any]:
         **measure_in_turn(folder, 2 if settings.quick else PAIRED_ROUNDS),
         "milliseconds_by_kind": profiles,
     }
+
+
+def _in_a_process(what: str, folder: Path) -> dict[str, Any]:
+    """What a process of its own measures."""
+    command = [sys.executable, "-m", "benchmarks.cpu_speed", what, str(folder)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
 def write_model(folder: Path, unet: dict[str, Any] = UNET, *, half: bool = False) -> None:
@@ -281,9 +282,7 @@ def _compiled(row: str, folder: Path, *, profiled: bool) -> tuple[Any, dict[str,
 
 def measure_in_turn(folder: Path, rounds: int) -> dict[str, Any]:
     """OpenVINO's int8 graphs against NNCF's, in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.cpu_speed", f"paired-{rounds}", str(folder)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    seconds = json.loads(done.stdout.splitlines()[-1])
+    seconds = _in_a_process(f"paired-{rounds}", folder)
     return {"paired_seconds": seconds, "over_nncf": times_as_fast(seconds, NNCF)}
 
 
@@ -376,10 +375,7 @@ def _paired_table(result: dict[str, Any]) -> Table:
     return Table(
         title="OpenVINO's int8 graphs in turn in one process",
         columns=("runtime", "times as fast as NNCF's"),
-        rows=tuple(
-            (ROWS[row], f"{found['median']:.3f} ({found['low']:.3f} to {found['high']:.3f})")
-            for row, found in result["over_nncf"].items()
-        ),
+        rows=tuple((ROWS[row], as_text(ratio)) for row, ratio in result["over_nncf"].items()),
         labels=1,
         note=f"Median of {rounds} rounds, in each of which every graph runs once, and its 95 % bootstrap interval. "
         f"Goal: {GOAL_OVER_NNCF:g} or more.",

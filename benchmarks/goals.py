@@ -9,6 +9,7 @@ from benchmarks.baselines.rows import FINETUNED
 from benchmarks.baselines.rows import ROWS as BASELINES
 from benchmarks.cpu_speed import GOAL_OVER_DIFFUSERS, GOAL_OVER_NNCF
 from benchmarks.generation import LIMIT_MEMORY, LIMIT_OVERHEAD, ratios
+from benchmarks.in_turn import as_text
 from benchmarks.kid import overlap
 from benchmarks.large import COMPONENT, LIMIT_RATIO
 from benchmarks.order import GOAL as ORDER_GOAL
@@ -161,8 +162,7 @@ def _cpu_speed(result: dict[str, Any]) -> Iterator[Row]:
             row: (ratio, number(ratio)) for row, ratio in result["speed"].items()
         },
         ("NNCF's int8", GOAL_OVER_NNCF): {
-            row: (ratio["median"], f"{ratio['median']:.3f} ({ratio['low']:.3f} to {ratio['high']:.3f})")
-            for row, ratio in result.get("over_nncf", {}).items()
+            row: (ratio["median"], as_text(ratio)) for row, ratio in result.get("over_nncf", {}).items()
         },
     }
     for (name, goal), ratios_of in over.items():

@@ -34,3 +34,8 @@ def times_as_fast(seconds: Mapping[str, list[float]], base: str) -> dict[str, di
             low, median, high = paired_interval(logs, statistic="median")
             found[name] = {"low": math.exp(low), "median": math.exp(median), "high": math.exp(high)}
     return found
+
+
+def as_text(ratio: Mapping[str, float]) -> str:
+    """A ratio of :func:`times_as_fast` and its interval."""
+    return f"{ratio['median']:.3f} ({ratio['low']:.3f} to {ratio['high']:.3f})"

@@ -153,9 +153,7 @@ def gated_layers(graph: onnx.GraphProto) -> dict[bool, int]:
         dequantize = _dequantizer(node.input[1], producer)
         if sides[1] != STORED or dequantize is None:
             continue
-        packed = producer.get(dequantize.input[0])
-        codes = dequantize.input[0] if packed is None else packed.input[0]
-        halves[sides[0] is None] += codes.endswith(SECOND_HALF)
+        halves[sides[0] is None] += _stored(dequantize, producer).endswith(SECOND_HALF)
     return {weight_only: halves[weight_only] for weight_only in (False, True)}
 
 
@@ -168,9 +166,7 @@ def stay_int8(graph: onnx.GraphProto) -> dict[str, str]:
         dequantize = _dequantizer(node.input[1], producer)
         if sides != (None, STORED) or dequantize is None or _block_size(dequantize):
             continue
-        # Packed for ONNX Runtime, codes pass a Cast.
-        packed = producer.get(dequantize.input[0])
-        shape = dims.get(dequantize.input[0] if packed is None else packed.input[0], [])
+        shape = dims.get(_stored(dequantize, producer), [])
         if node.op_type == "Conv":
             reason = "a convolution: runtimes keep INT4 weights of matrix products alone"
         elif len(shape) == 2 and shape[0] % BLOCKS[-1]:
@@ -179,6 +175,12 @@ def stay_int8(graph: onnx.GraphProto) -> dict[str, str]:
             reason = "8-bit weights"
         found[node.name.rpartition("/")[0] or node.name] = reason
     return found
+
+
+def _stored(dequantize: onnx.NodeProto, producer: Mapping[str, onnx.NodeProto]) -> str:
+    """The initializer of a weight's codes; packed for ONNX Runtime, they pass a Cast."""
+    packed = producer.get(dequantize.input[0])
+    return dequantize.input[0] if packed is None else packed.input[0]
 
 
 def _block_size(dequantize: onnx.NodeProto) -> int:

@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from quest_deploy.export.lazy import mapped, sizes_of
+from quest_deploy.export.nodes import is_alone, is_constant
 
 # What the product of an input and its row goes to.
 READERS = {"Clip", "QuantizeLinear", "MatMul", "Gemm", "Conv"}
@@ -83,7 +84,7 @@ def _row_of(node: ir.Node) -> tuple[ir.Value, _Row] | None:
     if not all(use.node.op_type in READERS and use.idx == 0 for use in node.outputs[0].uses()):
         return None
     for source, factor in (node.inputs, reversed(node.inputs)):
-        if source is None or factor is None or not _constant(factor) or _constant(source):
+        if source is None or factor is None or not is_constant(factor) or is_constant(source):
             continue
         shape = sizes_of(factor.const_value)  # type: ignore[arg-type]
         axes = [axis for axis, size in enumerate(shape) if size != 1]
@@ -107,16 +108,8 @@ def _takes(value: ir.Value, row: _Row) -> list[_Scaled] | None:
     return None if rule is None or node is None else rule(node, value, row)
 
 
-def _alone(value: ir.Value | None) -> bool:
-    return value is not None and not value.is_graph_output() and len(value.uses()) == 1
-
-
-def _constant(value: ir.Value | None) -> bool:
-    return value is not None and value.is_initializer() and value.const_value is not None
-
-
 def _operand(value: ir.Value | None, row: _Row) -> list[_Scaled] | None:
-    return _takes(value, row) if value is not None and _alone(value) else None
+    return _takes(value, row) if value is not None and is_alone(value) else None
 
 
 def _constants(node: ir.Node, indices: tuple[int, ...], row: _Row) -> list[_Scaled] | None:
@@ -126,7 +119,7 @@ def _constants(node: ir.Node, indices: tuple[int, ...], row: _Row) -> list[_Scal
         value = node.inputs[index] if index < len(node.inputs) else None
         if value is None:
             continue
-        if not _constant(value) or sizes_of(value.const_value) != row.values.shape:  # type: ignore[arg-type]
+        if not is_constant(value) or sizes_of(value.const_value) != row.values.shape:  # type: ignore[arg-type]
             return None
         changes.append(_Scaled(node, index, row.values, 0))
     return changes or None
@@ -150,7 +143,7 @@ def _mul(node: ir.Node, value: ir.Value, row: _Row) -> list[_Scaled] | None:
 
 def _add(node: ir.Node, value: ir.Value, row: _Row) -> list[_Scaled] | None:
     for index, bias in enumerate(node.inputs):
-        if not _constant(bias):
+        if not is_constant(bias):
             continue
         shape = sizes_of(bias.const_value)  # type: ignore[union-attr, arg-type]
         axis = len(shape) - 1 if row.last else 1
@@ -179,12 +172,12 @@ def _product(node: ir.Node, value: ir.Value, row: _Row) -> list[_Scaled] | None:
     """A linear layer without bias, its integer weight behind DequantizeLinear(codes [k, n], scale [n])."""
     weight = node.inputs[1]
     dequantize = None if weight is None else weight.producer()
-    if not row.last or not _alone(weight) or dequantize is None or dequantize.op_type != "DequantizeLinear":
+    if not row.last or not is_alone(weight) or dequantize is None or dequantize.op_type != "DequantizeLinear":
         return None
     codes = dequantize.inputs[0]
     by_output = dequantize.attributes.get_int("axis", 1) in (1, -1)
     plain = dequantize.attributes.get_int("block_size", 0) == 0
-    if not (by_output and plain and _constant(codes)):
+    if not (by_output and plain and is_constant(codes)):
         return None
     if sizes_of(codes.const_value)[1:] != row.values.shape:  # type: ignore[union-attr, arg-type]
         return None
@@ -207,7 +200,7 @@ def _reshape(node: ir.Node, value: ir.Value, row: _Row) -> list[_Scaled] | None:
 
 
 def _producer(value: ir.Value | None, operator: str) -> ir.Node | None:
-    node = value.producer() if value is not None and _alone(value) else None
+    node = value.producer() if value is not None and is_alone(value) else None
     return node if node is not None and node.op_type == operator else None
 
 
@@ -219,13 +212,13 @@ def _last_sizes(shape: ir.Value | None, count: int) -> list[int] | None:
     """The last sizes of a shape that is constant there."""
     if shape is None:
         return None
-    if _constant(shape):
+    if is_constant(shape):
         sizes = [int(size) for size in shape.const_value.numpy()]  # type: ignore[union-attr]
         return sizes[-count:] if len(sizes) >= count and min(sizes[-count:]) > 0 else None
     node = shape.producer()
     if node is None or node.op_type != "Concat" or len(node.inputs) < count:
         return None
-    if not all(_constant(part) for part in node.inputs[-count:]):
+    if not all(is_constant(part) for part in node.inputs[-count:]):
         return None
     known = [part.const_value.numpy().reshape(-1) for part in node.inputs[-count:]]  # type: ignore[union-attr]
     return [int(part[0]) for part in known] if all(part.size == 1 and part[0] > 0 for part in known) else None

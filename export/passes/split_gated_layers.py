@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from quest_deploy.export.lazy import mapped, sizes_of
+from quest_deploy.export.nodes import is_alone, is_constant, twin
 
 # What the gate's half goes through: GEGLU, SwiGLU.
 ACTIVATIONS = {"Gelu", "Sigmoid", "Swish"}
@@ -68,7 +69,7 @@ def _is_gated(split: ir.Node) -> bool:
 def _layer_of(split: ir.Node) -> _Layer | None:
     steps: list[ir.Node] = []
     value = split.inputs[0]
-    while _alone(value) and (node := value.producer()) is not None:  # type: ignore[union-attr]
+    while is_alone(value) and (node := value.producer()) is not None:  # type: ignore[union-attr]
         if node.op_type == "MatMul":
             return _product(node, tuple(reversed(steps)))
         beside = [other for other in node.inputs if other is not None and _is_constant_for_parts(other, node)]
@@ -82,18 +83,18 @@ def _layer_of(split: ir.Node) -> _Layer | None:
 def _is_constant_for_parts(value: ir.Value, node: ir.Node) -> bool:
     """A bias [..., n], or a factor that is the same for all outputs."""
     if node.op_type == "Add":
-        return _constant(value)
+        return is_constant(value)
     shape = value.shape if value.const_value is None else value.const_value.shape
     return node.op_type == "Mul" and shape is not None and all(size == 1 for size in shape[-1:])
 
 
 def _product(node: ir.Node, steps: tuple[ir.Node, ...]) -> _Layer | None:
     weight = node.inputs[1]
-    dequantize = weight.producer() if weight is not None and _alone(weight) else None
+    dequantize = weight.producer() if weight is not None and is_alone(weight) else None
     if dequantize is None or dequantize.op_type != "DequantizeLinear" or len(dequantize.inputs) != 2:
         return None
     codes, scale = dequantize.inputs
-    if not (_constant(codes) and _constant(scale) and _alone(codes)):
+    if not (is_constant(codes) and is_constant(scale) and is_alone(codes)):
         return None
     sizes = sizes_of(codes.const_value)  # type: ignore[union-attr, arg-type]
     plain = dequantize.attributes.get_int("block_size", 0) == 0
@@ -102,36 +103,23 @@ def _product(node: ir.Node, steps: tuple[ir.Node, ...]) -> _Layer | None:
     return _Layer(node, dequantize, steps) if len(sizes) == 2 and plain and by_output and of_outputs else None
 
 
-def _alone(value: ir.Value | None) -> bool:
-    return value is not None and not value.is_graph_output() and len(value.uses()) == 1
-
-
-def _constant(value: ir.Value | None) -> bool:
-    return value is not None and value.is_initializer() and value.const_value is not None
-
-
 def _part(graph: ir.Graph, split: ir.Node, layer: _Layer, index: int) -> ir.Value:
     """The value of one half, made by nodes of its own."""
-    weight = _twin(
-        graph, split, layer.dequantize, [_half(graph, one, index) for one in layer.dequantize.inputs]
-    )
-    weight.shape, weight.type = weight.producer().inputs[0].shape, split.outputs[index].type  # type: ignore[union-attr]
-    before, value = (
-        layer.product.outputs[0],
-        _twin(graph, split, layer.product, [layer.product.inputs[0], weight]),
-    )
+
+    def again(node: ir.Node, inputs: list[ir.Value | None], shape: ir.Shape | None) -> ir.Value:
+        made = twin(node, inputs=inputs)
+        made.outputs[0].shape = shape
+        graph.insert_before(split, made)
+        return made.outputs[0]
+
+    codes, scale = (_half(graph, one, index) for one in layer.dequantize.inputs)
+    weight = again(layer.dequantize, [codes, scale], None if codes is None else codes.shape)
+    shape = split.outputs[index].shape
+    before, value = layer.product.outputs[0], again(layer.product, [layer.product.inputs[0], weight], shape)
     for step in layer.steps:
         inputs = [value if one is before else _half(graph, one, index) for one in step.inputs]
-        before, value = step.outputs[0], _twin(graph, split, step, inputs)
+        before, value = step.outputs[0], again(step, inputs, shape)
     return value
-
-
-def _twin(graph: ir.Graph, split: ir.Node, node: ir.Node, inputs: list[ir.Value | None]) -> ir.Value:
-    twin = ir.node(node.op_type, inputs, attributes=node.attributes)
-    twin.metadata_props.update(node.metadata_props)
-    twin.outputs[0].shape, twin.outputs[0].type = split.outputs[0].shape, split.outputs[0].type
-    graph.insert_before(split, twin)
-    return twin.outputs[0]
 
 
 def _half(graph: ir.Graph, value: ir.Value | None, index: int) -> ir.Value | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from quest_deploy.export.nodes import twin
+
 
 class UnshareDequantize(ir.passes.InPlacePass):
     """One DequantizeLinear for each reader.
@@ -22,10 +24,8 @@ class UnshareDequantize(ir.passes.InPlacePass):
             if node.op_type != "DequantizeLinear" or node.outputs[0].is_graph_output():
                 continue
             for use in list(node.outputs[0].uses())[1:]:
-                twin = ir.node("DequantizeLinear", node.inputs, attributes=node.attributes)
-                twin.outputs[0].shape, twin.outputs[0].type = node.outputs[0].shape, node.outputs[0].type
-                twin.metadata_props.update(node.metadata_props)
-                model.graph.insert_after(node, twin)
-                use.node.replace_input_with(use.idx, twin.outputs[0])
+                own = twin(node)
+                model.graph.insert_after(node, own)
+                use.node.replace_input_with(use.idx, own.outputs[0])
                 modified = True
         return ir.passes.PassResult(model, modified=modified)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from quest_deploy.export.nodes import is_constant, twin
+
 DEFAULT_AXIS = 1
 
 
@@ -29,15 +31,12 @@ class UnshareQuantize(ir.passes.InPlacePass):
             if node.op_type != "QuantizeLinear" or not _is_shared(node):
                 continue
             rank = len(node.inputs[0].shape)  # type: ignore[union-attr, arg-type]
-            own = node.attributes.get_int("axis", DEFAULT_AXIS)
-            axes = [axis for axis in range(-rank, rank) if axis != own]
+            first = node.attributes.get_int("axis", DEFAULT_AXIS)
+            axes = [axis for axis in range(-rank, rank) if axis != first]
             for use, axis in zip(list(node.outputs[0].uses())[1:], axes, strict=False):
-                attributes = {**node.attributes, "axis": ir.AttrInt64("axis", axis)}
-                twin = ir.node("QuantizeLinear", node.inputs, attributes=attributes)
-                twin.outputs[0].shape, twin.outputs[0].type = node.outputs[0].shape, node.outputs[0].type
-                twin.metadata_props.update(node.metadata_props)
-                model.graph.insert_after(node, twin)
-                use.node.replace_input_with(use.idx, twin.outputs[0])
+                own = twin(node, attributes={"axis": ir.AttrInt64("axis", axis)})
+                model.graph.insert_after(node, own)
+                use.node.replace_input_with(use.idx, own.outputs[0])
                 modified = True
         return ir.passes.PassResult(model, modified=modified)
 
@@ -45,13 +44,7 @@ class UnshareQuantize(ir.passes.InPlacePass):
 def _is_shared(quantize: ir.Node) -> bool:
     x, scale = quantize.inputs[:2]
     codes = quantize.outputs[0]
-    if (
-        x is None
-        or x.shape is None
-        or scale is None
-        or scale.const_value is None
-        or scale.const_value.size != 1
-    ):
+    if x is None or x.shape is None or not is_constant(scale) or scale.const_value.size != 1:  # type: ignore[union-attr]
         return False
     if codes.is_graph_output() or len(codes.uses()) < 2:
         return False

@@ -3,32 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-import onnx_ir as ir
 import pytest
-from onnx.reference import ReferenceEvaluator
 
 from quest_deploy.export.passes.split_gated_layers import SplitGatedLayers
-
-HEADER = '<ir_version: 10, opset_import: ["" : 21]>\n'
-GENERATOR = np.random.default_rng(0)
-
-
-def floats(*shape: int) -> np.ndarray:
-    return GENERATOR.uniform(0.5, 2, shape).astype(np.float32)
-
-
-def graph(text: str, **initializers: np.ndarray) -> ir.Model:
-    tensors = [ir.tensor(value, name=name) for name, value in initializers.items() if name in text]
-    return ir.from_onnx_text(HEADER + text, initializers=tensors)
-
-
-def operators(model: ir.Model) -> list[str]:
-    return [node.op_type for node in model.graph]
-
-
-def run(model: ir.Model, x: np.ndarray) -> list[np.ndarray]:
-    return ReferenceEvaluator(ir.to_proto(model)).run(None, {"x": x})
-
+from tests.export.passes.test_fold_rows import floats, graph, operators, run
 
 GEGLU = """
 geglu (float[n, 3, 4] x) => (float[n, 3, 3] y)
@@ -46,7 +24,7 @@ SWIGLU = GEGLU.replace("open = Gelu(gate)", "half = Sigmoid(gate)\n open = Mul(g
     "value, gate = Split", "gate, value = Split"
 )
 PARTS = {
-    "codes": GENERATOR.integers(-8, 8, (4, 6)).astype(np.int8),
+    "codes": np.random.default_rng(0).integers(-8, 8, (4, 6)).astype(np.int8),
     "steps": floats(6),
     "of_sample": floats(1, 1, 1),
     "bias": floats(6),

@@ -9,12 +9,11 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
-from onnx.reference import ReferenceEvaluator
 
 from quest_deploy.export.passes.unshare_dequantize import UnshareDequantize
 from quest_deploy.export.passes.unshare_quantize import UnshareQuantize
+from tests.export.passes.test_passes import CODES, ONE, SCALE, graph, run
 
-HEADER = '<ir_version: 10, opset_import: ["" : 21]>\n'
 TOKENS = """
 tokens (float[n, 3, 4] x) => (float[n, 3, 3] y) {
     q = QuantizeLinear<axis = 1>(x, one, zero)
@@ -25,18 +24,12 @@ tokens (float[n, 3, 4] x) => (float[n, 3, 3] y) {
     right = MatMul(b, w)
     y = Sub(left, right)
 }"""
-SCALE = np.array([0.5, 0.25, 2.0], dtype=np.float32)
 PARTS = {
-    "one": np.array(0.5, dtype=np.float32),
+    "one": ONE,
     "zero": np.array(0, dtype=np.int8),
-    "codes": np.arange(-6, 6, dtype=np.int8).reshape(4, 3),
+    "codes": CODES.T.copy(),
     "scale": SCALE,
 }
-
-
-def graph(text: str, **initializers: np.ndarray) -> ir.Model:
-    tensors = [ir.tensor(value, name=name) for name, value in initializers.items()]
-    return ir.from_onnx_text(HEADER + text, initializers=tensors)
 
 
 def test_gives_each_product_its_own() -> None:
@@ -46,7 +39,7 @@ def test_gives_each_product_its_own() -> None:
     assert [node.attributes.get_int("axis") for node in quantizers] == [1, -3]
     assert len({node.inputs[0] for node in quantizers}) == 1
     tokens = np.linspace(-1, 1, 12, dtype=np.float32).reshape(1, 3, 4)
-    assert not ReferenceEvaluator(ir.to_proto(model)).run(None, {"x": tokens})[0].any()
+    assert not run(model, x=tokens)[0].any()
     assert not UnshareQuantize()(model).modified
 
 

@@ -1,0 +1,40 @@
+"""Questions that several passes ask of a graph's values, and copies of its nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import onnx_ir as ir
+
+
+def is_alone(value: ir.Value | None) -> bool:
+    """Whether one node reads `value`, and nothing else."""
+    return value is not None and not value.is_graph_output() and len(value.uses()) == 1
+
+
+def is_constant(value: ir.Value | None) -> bool:
+    """Whether `value` is an initializer whose tensor is known."""
+    return value is not None and value.is_initializer() and value.const_value is not None
+
+
+def twin(
+    node: ir.Node,
+    *,
+    inputs: Sequence[ir.Value | None] | None = None,
+    attributes: Mapping[str, ir.Attr] | None = None,
+) -> ir.Node:
+    """A node like `node`, of one output, for the caller to put into the graph.
+
+    Args:
+        node: With its metadata, and its output's shape and type.
+        inputs: None for those of `node`.
+        attributes: In place of those that `node` has under these names.
+    """
+    made = ir.node(
+        node.op_type,
+        node.inputs if inputs is None else inputs,
+        attributes={**node.attributes, **(attributes or {})},
+    )
+    made.metadata_props.update(node.metadata_props)
+    made.outputs[0].shape, made.outputs[0].type = node.outputs[0].shape, node.outputs[0].type
+    return made
