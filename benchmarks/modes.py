@@ -29,8 +29,15 @@ QUICK = ("pixart-alpha",)
 PROMPTS, STEPS, GUIDANCE_SCALE = 8, 2, 3.0
 # Of rows that do not say.
 FORMER_PROMPTS = 2
-PRODUCTS = ("Conv", "MatMul", "Gemm")
-ORT_FUSED = ("MatMulIntegerToFloat", "MatMulNBits", "DynamicQuantizeMatMul", "QLinearConv", "QLinearMatMul")
+PRODUCTS = ("Conv", "MatMul", "Gemm", "MultiHeadAttention")
+ORT_FUSED = (
+    "MatMulIntegerToFloat",
+    "MatMulNBits",
+    "DynamicQuantizeMatMul",
+    "QLinearConv",
+    "QLinearMatMul",
+    "MultiHeadAttention",
+)
 OPENVINO_PRODUCTS = ("Convolution", "FullyConnected", "MatMul", "Deconvolution")
 
 

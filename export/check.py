@@ -13,10 +13,13 @@ from google.protobuf.message import DecodeError
 from onnx import TensorProto
 
 from quest_deploy.errors import ArtifactError, ExportError
+from quest_deploy.export.passes import fuse_attention
 from quest_deploy.export.passes.block_int4 import BLOCKS
 from quest_deploy.model.spec import ComponentSpec, TensorSpec
 
 STANDARD_DOMAINS = ("", "ai.onnx")
+# Beside the standard's operators: what FuseAttention writes for ONNX Runtime, which OpenVINO reads, too.
+OTHER_OPERATORS = {(fuse_attention.DOMAIN, fuse_attention.OPERATOR)}
 STORED, COMPUTED = "stored", "computed"
 PRODUCTS = ("Conv", "MatMul", "Gemm")
 # Of the codes of a gated layer, see SplitGatedLayers.
@@ -226,11 +229,17 @@ def _check_structure(path: Path) -> None:
 
 
 def _check_clean(path: Path, model: onnx.ModelProto) -> None:
-    domains = {node.domain for node in model.graph.node} | {entry.domain for entry in model.opset_import}
-    foreign = sorted(domains - set(STANDARD_DOMAINS))
+    foreign = sorted(
+        {
+            f"{node.domain}.{node.op_type}"
+            for node in model.graph.node
+            if node.domain not in STANDARD_DOMAINS and (node.domain, node.op_type) not in OTHER_OPERATORS
+        }
+    )
     if foreign or model.functions:
         raise ExportError(
-            f"{path}: holds operators of {foreign or 'model-local functions'}, expected standard ONNX only; report this"
+            f"{path}: holds {foreign or 'model-local functions'}, expected standard ONNX, and no other operator than "
+            f"{', '.join('.'.join(one) for one in sorted(OTHER_OPERATORS))}; report this"
         )
     for text in _texts(model):
         if ABSOLUTE_PATH.search(text):

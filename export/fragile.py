@@ -194,7 +194,10 @@ def _alone(node: ir.Node) -> tuple[onnxruntime.InferenceSession, dict[str, np.nd
         initializer=inside,
     )
     assert node.graph is not None
-    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", node.graph.opset_imports[""])])
+    domains = {"", node.domain}
+    proto = helper.make_model(
+        graph, opset_imports=[helper.make_opsetid(name, node.graph.opset_imports[name]) for name in domains]
+    )
     proto.ir_version = IR_VERSION
     return _session(proto), constants
 

@@ -21,6 +21,7 @@ from quest_deploy.export.passes.canonical_names import CanonicalNames
 from quest_deploy.export.passes.expand_timestep import ExpandTimestep
 from quest_deploy.export.passes.fold_rows import FoldRows
 from quest_deploy.export.passes.fold_weight_transpose import FoldWeightTranspose
+from quest_deploy.export.passes.fuse_attention import FuseAttention
 from quest_deploy.export.passes.lower_precision import LowerPrecision
 from quest_deploy.export.passes.name_dimensions import NameDimensions
 from quest_deploy.export.passes.pack_int4 import PackInt4
@@ -126,7 +127,7 @@ def clean(model: ir.Model, spec: ComponentSpec, target: str) -> ir.Model:
         FoldWeightTranspose(),
         RemoveNoOps(),
         FoldRows(),
-        *([SplitGatedLayers()] if target == "onnxruntime" else []),
+        *([SplitGatedLayers(), FuseAttention()] if target == "onnxruntime" else []),
         UnshareDequantize(),
         BlockInt4(),
         RemoveUnusedNodesPass(),

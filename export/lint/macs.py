@@ -12,7 +12,7 @@ def count_macs(node: ir.Node) -> int | None:
     shapes = [shape_of(value) for value in (*node.inputs, *node.outputs)]
     inputs, output = shapes[: len(node.inputs)], shapes[len(node.inputs)]
     kind = node.op_type
-    if kind == "Attention":
+    if kind in ("Attention", "MultiHeadAttention"):
         return attention_macs(inputs)
     if kind in ("MatMul", "MatMulInteger", "MatMulNBits", "QLinearMatMul"):
         return None if output is None or not inputs[0] else math.prod(output) * inputs[0][-1]

@@ -18,7 +18,7 @@ from quest_deploy.model.spec import latent_size, vae_scale_factor
 
 logger = logging.getLogger(__name__)
 
-_NORM = "GroupNormalization"
+_KEEP_SHAPE = ("GroupNormalization", "MultiHeadAttention")
 _FIRST_AXIS = "lint/first_axis"
 # What other exporters call the dimensions of quest_deploy.model.spec.
 ALIASES = {"batch_size": "batch", "sequence_length": "sequence"}
@@ -138,16 +138,17 @@ def resolve_shapes(
 def infer_shapes(proto: onnx.ModelProto) -> onnx.ModelProto:
     """Every shape that follows from the inputs'.
 
-    onnx forgets shapes in two places, which stand as simpler operators while shapes are inferred: GroupNormalization,
-    which it looks at as a composition of other operators, and a Reshape of one number to a vector, which torch puts
-    into computed shapes.
+    onnx forgets shapes in three places, which stand as simpler operators while shapes are inferred:
+    GroupNormalization, which it looks at as a composition of other operators, ONNX Runtime's MultiHeadAttention, which
+    it does not know, and a Reshape of one number to a vector, which torch puts into computed shapes.
     """
-    kept = {index: copy_of(node) for index, node in enumerate(proto.graph.node) if node.op_type == _NORM}
+    nodes = proto.graph.node
+    kept = {index: copy_of(node) for index, node in enumerate(nodes) if node.op_type in _KEEP_SHAPE}
     for index in kept:
-        stand_in(proto.graph.node[index], "Identity")
+        stand_in(nodes[index], "Identity")
     first = inferred(proto)
     numbers = {value.name for value in first.graph.value_info if is_number(value)}
-    for index, node in enumerate(proto.graph.node):
+    for index, node in enumerate(nodes):
         if node.op_type == "Reshape" and node.input[0] in numbers:
             kept[index] = copy_of(node)
             stand_in(node, "Unsqueeze", _FIRST_AXIS)
@@ -168,7 +169,7 @@ def copy_of(node: onnx.NodeProto) -> onnx.NodeProto:
 
 def stand_in(node: onnx.NodeProto, op_type: str, *inputs: str) -> None:
     """Make another operator of a node, which keeps its first input and its output."""
-    node.op_type = op_type
+    node.op_type, node.domain = op_type, ""
     del node.input[1:], node.attribute[:]
     node.input.extend(inputs)
 

@@ -16,7 +16,9 @@ CONVOLUTIONS = ("Conv", "ConvTranspose")
 MATRIX_PRODUCTS = ("MatMul", "Gemm")
 # Products that hold their quantization themselves, without Q/DQ nodes around them.
 INTEGER_PRODUCTS = ("QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger", "MatMulNBits")
-PRODUCTS = (*CONVOLUTIONS, *MATRIX_PRODUCTS, *INTEGER_PRODUCTS, "Attention", "Einsum")
+# The standard's, and ONNX Runtime's.
+ATTENTIONS = ("Attention", "MultiHeadAttention")
+PRODUCTS = (*CONVOLUTIONS, *MATRIX_PRODUCTS, *INTEGER_PRODUCTS, *ATTENTIONS, "Einsum")
 QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
 
 FOUR_BITS = (ir.DataType.INT4, ir.DataType.UINT4)
@@ -237,7 +239,7 @@ def operands_of(node: ir.Node) -> tuple[ir.Value, ...]:
     """The two factors of a product that Q/DQ nodes may stand before."""
     if node.op_type in INTEGER_PRODUCTS:
         return ()
-    wanted = node.inputs[:3] if node.op_type == "Attention" else node.inputs[:2]
+    wanted = node.inputs[:3] if node.op_type in ATTENTIONS else node.inputs[:2]
     return tuple(value for value in wanted if value is not None)
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-# A function operator whose body reshapes by computed sizes: onnx.shape_inference stops there.
-WITHOUT_INFERENCE = frozenset({"GroupNormalization"})
+# A function operator whose body reshapes by computed sizes, and one that is not in the standard.
+WITHOUT_INFERENCE = frozenset({"GroupNormalization", "MultiHeadAttention"})
 
 
 class StripMetadata(ir.passes.InPlacePass):

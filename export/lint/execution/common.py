@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from quest_deploy.export.lint.view import (
+    ATTENTIONS,
     EIGHT_BITS,
     FOUR_BITS,
     INTEGER_PRODUCTS,
@@ -19,8 +20,8 @@ from quest_deploy.export.lint.view import (
 def outside(product: Product) -> str | None:
     """Why a product is float whatever its operands are."""
     kind = product.node.op_type
-    if kind == "Attention":
-        return "the Attention operator computes in float; quantizers go between MatMul and Softmax"
+    if kind in ATTENTIONS:
+        return f"the {kind} operator computes in float; quantizers go between MatMul and Softmax"
     if kind in INTEGER_PRODUCTS or len(product.operands) < 2:
         return f"{kind} is not looked into"
     return None

@@ -202,3 +202,14 @@ def attention_operator() -> onnx.ModelProto:
     net = Net(opset=23)
     q, k, v = (net.quantize(net.input((1, 2, 16, 8), name)) for name in "qkv")
     return net.finish(net.op("Attention", q, k, v))
+
+
+@pattern
+def attention_operator_of_onnxruntime() -> onnx.ModelProto:
+    """What exports for ONNX Runtime hold where nothing in attention is quantized; its output meets another product."""
+    net = Net()
+    q, k, v = (net.input((1, 16, K), name) for name in "qkv")
+    joined = net.op("MultiHeadAttention", q, k, v, domain="com.microsoft", num_heads=4)
+    model = net.finish(net.op("MatMul", net.quantize(joined), net.weight((K, N), axis=1)))
+    model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    return model

@@ -130,6 +130,12 @@ def test_shapes_are_found_behind_group_normalization_and_computed_reshapes() -> 
     assert [node.op_type for node in proto.graph.node].count("Reshape") == 2
 
 
+def test_shapes_are_found_behind_the_attention_of_onnxruntime(lint_model: Lint) -> None:
+    attention, behind = lint_model(PATTERNS["attention_operator_of_onnxruntime"](), "onnxruntime").layers
+    assert (attention.execution, attention.macs) == ("float", 2 * 16 * 16 * K)
+    assert (behind.execution, behind.macs) == ("int8", 16 * K * N)
+
+
 def test_missing_external_data_is_found(tmp_path: Path) -> None:
     model = PATTERNS["conv_float"]()
     weight = model.graph.initializer[0]
