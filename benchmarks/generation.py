@@ -107,7 +107,6 @@ def tables(result: dict[str, Any]) -> list[Table]:
             f"{cpu_speed.LATENTS} x {cpu_speed.LATENTS} latents with guidance, {options['steps']} steps, "
             f"{options['threads']} threads; medians of {options['runs'] * options['rounds']} runs in "
             f"{options['rounds']} processes each. Memory counts from the moment all libraries are imported. Goals: at "
-            f"most {100 * LIMIT_OVERHEAD:.0f} % outside engines; W4A8 at most {LIMIT_MEMORY} of the memory. "
-            "ONNX Runtime writes out the scores of attention, 1 GB here, and their softmax beside them.",
+            f"most {100 * LIMIT_OVERHEAD:.0f} % outside engines; W4A8 at most {LIMIT_MEMORY} of the memory.",
         )
     ]

@@ -128,6 +128,8 @@ def load_ort_engines(
     options = onnxruntime.SessionOptions()
     # By default a product of float activations and integer weights quantizes its activations: 46 dB of 140 are left.
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    # Its plan of a shape's memory is one block from the second run on, and the first run's blocks are kept beside it.
+    options.enable_mem_pattern = False
     options.log_severity_level = _ERRORS_ONLY
     if threads is not None:
         options.intra_op_num_threads = threads

@@ -13,7 +13,8 @@ from quest_deploy.export.nodes import is_alone, is_constant
 # ONNX Runtime's. The standard's Attention (opset 23) writes the scores out in ONNX Runtime 1.32.
 DOMAIN, OPERATOR = "com.microsoft", "MultiHeadAttention"
 SWAP = [0, 2, 1, 3]
-SCORES_ROUTES = ("Mul", "Reshape", "Transpose")
+# What may stand between an operand and its DequantizeLinear.
+ROUTES = ("Mul", "Reshape", "Transpose")
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,7 @@ def _perm(transpose: ir.Node) -> list[int]:
 
 def _is_quantized(value: ir.Value) -> bool:
     node = value.producer()
-    while node is not None and node.op_type in SCORES_ROUTES:
+    while node is not None and node.op_type in ROUTES:
         value = next((one for one in node.inputs if one is not None and not is_constant(one)), value)
         node = None if value.producer() is node else value.producer()
     return node is not None and node.op_type == "DequantizeLinear"
