@@ -87,6 +87,15 @@ def test_gated_layers_are_two_products(w4a4_unet: Exported) -> None:
     assert gated > 0
 
 
+@pytest.mark.parametrize("unet", ["float_unet", "w4a4_unet"])
+def test_no_attention_keeps_its_scores(unet: str, request: pytest.FixtureRequest) -> None:
+    exported: Exported = request.getfixturevalue(unet)
+    kinds = [node.op_type for node in exported.proto.graph.node]
+    attentions = sum(name.endswith((".attn1", ".attn2")) for name, _ in exported.module.named_modules())
+    assert kinds.count("MultiHeadAttention") == attentions > 0
+    assert "Softmax" not in kinds
+
+
 def test_each_sample_has_the_scale_of_its_own_timestep(w4a4_unet: Exported) -> None:
     inputs = unet_inputs(1, 1, 8, 8, 5)
     outputs = []
