@@ -18,7 +18,7 @@ from quest_deploy.export.passes.block_int4 import BLOCKS
 from quest_deploy.model.spec import ComponentSpec, TensorSpec
 
 STANDARD_DOMAINS = ("", "ai.onnx")
-# Beside the standard's operators: what FuseAttention writes for ONNX Runtime, which OpenVINO reads, too.
+# Beside the standard's operators: FuseAttention's, which OpenVINO and TensorRT for RTX read, too.
 OTHER_OPERATORS = {(fuse_attention.DOMAIN, fuse_attention.OPERATOR)}
 STORED, COMPUTED = "stored", "computed"
 PRODUCTS = ("Conv", "MatMul", "Gemm")

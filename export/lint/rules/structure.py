@@ -108,22 +108,14 @@ def unsupported_type(view: View, target: str) -> Iterator[Problem]:
 
 
 def attention_operator(view: View, target: str) -> Iterator[Problem]:
-    """The Attention operator of opset 23 is one kernel, or nothing; ONNX Runtime's MultiHeadAttention is its own.
+    """The Attention operator of opset 23 is one kernel, or nothing.
 
     1. For TensorRT: breaks in float32, and with heads smaller than 16.
-    2. MultiHeadAttention breaks for TensorRT in any case.
-    3. Must not fire on attention made of MatMul and Softmax, nor for ONNX Runtime and OpenVINO.
+    2. Must not fire on attention made of MatMul and Softmax, nor on ONNX Runtime's MultiHeadAttention.
     """
     if target not in TENSORRT:
         return
     for product in view.products:
-        if product.node.op_type == "MultiHeadAttention":
-            yield Problem(
-                node=product.node,
-                breaks=True,
-                message=f"MultiHeadAttention is an operator of ONNX Runtime, which {TITLES[target]} does not know; "
-                f"export with --target {target}",
-            )
         if product.node.op_type != "Attention":
             continue
         query = product.operands[0].value

@@ -121,10 +121,7 @@ FIRES: dict[str, list[tuple[str, str, str]]] = {
         ("type_given_twice", ORT, BREAKS),
         ("bf16_add", ORT, BREAKS),
     ],
-    "attention-operator": [
-        ("attention_operator", RTX, BREAKS),
-        ("attention_operator_of_onnxruntime", RTX, BREAKS),
-    ],
+    "attention-operator": [("attention_operator", RTX, BREAKS)],
     "quantize-without-dequantize": [
         ("quantize_cast", RTX, WARNING),
         ("quantize_without_dequantize", OV, WARNING),
@@ -228,7 +225,7 @@ SILENT: dict[str, list[tuple[str, str]]] = {
         ("attention_operator_fp16", RTX),
         ("attention_qkv_softmax", RTX),
         ("attention_operator", ORT),
-        ("attention_operator_of_onnxruntime", ORT),
+        ("attention_operator_of_onnxruntime", RTX),
     ],
     "quantize-without-dequantize": [("codes_transposed", RTX), ("conv_w8a8", RTX), ("qlinear_conv", ORT)],
     "dequantize-without-quantize": [("conv_w8_only", RTX), ("codes_transposed", RTX), ("qlinear_conv", ORT)],
