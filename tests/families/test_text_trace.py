@@ -49,7 +49,10 @@ def test_ends_carriers_and_conditions_are_found(kind: str, loaded: Callable[[str
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["sdxl", "lcm", "pixart-sized", "sd3", "flux-dev", "sana"])
+@pytest.mark.parametrize(
+    "kind",
+    ["sdxl", pytest.param("lcm", marks=pytest.mark.thorough), "pixart-sized", "sd3", "flux-dev", "sana"],
+)
 def test_the_temporal_path_alone_gives_what_the_whole_network_computes(
     kind: str,
     loaded: Callable[[str], LoadedModel],

@@ -36,8 +36,15 @@ KINDS = (
 )
 # Half a minute each, and more for U-Nets; `-m slow` runs them.
 SLOW = [pytest.param(kind, marks=(pytest.mark.slow, pytest.mark.timeout(600))) for kind in KINDS]
-QUICK = ("pixart-alpha", "flux-dev")
-FINETUNED = [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
+FINETUNED = [
+    "pixart-alpha",
+    pytest.param("flux-dev", marks=pytest.mark.thorough),
+    *(
+        pytest.param(kind, marks=pytest.mark.slow)
+        for kind in KINDS
+        if kind not in ("pixart-alpha", "flux-dev")
+    ),
+]
 # What ONNX Runtime keeps of a component in full precision.
 FLOAT_SNR_DB = 90.0
 
