@@ -14,6 +14,7 @@ import pytest
 from quest_deploy import files
 from quest_deploy.errors import ArtifactError
 from tests.artifact.conftest import make
+from tests.tmpfs import run_on_tmpfs
 
 WRITE_TOO_MUCH = """
 import sys
@@ -35,17 +36,9 @@ print(sorted(p.name for p in output.parent.iterdir()) if output.parent.exists() 
 
 
 def run_in_mount(options: str, tmp_path: Path, writer: str) -> str:
-    """Run WRITE_TOO_MUCH with its output on a tmpfs mounted in a mount namespace of its own (needs root)."""
-    mount = tmp_path / "mount"
-    mount.mkdir()
-    script = f'mount -t tmpfs -o {options} none "$0" && exec "$1" -c "$2" "$0/a" "$3"'
-    command = ["unshare", "--mount", "sh", "-c", script, str(mount), sys.executable, WRITE_TOO_MUCH, writer]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    except FileNotFoundError:
-        pytest.skip("needs unshare (util-linux)")
-    if "permitted" in done.stderr or "denied" in done.stderr:
-        pytest.skip(f"may not mount here: {done.stderr.strip()}")
+    """Run WRITE_TOO_MUCH with its output on a tmpfs."""
+    script = 'exec "$1" -c "$2" "$0/a" "$3"'
+    done = run_on_tmpfs(options, tmp_path / "mount", script, sys.executable, WRITE_TOO_MUCH, writer)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

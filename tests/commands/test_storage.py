@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.tmpfs import run_on_tmpfs
+
 COMMAND = [sys.executable, "-m", "quest_deploy.commands"]
 FAST = ("--steps", "2", "--guidance-scale", "2")
 
@@ -29,22 +31,10 @@ def arguments(verb: str, model: Path, onnx: Path, recipe: Path = Path("w8a8")) -
     return [str(word) for word in words[verb]]
 
 
-def run_on_tmpfs(options: str, mount: Path, words: list[str]) -> subprocess.CompletedProcess[str]:
-    """Run a verb with its output on a tmpfs in a mount namespace of its own (needs root); then list its files."""
-    mount.mkdir()
-    mount_it = f'mount -t tmpfs -o {options} none "$0" || exit 99'
-    script = f'{mount_it}; "$@" -o "$0/out"; code=$?; cd "$0" && find . -type f; exit $code'
-    try:
-        done = subprocess.run(
-            ["unshare", "--mount", "sh", "-c", script, str(mount), *COMMAND, *words],
-            capture_output=True,
-            text=True,
-        )
-    except FileNotFoundError:
-        pytest.skip("needs unshare (util-linux)")
-    if done.returncode == 99 or "unshare" in done.stderr:
-        pytest.skip(f"may not mount here: {done.stderr.strip()}")
-    return done
+def run_verb(options: str, mount: Path, words: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run a verb with its output on a tmpfs; then list its files."""
+    script = '"$@" -o "$0/out"; code=$?; cd "$0" && find . -type f; exit $code'
+    return run_on_tmpfs(options, mount, script, *COMMAND, *words)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +49,7 @@ def test_full_disk(verb: str, tmp_path: Path, tiny_model: Path, tiny_onnx: Path,
 
     `finetune` may keep its state for --resume, whole: it is what was asked for, without the first saved tensors.
     """
-    done = run_on_tmpfs("size=8k", tmp_path / "mount", arguments(verb, tiny_model, tiny_onnx, tiny_recipe))
+    done = run_verb("size=8k", tmp_path / "mount", arguments(verb, tiny_model, tiny_onnx, tiny_recipe))
     left = "./.out.finetune/run.json\n" if verb == "finetune" else ""
     assert (done.returncode, done.stdout) == (1, left)
     last = done.stderr.splitlines()[-1]
@@ -72,7 +62,7 @@ def test_read_only_file_system_is_found_before_the_work(
     verb: str, tmp_path: Path, tiny_model: Path, tiny_onnx: Path
 ) -> None:
     """The output lies on a tmpfs that is mounted read-only. Nothing is loaded, so the answer comes at once."""
-    done = run_on_tmpfs("ro", tmp_path / "mount", arguments(verb, tiny_model, tiny_onnx))
+    done = run_verb("ro", tmp_path / "mount", arguments(verb, tiny_model, tiny_onnx))
     assert (done.returncode, done.stdout) == (1, "")
     assert len(done.stderr.splitlines()) == 1
     assert "the file system is read-only; choose another output directory" in done.stderr
