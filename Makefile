@@ -33,7 +33,6 @@ lint: $(STAMP)
 	scripts/lint_wheel.sh
 
 bench-export: $(STAMP)
-	@$(PIP) openvino
 	$(BIN)/python -m benchmarks modes
 
 bench: $(STAMP)
@@ -47,7 +46,7 @@ $(STAMP): pyproject.toml constraints.txt
 	    { rm -rf .venv; echo "make: no virtual environment; on Debian: apt install python3-venv" >&2; exit 1; }
 	@echo "installing into .venv (minutes the first time)"
 	@$(PIP) torch==2.13.0 setuptools
-	@$(PIP) --no-build-isolation -e '.[dev,tensorrt-rtx]'
+	@$(PIP) --no-build-isolation -e '.[dev,tensorrt-rtx,openvino,lora]'
 	@$(PIP) --no-deps tensorrt-stubs
 	@touch $@
 

@@ -191,10 +191,7 @@ def inputs(step: int = 0) -> dict[str, ndarray]:
 
 
 def write_nncf(folder: Path) -> None:
-    """The float ONNX as NNCF quantizes it, with its defaults for transformers.
-
-    Of standard operators alone: there its defaults find products of queries and keys.
-    """
+    """The float ONNX, of standard operators alone, as NNCF quantizes it, with its defaults for transformers."""
     import nncf
     import openvino
 

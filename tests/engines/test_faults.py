@@ -22,7 +22,7 @@ from quest_deploy.config import BuildConfig
 from quest_deploy.engines import load_engines
 from quest_deploy.engines.trt_build import build_engine
 from quest_deploy.errors import ArtifactError, ConfigError, QuestDeployError
-from tests.commands.test_storage import COMMAND, run_on_tmpfs
+from tests.commands.test_storage import COMMAND, run_verb
 
 FLIPS = 500
 DAMAGED_GRAPHS = 12
@@ -95,7 +95,7 @@ def test_every_truncated_file_is_refused(artifact: Path) -> None:
 def test_disk_that_fills_up_while_an_engine_is_written(tiny_onnx: Path, tmp_path: Path) -> None:
     """Full for real, on a tmpfs that has room for the first engine and not for the second."""
     pytest.importorskip("tensorrt_rtx")
-    done = run_on_tmpfs("size=600k", tmp_path / "mount", ["build-engine", str(tiny_onnx)])
+    done = run_verb("size=600k", tmp_path / "mount", ["build-engine", str(tiny_onnx)])
     assert (done.returncode, done.stdout) == (1, "")
     last = done.stderr.splitlines()[-1]
     assert last.startswith(f"Error: cannot use '{tmp_path / 'mount'}") and "the disk is full" in last
