@@ -189,15 +189,23 @@ def _fuse(graph: ir.Graph, one: _Attention) -> None:
     reshape = _joins(output, one)
     if reshape is not None:
         result.shape = reshape.outputs[0].shape
-        reshape.outputs[0].replace_all_uses_with(result, replace_graph_outputs=True)
+        _replace(reshape.outputs[0], result)
         return
-    apart = _constant(graph, f"quest_deploy.parted.{one.heads}", [0, 0, one.heads, one.features // one.heads])
+    size = one.features // one.heads
+    apart = _constant(graph, f"quest_deploy.parted.{one.heads}.{size}", [0, 0, one.heads, size])
     parted = _insert(graph, one, "Reshape", [result, apart], {}).outputs[0]
-    batch, heads, tokens, size = output.shape  # type: ignore[misc]
+    batch, heads, tokens, _ = output.shape  # type: ignore[misc]
     parted.shape, parted.type = ir.Shape([batch, tokens, heads, size]), result.type
     swapped = _insert(graph, one, "Transpose", [parted], {"perm": SWAP}).outputs[0]
     swapped.shape, swapped.type = output.shape, result.type
-    output.replace_all_uses_with(swapped, replace_graph_outputs=True)
+    _replace(output, swapped)
+
+
+def _replace(old: ir.Value, new: ir.Value) -> None:
+    """Let `new` be read in place of `old`; an output of the graph keeps its name."""
+    if old.is_graph_output():
+        new.name, old.name = old.name, f"{old.name}.before"
+    old.replace_all_uses_with(new, replace_graph_outputs=True)
 
 
 def _joined(graph: ir.Graph, part: ir.Value, one: _Attention, shape: ir.Value) -> ir.Value:

@@ -76,8 +76,9 @@ def run(model: ir.Model) -> list[np.ndarray]:
 def fused(text: str) -> tuple[ir.Model, ir.Node]:
     """The model after the pass, the same numbers seen, and its one operator."""
     model = graph(text, **PARTS)
-    before = run(model)
+    before, names = run(model), [value.name for value in model.graph.outputs]
     assert FuseAttention()(model).modified
+    assert [value.name for value in model.graph.outputs] == names
     ir.passes.common.RemoveUnusedNodesPass()(model)
     assert not {"Softmax", "MatMul"} & set(operators(model))
     for got, wanted in zip(run(model), before, strict=True):
@@ -117,6 +118,26 @@ def test_heads_that_stay_apart_behind_it() -> None:
     model, _ = fused(text.replace("v, float[b, 2, n, 4] o,", "v,"))
     assert operators(model).count("MultiHeadAttention") == 1
     assert operators(model)[-2:] == ["Transpose", "Reshape"]
+
+
+def test_attentions_of_the_same_heads_and_other_sizes() -> None:
+    """Heads stay apart behind both; the second works on the first half of each head."""
+    text = ATTENTION.replace(
+        "(float[b, n, 8] y)", "(float[b, n, 8] y, float[b, 2, n, 4] o, float[b, 2, n, 2] z)"
+    )
+    text = text.replace("v, float[b, 2, n, 4] o,", "v, float[b, 2, n, 2] h,").replace(
+        "    y = Reshape",
+        "    h, rest = Split<axis = -1, num_outputs = 2>(q)\n    ht = Transpose<perm = [0, 1, 3, 2]>(h)\n"
+        "    hs = MatMul(h, ht)\n    hp = Softmax<axis = -1>(hs)\n    z = MatMul(hp, h)\n    y = Reshape",
+    )
+    model, names = graph(text, **PARTS), ["y", "o", "z"]
+    before = run(model)
+    assert FuseAttention()(model).modified
+    ir.passes.common.RemoveUnusedNodesPass()(model)
+    assert operators(model).count("MultiHeadAttention") == 2 and "Softmax" not in operators(model)
+    assert [value.name for value in model.graph.outputs] == names
+    for got, wanted in zip(run(model), before, strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=2e-6, atol=2e-6)
 
 
 KEEPS = {
