@@ -6,13 +6,16 @@ import math
 
 import onnx_ir as ir
 
+# The standard's, and ONNX Runtime's.
+ATTENTIONS = ("Attention", "MultiHeadAttention")
+
 
 def count_macs(node: ir.Node) -> int | None:
     """Multiply-accumulates of one run of `node`; None where a shape is unknown or the operator is not counted."""
     shapes = [shape_of(value) for value in (*node.inputs, *node.outputs)]
     inputs, output = shapes[: len(node.inputs)], shapes[len(node.inputs)]
     kind = node.op_type
-    if kind in ("Attention", "MultiHeadAttention"):
+    if kind in ATTENTIONS:
         return attention_macs(inputs)
     if kind in ("MatMul", "MatMulInteger", "MatMulNBits", "QLinearMatMul"):
         return None if output is None or not inputs[0] else math.prod(output) * inputs[0][-1]

@@ -14,11 +14,11 @@ from onnx import TensorProto
 
 from quest_deploy.errors import ArtifactError
 from quest_deploy.export.lint.report import Finding
+from quest_deploy.export.passes.strip_metadata import WITHOUT_INFERENCE
 from quest_deploy.model.spec import latent_size, vae_scale_factor
 
 logger = logging.getLogger(__name__)
 
-_KEEP_SHAPE = ("GroupNormalization", "MultiHeadAttention")
 _FIRST_AXIS = "lint/first_axis"
 # What other exporters call the dimensions of quest_deploy.model.spec.
 ALIASES = {"batch_size": "batch", "sequence_length": "sequence"}
@@ -143,7 +143,7 @@ def infer_shapes(proto: onnx.ModelProto) -> onnx.ModelProto:
     it does not know, and a Reshape of one number to a vector, which torch puts into computed shapes.
     """
     nodes = proto.graph.node
-    kept = {index: copy_of(node) for index, node in enumerate(nodes) if node.op_type in _KEEP_SHAPE}
+    kept = {index: copy_of(node) for index, node in enumerate(nodes) if node.op_type in WITHOUT_INFERENCE}
     for index in kept:
         stand_in(nodes[index], "Identity")
     first = inferred(proto)

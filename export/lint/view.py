@@ -10,14 +10,12 @@ from typing import Literal
 import numpy as np
 import onnx_ir as ir
 
-from quest_deploy.export.lint.macs import count_macs
+from quest_deploy.export.lint.macs import ATTENTIONS, count_macs
 
 CONVOLUTIONS = ("Conv", "ConvTranspose")
 MATRIX_PRODUCTS = ("MatMul", "Gemm")
 # Products that hold their quantization themselves, without Q/DQ nodes around them.
 INTEGER_PRODUCTS = ("QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger", "MatMulNBits")
-# The standard's, and ONNX Runtime's.
-ATTENTIONS = ("Attention", "MultiHeadAttention")
 PRODUCTS = (*CONVOLUTIONS, *MATRIX_PRODUCTS, *INTEGER_PRODUCTS, *ATTENTIONS, "Einsum")
 QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 # A function operator whose body reshapes by computed sizes, and one that is not in the standard.
+# The outputs of both have the shape of their first input.
 WITHOUT_INFERENCE = frozenset({"GroupNormalization", "MultiHeadAttention"})
 
 

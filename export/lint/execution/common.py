@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from quest_deploy.export.lint.macs import ATTENTIONS
 from quest_deploy.export.lint.view import (
-    ATTENTIONS,
     EIGHT_BITS,
     FOUR_BITS,
     INTEGER_PRODUCTS,
