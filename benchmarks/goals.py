@@ -88,7 +88,7 @@ def _ahead(name: str, whom: str, recipe: dict[str, Any], rows: list[str], goal_d
 def _kid(result: dict[str, Any]) -> Iterator[Row]:
     for name in result["settings"]["recipes"]:
         if name == "w4a8":
-            kids = (interval(result["rows"][row]["kid"]) for row in (name, "fp32"))
+            kids = (interval(row["kid"]) for row in (result["recipes"][name]["quest"], result["fp32"]))
             requirement = f"{name.upper()}: kernel distance overlaps full precision's"
             yield requirement, " and ".join(kids), yes(overlap(result, name))
 

@@ -1,8 +1,9 @@
-"""Kernel distance (KID) of what each deployed recipe draws to real emoji, in the features of a small encoder.
+"""Kernel distance (KID) of what each recipe and baseline draws to real emoji, in the features of a small encoder.
 
 Every picture is drawn by the exported ONNX in OpenVINO, the fastest CPU runtime of these files: 2,048 prompts that name
-an emoji each, the same noise in every row. The encoder is not Inception (see benchmarks/encoder.py), so the figures
-compare with each other alone.
+an emoji each, the same noise in every row. So the baselines are those that can be exported; Model-Optimizer's exist in
+PyTorch alone here. The encoder is not Inception (see benchmarks/encoder.py), so the figures compare with each other
+alone.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import quality, rows, stages
+from benchmarks.baselines.rows import MADE_BY_FINETUNE, ROWS, variant
 from benchmarks.environment import header
 from benchmarks.settings import MODEL, ROOT, Settings
 from benchmarks.stages import identity
@@ -29,40 +31,47 @@ FIRST_SEED = 10_000
 CHUNK = 256
 GROUPS = 32
 SCALE = 1000
-LABELS = {
-    "fp32": "full precision",
-    "calibrated": "calibrated, not finetuned",
-    "quest": "QuEST",
-}
-BASELINES = ("calibrated",)
+FIGURES = ("kid", "above_fp32")
 
 
 def run(settings: Settings) -> dict[str, Any]:
     """Draw with every row, and measure how far the pictures are from real ones."""
+    checkpoints = _checkpoints(settings)
     artifacts = {"fp32": stages.export(settings, "fp32", MODEL, TARGET)[0]}
-    folder = settings.work / rows.FOLDER
-    for name in settings.recipes:
-        checkpoints = {"quest": stages.finetuned(settings, name)[0]}
-        checkpoints["calibrated"] = folder / "checkpoints" / f"{name}-calibrated"
-        stages.finetune(
-            settings, quality.variant(settings.recipe(name), "calibrated"), checkpoints["calibrated"]
-        )
-        for row, checkpoint in checkpoints.items():
-            label = name if row == "quest" else f"{name}-{row}"
-            artifacts[label] = stages.export(settings, label, checkpoint, TARGET)[0]
+    for label, checkpoint in checkpoints.items():
+        artifacts[label] = stages.export(settings, label, checkpoint, TARGET)[0]
     prompts = PROMPTS.read_text(encoding="utf-8").splitlines()
     if settings.quick:
         prompts = prompts[: 2 * GROUPS]
-    features = {}
-    for label, onnx in artifacts.items():
-        features[label] = draw_features(settings, label, onnx, prompts)
+    features = {label: draw_features(settings, label, onnx, prompts) for label, onnx in artifacts.items()}
+    found = compare(features)
+    recipes: dict[str, Any] = {name: {} for name in settings.recipes}
+    for label in checkpoints:
+        name, _, row = label.partition("-")
+        recipes[name][row] = found[label]
     return {
         **header(settings),
         **_versions(),
         "images": len(prompts),
         "groups": GROUPS,
-        "rows": compare(features),
+        "fp32": found["fp32"],
+        "recipes": recipes,
     }
+
+
+def _checkpoints(settings: Settings) -> dict[str, Path]:
+    """Of every row, by "recipe-row"."""
+    folder = settings.work / rows.FOLDER
+    found: dict[str, Path] = {}
+    # Processes of their own come first, before torch is loaded here.
+    for name in settings.recipes:
+        found[f"{name}-quest"] = stages.finetuned(settings, name)[0]
+        for row in MADE_BY_FINETUNE:
+            path = found[f"{name}-{row}"] = folder / "checkpoints" / f"{name}-{row}"
+            stages.finetune(settings, variant(settings.recipe(name), row, quick=settings.quick), path)
+    for name in settings.recipes:
+        found[f"{name}-minmax"] = quality.minmax(settings, name, folder)
+    return found
 
 
 def _versions() -> dict[str, str]:
@@ -166,29 +175,26 @@ def _interval(whole: float, without: Tensor) -> dict[str, float]:
     }
 
 
-def overlap(result: dict[str, Any], label: str) -> bool:
-    """Whether a row's interval and full precision's have something in common."""
-    mine, other = result["rows"][label]["kid"], result["rows"]["fp32"]["kid"]
+def overlap(result: dict[str, Any], name: str) -> bool:
+    """Whether the interval of QuEST with a recipe and full precision's have something in common."""
+    mine, other = result["recipes"][name]["quest"]["kid"], result["fp32"]["kid"]
     return bool(mine["low"] <= other["high"] and other["low"] <= mine["high"])
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
     """One row for each set of pictures."""
-    labels = ["fp32"]
-    for name in result["settings"]["recipes"]:
-        labels += [f"{name}-{row}" for row in BASELINES] + [name]
+    lines = [("fp32", "full precision", interval(result["fp32"]["kid"]), "–")]
+    lines += [
+        (name.upper(), label, *(interval(result["recipes"][name][row][figure]) for figure in FIGURES))
+        for name in result["settings"]["recipes"]
+        for row, label in ROWS.items()
+        if row in result["recipes"][name]
+    ]
     return [
         Table(
             title=f"Kernel distance to real emoji, × {SCALE}",
             columns=("recipe", "row", "KID", "above full precision, same prompts and noise"),
-            rows=tuple(
-                (
-                    *_labels(label),
-                    interval(result["rows"][label]["kid"]),
-                    interval(result["rows"][label]["above_fp32"]) if label != "fp32" else "–",
-                )
-                for label in labels
-            ),
+            rows=tuple(lines),
             labels=2,
             note=f"{result['images']:,} pictures a row, one for each prompt, drawn by the exported ONNX in OpenVINO "
             f"{result['openvino']}, against the {result['images']:,} real pictures. Features of a small "
@@ -196,8 +202,3 @@ def tables(result: dict[str, Any]) -> list[Table]:
             f"jackknife over {result['groups']} groups of prompts.",
         )
     ]
-
-
-def _labels(label: str) -> tuple[str, str]:
-    recipe, _, row = label.partition("-")
-    return ("fp32", LABELS["fp32"]) if label == "fp32" else (recipe.upper(), LABELS[row or "quest"])

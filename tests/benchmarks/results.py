@@ -267,16 +267,18 @@ def ablation() -> dict[str, Any]:
 
 
 def kid() -> dict[str, Any]:
-    labels = [
-        "fp32",
-        *(f"{name}{row}" for name in ("w8a8", "w4a8") for row in ("", "-minmax", "-calibrated")),
-    ]
-    rows = {}
-    for n, label in enumerate(labels):
-        rows[label] = {"kid": {"low": 4.0 + n, "mean": 5.0 + n, "high": 6.0 + n}}
-        if n:
-            rows[label]["above_fp32"] = {"low": n - 0.5, "mean": float(n), "high": n + 0.5}
-    return {**HEADER, "openvino": "1.2.3", "images": 2048, "groups": 32, "rows": rows}
+    def row(n: int) -> dict[str, Any]:
+        return {
+            "kid": {"low": 4.0 + n, "mean": 5.0 + n, "high": 6.0 + n},
+            "above_fp32": {"low": n - 0.5, "mean": float(n), "high": n + 0.5},
+        }
+
+    recipes = {
+        name: {label: row(3 * m + n) for n, label in enumerate(("quest", "minmax", "calibrated"), start=1)}
+        for m, name in enumerate(("w8a8", "w4a8"))
+    }
+    fp32 = {"kid": row(0)["kid"]}
+    return {**HEADER, "openvino": "1.2.3", "images": 2048, "groups": 32, "fp32": fp32, "recipes": recipes}
 
 
 def order() -> dict[str, Any]:

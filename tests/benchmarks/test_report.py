@@ -165,10 +165,10 @@ def test_at_w4a4_the_lead_over_what_is_not_finetuned_is_asked(everything: dict[s
 
 
 def test_kernel_distances_that_do_not_overlap_are_told(everything: dict[str, dict]) -> None:
-    rows = everything["kid"]["rows"]
-    rows["w4a8"]["kid"] = {"low": 6.0, "mean": 7.0, "high": 8.0}
+    row = everything["kid"]["recipes"]["w4a8"]["quest"]
+    row["kid"] = {"low": 6.0, "mean": 7.0, "high": 8.0}
     assert met(everything, "W4A8: kernel distance") == "yes"
-    rows["w4a8"]["kid"]["low"] = 6.1
+    row["kid"]["low"] = 6.1
     assert met(everything, "W4A8: kernel distance") == "**no**"
 
 
