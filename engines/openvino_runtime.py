@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -59,16 +60,26 @@ class Graph:
         return self.core.compile_model(model, DEVICE, self.options)
 
 
+class Requests(threading.local):
+    """The calling thread's, which go when it ends: each holds the inputs and outputs of its last run."""
+
+    def __init__(self) -> None:
+        self.by_shapes: dict[Shapes | None, Any] = {}
+
+
 class OpenVinoEngine(Closing):
     """One component, compiled for the input shapes that it is first called with.
 
     Two sets of shapes have graphs of their own, compiled at their first call; all others share one for any shape.
+    Several threads may run it at the same time: each has requests of its own.
     """
 
     def __init__(self, spec: ComponentSpec, graph: Graph) -> None:
         self.spec = spec
         self.graph: Graph | None = graph
-        self.requests: dict[Shapes | None, Any] = {}
+        self.compiled: dict[Shapes | None, Any] = {}
+        self.requests = Requests()
+        self._lock = threading.Lock()
 
     def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
         """Run once: CPU tensors in, CPU tensors out; outputs are copies, which the next run leaves alone.
@@ -77,28 +88,35 @@ class OpenVinoEngine(Closing):
             EngineInputError: a name, type or shape that the component does not take.
         """
         check_inputs(self.spec, inputs)
-        if self.graph is None:
+        graph = self.graph
+        if graph is None:
             raise RuntimeError(f"{self.spec.name}: the engine is closed")
         try:
-            request = self.request(self.graph, inputs)
+            request = self._request(graph, inputs)
             request.infer(as_arrays(inputs))
         except RuntimeError as error:
             raise cannot_run(self.spec, "OpenVINO", inputs, _cause(error)) from error
         outputs = (tensor.name for tensor in self.spec.outputs)
         return {name: torch.from_numpy(request.get_tensor(name).data.copy()) for name in outputs}
 
-    def request(self, graph: Graph, inputs: Mapping[str, Tensor]) -> Any:
-        """What runs inputs of these shapes."""
+    def _request(self, graph: Graph, inputs: Mapping[str, Tensor]) -> Any:
+        """What runs inputs of these shapes in this thread."""
         shapes: Shapes | None = tuple((name, tuple(tensor.shape)) for name, tensor in sorted(inputs.items()))
-        if shapes not in self.requests and len(self.requests) >= MAX_STATIC:
-            shapes = None
-        if shapes not in self.requests:
-            self.requests[shapes] = graph.compile(shapes).create_infer_request()
-        return self.requests[shapes]
+        with self._lock:
+            if shapes not in self.compiled and len(self.compiled) >= MAX_STATIC:
+                shapes = None
+            if shapes not in self.compiled:
+                self.compiled[shapes] = graph.compile(shapes)
+            compiled = self.compiled[shapes]
+        mine = self.requests.by_shapes
+        if shapes not in mine:
+            mine[shapes] = compiled.create_infer_request()
+        return mine[shapes]
 
     def close(self) -> None:
         self.graph = None
-        self.requests.clear()
+        self.compiled.clear()
+        self.requests = Requests()
 
 
 def load_openvino_engines(onnx_dir: Path, *, threads: int | None = None) -> dict[str, Engine]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,9 +17,15 @@ from quest_deploy.model.load import LoadedModel, load_model, wrap_components
 from quest_deploy.model.products import float32_products
 from quest_deploy.model.spec import ComponentSpec, component_specs
 
+# Quantized modules keep which timestep they are at, and the number of threads is one for the process.
+_RUNNING = threading.Lock()
+
 
 class TorchEngine(Closing):
-    """One component as a module whose positional inputs and outputs are those of its specification."""
+    """One component as a module whose positional inputs and outputs are those of its specification.
+
+    Threads take turns.
+    """
 
     def __init__(self, spec: ComponentSpec, module: nn.Module, *, threads: int | None = None) -> None:
         self.spec = spec
@@ -38,7 +45,7 @@ class TorchEngine(Closing):
         if self.module is None:
             raise RuntimeError(f"{self.spec.name}: the engine is closed")
         arguments = [inputs[tensor.name].to(self.device) for tensor in self.spec.inputs]
-        with limited_threads(self.threads), float32_products("ieee"):
+        with _RUNNING, limited_threads(self.threads), float32_products("ieee"):
             outputs = self.module(*arguments)
         return {tensor.name: value for tensor, value in zip(self.spec.outputs, outputs, strict=True)}
 

@@ -44,8 +44,8 @@ def test_quantized_denoiser_equals_onnx_runtime(
 
 def test_the_quantized_convolution_is_an_int8_primitive(engines: dict[str, Engine]) -> None:
     engines["unet"](**denoiser_inputs(2, 1))
-    (request, *_) = engines["unet"].requests.values()  # type: ignore[attr-defined]
-    nodes = request.get_compiled_model().get_runtime_model().get_ordered_ops()
+    (compiled, *_) = engines["unet"].compiled.values()  # type: ignore[attr-defined]
+    nodes = compiled.get_runtime_model().get_ordered_ops()
     info = [
         {key: str(getattr(value, "value", value)) for key, value in node.get_rt_info().items()}
         for node in nodes
@@ -70,7 +70,7 @@ def test_two_sets_of_shapes_have_graphs_of_their_own_and_the_others_share_one(ti
         with load_ort_engines(tiny_onnx, threads=1)["unet"] as reference:
             expected = reference(**inputs)["out_sample"]
         torch.testing.assert_close(engine(**inputs)["out_sample"], expected, rtol=1e-5, atol=1e-5)
-    batches = [None if shapes is None else dict(shapes)["sample"][0] for shapes in engine.requests]  # type: ignore[attr-defined]
+    batches = [None if shapes is None else dict(shapes)["sample"][0] for shapes in engine.compiled]  # type: ignore[attr-defined]
     assert batches == [1, 2, None]
 
 
