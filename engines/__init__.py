@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quest_deploy.artifacts import read_manifest, stage_of
-from quest_deploy.config import BACKENDS, DEFAULT_RUN, RunConfig
+from quest_deploy.config import BACKENDS, DEFAULT_RUN, TENSORRT_BACKENDS, RunConfig
 from quest_deploy.errors import ArtifactError, ConfigError
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def load_engines(
     """
     # Each runtime is imported when it is wanted: torch takes seconds, and TensorRT is optional.
     chosen = resolve_backend(path, backend)
-    check_provider(chosen, run)
+    check_run(chosen, run)
     if chosen == "torch":
         from quest_deploy.engines.torch_runtime import load_torch_engines
 
@@ -88,16 +88,24 @@ def load_engines(
     from quest_deploy.engines.trt_runtime import load_tensorrt_engines
 
     return load_tensorrt_engines(
-        path, backend="tensorrt" if chosen == "tensorrt" else "tensorrt-rtx", graphs=run.cuda_graphs
+        path,
+        backend="tensorrt" if chosen == "tensorrt" else "tensorrt-rtx",
+        graphs=run.cuda_graphs,
+        weights_gb=run.gpu_weights_gb,
     )
 
 
-def check_provider(backend: str, run: RunConfig) -> None:
-    """Refuse an execution provider for a backend that has none.
+def check_run(backend: str, run: RunConfig) -> None:
+    """Refuse what a backend does not have: execution providers, weights that stay in host memory.
 
     Raises:
         ConfigError: it has none.
     """
+    if run.gpu_weights_gb is not None and backend not in TENSORRT_BACKENDS:
+        raise ConfigError(
+            f"gpu_weights_gb is {run.gpu_weights_gb:g}, but only TensorRT engines stream weights and {backend} runs "
+            "this; leave --gpu-weights out"
+        )
     if run.provider is not None and backend != "onnxruntime":
         raise ConfigError(
             f"provider is {run.provider}, but only onnxruntime has execution providers and {backend} runs this; "

@@ -68,11 +68,18 @@ class EngineInspector(Protocol):
 class CudaEngine(Protocol):
     """ICudaEngine: a deserialized plan."""
 
+    weight_streaming_budget_v2: int  # bytes of streamable weights on the GPU, fixed before contexts are made
+
     @property
     def num_optimization_profiles(self) -> int: ...
 
     @property
     def device_memory_size_v2(self) -> int: ...
+
+    @property
+    def streamable_weights_size(self) -> int: ...
+
+    def get_weight_streaming_automatic_budget(self) -> int: ...
 
     def get_tensor_profile_shape(self, name: str, profile_index: int) -> Sequence[Sequence[int]]: ...
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ class LoadedPlan(Closing):
         self.engine: CudaEngine | None = engine
         self.runtime = runtime
         self.cache: RuntimeCacheFile | None = None
+        self.ran: Callable[[], None] | None = None
         self.how: Any = library.ExecutionContextAllocationStrategy.USER_MANAGED
         self._lock = threading.Lock()
 
@@ -44,6 +46,18 @@ class LoadedPlan(Closing):
         )
         self.cache = RuntimeCacheFile(config, folder, plan_sha256)
         self.how = config
+
+    def stream_weights(self, limit_bytes: int | None) -> None:
+        """Keep at most so many bytes of weights on the GPU; before contexts and their memory are made.
+
+        Without this an engine built for it holds all its weights there. None lets TensorRT go by the free memory.
+        """
+        assert self.engine is not None
+        if limit_bytes is None:
+            budget = self.engine.get_weight_streaming_automatic_budget()
+        else:
+            budget = min(limit_bytes, self.engine.streamable_weights_size)
+        self.engine.weight_streaming_budget_v2 = budget
 
     def create_context(self) -> ExecutionContext:
         """A new execution context without activation memory.

@@ -19,7 +19,9 @@ from quest_deploy.engines.base import Closing, Engine, check_inputs
 from quest_deploy.engines.foreign import from_json
 from quest_deploy.engines.libraries import driver_version, gpus, import_tensorrt, title_of
 from quest_deploy.engines.profiles import InputRange, Profile, Shape, limits_of, select_profile
+from quest_deploy.engines.run_record import record_run
 from quest_deploy.engines.trt_api import CudaEngine, Runtime
+from quest_deploy.engines.trt_build import PLAN_NAME
 from quest_deploy.engines.trt_context import Lane, Shapes, shapes_of
 from quest_deploy.engines.trt_memory import ActivationMemory
 from quest_deploy.engines.trt_plan import LoadedPlan
@@ -34,7 +36,6 @@ from quest_deploy.model.spec import ComponentSpec, component_specs
 
 logger = logging.getLogger(__name__)
 
-PLAN_NAME = "model.plan"
 # Of TensorRT for RTX 1.7 on an H200.
 UNSUPPORTED = "does not support this compute capability"
 
@@ -102,6 +103,8 @@ class TensorRTEngine(Closing):
         """Free everything, when no thread runs the engine any more; calling it again does nothing."""
         for lane in self.lanes.values():
             lane.close()
+        if self.lanes and self.plan is not None and self.plan.ran is not None:
+            self.plan.ran()
         self.lanes.clear()
         if self.plan is not None:
             self.plan.close()
@@ -110,7 +113,11 @@ class TensorRTEngine(Closing):
 
 
 def load_tensorrt_engines(
-    engine_dir: Path, *, backend: TensorRTBackend, graphs: bool = True
+    engine_dir: Path,
+    *,
+    backend: TensorRTBackend,
+    graphs: bool = True,
+    weights_gb: float | None = None,
 ) -> dict[str, Engine]:
     """Load every plan of an `engines` artifact onto the current GPU.
 
@@ -118,19 +125,25 @@ def load_tensorrt_engines(
         engine_dir: The artifact; its hashes are verified first.
         backend: The TensorRT flavour, which must be the one that built it.
         graphs: Whether shapes that come again run as captured CUDA graphs.
+        weights_gb: Of each component's weights, how much lies on the GPU, in 10^9 bytes, where the engines were built
+            with weight streaming; None lets TensorRT go by the free memory.
 
     Raises:
         MissingDependencyError: no GPU, no CUDA build of torch, or no TensorRT.
-        ConfigError: the artifact is of the other flavour.
+        ConfigError: the artifact is of the other flavour, or cannot stream weights.
         ArtifactError: not an `engines` artifact, changed since it was written, or without weights.
         StaleArtifactError: this TensorRT or GPU cannot load the plans.
     """
     source = read_artifact(Path(engine_dir), stage="engines")
     check_flavour(source.path, str(source.manifest.config.get("backend")), backend)
     check_weights(source)
+    streaming = check_streaming(source, weights_gb)
     check_gpu(source.path)
     library = import_tensorrt(backend)
     plans = load_plans(source, library, backend)
+    if streaming:
+        for plan in plans.values():
+            plan.stream_weights(None if weights_gb is None else round(weights_gb * 1e9))
     largest = max(plan.engine.device_memory_size_v2 for plan in plans.values() if plan.engine is not None)
     memory = ActivationMemory(largest, torch.device("cuda"))
     engines: dict[str, Engine] = {}
@@ -152,6 +165,13 @@ def load_plans(source: Artifact, library: Any, backend: TensorRTBackend) -> dict
     """
     log = make_log(library)
     runtime = make_runtime(library, source.manifest.config)
+    gpu = gpus()[0]
+    place = {
+        "gpu": gpu.name,
+        "compute_capability": gpu.compute_capability,
+        "driver": driver_version(),
+        "library_version": library.__version__,
+    }
     plans = {}
     for name in component_specs(source.path):
         file = f"{name}/{PLAN_NAME}"
@@ -161,8 +181,9 @@ def load_plans(source: Artifact, library: Any, backend: TensorRTBackend) -> dict
                 name, source.path, source.manifest.details, backend, str(library.__version__), log.errors
             )
         plans[name] = LoadedPlan(name, library, engine, runtime)
+        digest = source.manifest.files[file].sha256
+        plans[name].ran = functools.partial(record_run, source.path / name, digest, place)
         if backend == "tensorrt-rtx":
-            digest = source.manifest.files[file].sha256
             plans[name].compile_at_run_time(library, source.path / name, digest)
     return plans
 
@@ -219,6 +240,21 @@ def check_weights(source: Artifact) -> None:
             f"the engines in '{source.path}' were built with --strip-weights and hold no weights; put them in, on the "
             f"machine that runs them, with `quest-deploy refit {source.path} ONNX_DIR -o DIR`"
         )
+
+
+def check_streaming(source: Artifact, weights_gb: float | None) -> bool:
+    """Whether engines were built so that their weights may stay in host memory.
+
+    Raises:
+        ConfigError: they were not, and `weights_gb` wants it.
+    """
+    streaming = bool(source.manifest.config.get("weight_streaming"))
+    if weights_gb is not None and not streaming:
+        raise ConfigError(
+            f"the engines in '{source.path}' hold all their weights on the GPU; leave the limit of weights out, or "
+            "build them with `quest-deploy build-engine --weight-streaming`"
+        )
+    return streaming
 
 
 def check_gpu(path: Path) -> None:

@@ -11,6 +11,7 @@ import errno
 import fcntl
 import logging
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
@@ -52,6 +53,7 @@ from quest_deploy.manifest import (
 
 __all__ = [
     "MANIFEST_NAME",
+    "RUNS_NAME",
     "RUNTIME_CACHE_NAME",
     "SCHEMA_VERSION",
     "STAGES",
@@ -76,7 +78,9 @@ logger = logging.getLogger(__name__)
 _MAX_PROBLEMS = 5
 
 RUNTIME_CACHE_NAME = ".runtime-cache"
-"""What a runtime keeps beside an engine, or began to: no part of the artifact, and made again when it is missing."""
+RUNS_NAME = ".runtime-runs"
+_OF_RUNTIMES = re.compile(r"\.+runtime-(cache|runs)")
+"""What a runtime keeps beside an engine, or began to: no part of the artifact, which does without."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,9 +220,7 @@ def check_output(output: Path, *, stage: str, overwrite: bool = False) -> None:
         )
     ours = {*manifest.files, MANIFEST_NAME}
     foreign = [
-        name
-        for name in list_files(output)
-        if name not in ours and not Path(name).name.startswith(RUNTIME_CACHE_NAME)
+        name for name in list_files(output) if name not in ours and not _OF_RUNTIMES.match(Path(name).name)
     ]
     if foreign:
         raise ArtifactError(

@@ -79,15 +79,20 @@ class RunConfig:
     Attributes:
         provider: ONNX Runtime's execution provider; None takes CUDA where it can run, else the CPU.
         cuda_graphs: Whether TensorRT engines run shapes that come again as captured CUDA graphs.
+        gpu_weights_gb: Of the weights of each TensorRT engine built with weight streaming, how much lies on the GPU, in
+            10^9 bytes; the rest comes from host memory at every run. None lets TensorRT go by the free memory.
     """
 
     provider: Provider | None = None
     cuda_graphs: bool = True
+    gpu_weights_gb: float | None = None
 
     def __post_init__(self) -> None:
         problems: list[str] = []
         if self.provider is not None:
             one_of(problems, "provider", self.provider, PROVIDERS)
+        if self.gpu_weights_gb is not None:
+            at_least(problems, 0, gpu_weights_gb=self.gpu_weights_gb)
         raise_if_any(problems, "run")
 
 

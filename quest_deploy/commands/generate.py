@@ -50,6 +50,13 @@ from quest_deploy.config import BACKENDS, PROVIDERS, GenerateConfig, Provider, R
     default=RunConfig.cuda_graphs,
     help="Run TensorRT engines as captured CUDA graphs.  [default: do]",
 )
+@click.option(
+    "--gpu-weights",
+    "gpu_weights_gb",
+    type=float,
+    metavar="GB",
+    help="Weights on the GPU, of each engine built with --weight-streaming.  [default: by its free memory]",
+)
 @overwrite_option
 @verb()
 def generate(
@@ -72,6 +79,7 @@ def generate(
     threads: int | None,
     provider: Provider | None,
     cuda_graphs: bool,
+    gpu_weights_gb: float | None,
     overwrite: bool,
 ) -> Result:
     """Draw the PROMPTs with the model, checkpoint, ONNX or engines in DIR.
@@ -108,7 +116,7 @@ def generate(
             config,
             backend=backend,
             threads=threads,
-            run=RunConfig(provider=provider, cuda_graphs=cuda_graphs),
+            run=RunConfig(provider=provider, cuda_graphs=cuda_graphs, gpu_weights_gb=gpu_weights_gb),
             progress=progress,
             overwrite=overwrite,
         )

@@ -60,6 +60,12 @@ def describe(path: Path, *, verify: bool = False) -> dict[str, Any]:
     if stage == "onnx":
         for name, component in data["components"].items():
             component["graph"] = describe_graph(path / name / "model.onnx")
+    if stage == "engines":
+        from quest_deploy.engines.run_record import read_runs
+        from quest_deploy.engines.trt_build import PLAN_NAME
+
+        for name, component in data["components"].items():
+            component["runs"] = read_runs(path / name, manifest.files[f"{name}/{PLAN_NAME}"].sha256)
     if (path / "quest.json").is_file():
         data["quantization"] = summarize_layers(path / "quest.json")
     return data
@@ -174,6 +180,7 @@ def render(data: dict[str, Any]) -> str:
             rows.append((name, format_size(component["size_bytes"])))
             rows += [("", f"{tensor['name']} {_shape(tensor)}") for tensor in component["inputs"]]
             rows += [("", f"-> {tensor['name']} {_shape(tensor)}") for tensor in component["outputs"]]
+            rows += [("", _run(run)) for run in component.get("runs", ())]
         blocks.append(_block("Components", rows))
         graphs = [(name, item["graph"]) for name, item in data["components"].items() if "graph" in item]
         if graphs:
@@ -221,6 +228,13 @@ def _short(value: Any, limit: int = 90) -> str:
 
 def _shape(tensor: dict[str, Any]) -> str:
     return f"{tensor['dtype']}[{', '.join(map(str, tensor['shape']))}]"
+
+
+def _run(run: dict[str, str]) -> str:
+    return (
+        f"ran on {run['gpu']} (compute capability {run['compute_capability']}, driver {run['driver']}) with version "
+        f"{run['library_version']}, last {run['date']}"
+    )
 
 
 def _graph_cells(graph: dict[str, Any]) -> tuple[str, str, str]:

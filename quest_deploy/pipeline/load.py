@@ -8,7 +8,7 @@ from typing import Any
 from quest_deploy import sampling
 from quest_deploy.artifacts import stage_of
 from quest_deploy.config import DEFAULT_RUN, RunConfig
-from quest_deploy.engines import check_provider, load_engines, resolve_backend
+from quest_deploy.engines import check_run, load_engines, resolve_backend
 from quest_deploy.engines.base import device_of
 from quest_deploy.engines.torch_runtime import TorchEngine, load_torch_model, torch_engines
 from quest_deploy.errors import ArtifactError, ConfigError
@@ -54,7 +54,7 @@ def load_pipeline(
     if threads is not None and threads < 1:
         raise ConfigError(f"threads is {threads}, expected at least 1")
     chosen = resolve_backend(path, backend)
-    check_provider(chosen, run)
+    check_run(chosen, run)
     if chosen == "torch":
         model = load_torch_model(path)
         if weights_only:

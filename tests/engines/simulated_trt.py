@@ -109,7 +109,7 @@ class SimulatedEngine:
     """A deserialized engine with two profiles: batch 1..2 and 3..8."""
 
     num_optimization_profiles = 2
-    device_memory_size_v2 = ACTIVATION_BYTES
+    streamable_weights_size = 4096
 
     def __init__(self, *, out_of_memory: bool = False, capturable: bool = True) -> None:
         self.out_of_memory = out_of_memory
@@ -117,6 +117,25 @@ class SimulatedEngine:
         self.contexts: list[SimulatedContext] = []
         self.made_with: list[Any] = []
         self.config = SimulatedConfig()
+        self._budget = self.streamable_weights_size
+
+    @property
+    def weight_streaming_budget_v2(self) -> int:
+        return self._budget
+
+    @weight_streaming_budget_v2.setter
+    def weight_streaming_budget_v2(self, value: int) -> None:
+        # As the real one: contexts hold it.
+        assert not self.contexts and 0 <= value <= self.streamable_weights_size
+        self._budget = value
+
+    @property
+    def device_memory_size_v2(self) -> int:
+        """Weights that are streamed need room to pass through."""
+        return ACTIVATION_BYTES * (1 if self._budget == self.streamable_weights_size else 2)
+
+    def get_weight_streaming_automatic_budget(self) -> int:
+        return 3000
 
     def get_tensor_profile_shape(self, name: str, profile_index: int) -> list[tuple[int, int]]:
         return [[(1, 4), (2, 4), (2, 4)], [(3, 4), (8, 4), (8, 4)]][profile_index]
@@ -239,6 +258,6 @@ def make_engine(
     return TensorRTEngine(SPEC, plan, memory or make_memory(), graphs=graphs)
 
 
-def make_memory() -> ActivationMemory:
+def make_memory(size_bytes: int = ACTIVATION_BYTES) -> ActivationMemory:
     """Activation memory on the CPU."""
-    return ActivationMemory(ACTIVATION_BYTES, torch.device("cpu"))
+    return ActivationMemory(size_bytes, torch.device("cpu"))

@@ -1,17 +1,22 @@
 from __future__ import annotations
 
+import json
+import shutil
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from quest_deploy.artifacts import Artifact
+from quest_deploy.artifacts import Artifact, check_output, read_artifact
+from quest_deploy.commands.inspect import describe, render
 from quest_deploy.config import BuildConfig
 from quest_deploy.engines import trt_api, trt_runtime
 from quest_deploy.engines.libraries import Gpu, gpus
 from quest_deploy.engines.ort_runtime import load_ort_engines
+from quest_deploy.engines.run_record import read_runs, record_run
 from quest_deploy.engines.trt_build import build_engine
 from quest_deploy.engines.trt_runtime import (
     TensorRTEngine,
@@ -35,6 +40,7 @@ from tests.engines.simulated_trt import (
     SimulatedEngine,
     SimulatedStream,
     make_engine,
+    make_memory,
     simulate_cuda,
     simulated_library,
 )
@@ -243,6 +249,99 @@ def test_the_library_takes_the_logger_and_tells_it_why_a_plan_is_refused() -> No
     log.errors.clear()
     assert library.Runtime(log).deserialize_cuda_engine(b"no plan" * 99) is None
     assert any("Serialization" in error for error in log.errors)
+
+
+@pytest.fixture
+def simulated_plans(
+    plans: Artifact, stream: SimulatedStream, rtx_5090: None, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[Path, list[SimulatedEngine]]]:
+    """Copies of the engines that a simulated library deserializes to simulated ones."""
+
+    def make(folder: Path, **changes: Any) -> tuple[Path, list[SimulatedEngine]]:
+        copy, made = folder / "engines", []
+        shutil.copytree(plans.path, copy)
+        manifest = json.loads((copy / "manifest.json").read_text())
+        manifest["config"] |= changes
+        (copy / "manifest.json").write_text(json.dumps(manifest))
+
+        def deserialize(log: Any, plan: bytes) -> SimulatedEngine:
+            made.append(SimulatedEngine())
+            return made[-1]
+
+        library = simulated_library(deserialize)
+        monkeypatch.setattr(trt_runtime, "import_tensorrt", lambda backend: library)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(trt_runtime, "driver_version", lambda: "580.2")
+        monkeypatch.setattr(trt_runtime, "ActivationMemory", lambda size, device: make_memory(size))
+        monkeypatch.setattr(trt_runtime, "component_specs", lambda path: {"unet": SPEC})
+        return copy, made
+
+    return make
+
+
+@pytest.mark.parametrize(("asked", "budget"), [(None, 3000), (1e-6, 1000), (1.0, 4096)])
+def test_weights_are_streamed_before_contexts_and_their_memory_are_made(
+    simulated_plans: Callable[..., tuple[Path, list[SimulatedEngine]]],
+    tmp_path: Path,
+    asked: float | None,
+    budget: int,
+) -> None:
+    path, made = simulated_plans(tmp_path, weight_streaming=True)
+    engine = load_tensorrt_engines(path, backend="tensorrt-rtx", weights_gb=asked)["unet"]
+    assert [one.weight_streaming_budget_v2 for one in made] == [budget]
+    torch.testing.assert_close(engine(x=torch.ones(1, 4))["y"], torch.full((1, 4), 2.0))
+    (context,) = made[0].contexts
+    assert context.memory is not None and context.memory[1] == made[0].device_memory_size_v2
+
+
+def test_engines_that_hold_their_weights_are_left_alone_and_take_no_limit(
+    simulated_plans: Callable[..., tuple[Path, list[SimulatedEngine]]], tmp_path: Path
+) -> None:
+    path, made = simulated_plans(tmp_path)
+    load_tensorrt_engines(path, backend="tensorrt-rtx")
+    assert made[0].weight_streaming_budget_v2 == made[0].streamable_weights_size
+    with pytest.raises(ConfigError, match="hold all their weights on the GPU.*--weight-streaming"):
+        load_tensorrt_engines(path, backend="tensorrt-rtx", weights_gb=1.0)
+
+
+def test_where_an_engine_ran_is_kept_beside_it_and_shown(
+    simulated_plans: Callable[..., tuple[Path, list[SimulatedEngine]]], tmp_path: Path
+) -> None:
+    path, _ = simulated_plans(tmp_path)
+    digest = read_artifact(path).manifest.files["unet/model.plan"].sha256
+    load_tensorrt_engines(path, backend="tensorrt-rtx")["unet"].close()
+    assert read_runs(path / "unet", digest) == []  # it was loaded alone
+    for _ in range(2):
+        with load_tensorrt_engines(path, backend="tensorrt-rtx")["unet"] as engine:
+            engine(x=torch.ones(1, 4))
+    (run,) = read_runs(path / "unet", digest)
+    assert run.pop("date").startswith("20")
+    assert run == {
+        "gpu": "NVIDIA RTX 5090",
+        "compute_capability": "12.0",
+        "driver": "580.2",
+        "library_version": "9.9",
+    }
+    assert read_runs(path / "unet", "another plan's") == []
+    (path / "unet" / ".runtime-runs").write_text("{")
+    assert read_runs(path / "unet", digest) == []
+
+
+def test_inspect_says_where_engines_ran(
+    plans: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The tiny pipeline has no layers that its quest.json could tell of.
+    monkeypatch.setattr("quest_deploy.commands.inspect.summarize_layers", lambda path: {})
+    copy = tmp_path / "engines"
+    shutil.copytree(plans.path, copy)
+    digest = plans.manifest.files["unet/model.plan"].sha256
+    place = {"gpu": "A", "compute_capability": "8.6", "driver": "1", "library_version": "2"}
+    for gpu in ("NVIDIA A10", "NVIDIA L4"):
+        record_run(copy / "unet", digest, place | {"gpu": gpu})
+    shown = render(describe(copy))
+    assert "ran on NVIDIA A10 (compute capability 8.6, driver 1) with version 2" in shown
+    assert shown.count("ran on") == 2
+    check_output(copy, stage="engines", overwrite=True)  # the record is in nobody's way
 
 
 @pytest.mark.gpu
