@@ -22,10 +22,11 @@ _NVML_VERSION_BYTES = 80
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
-    """One NVIDIA GPU that the driver offers."""
+    """One NVIDIA GPU that the driver offers. `memory_bytes` is 0 where that is not known."""
 
     name: str
     compute_capability: str
+    memory_bytes: int = 0
 
 
 def gpus() -> list[Gpu]:
@@ -44,7 +45,7 @@ def gpus() -> list[Gpu]:
 
 
 def _describe(driver: ctypes.CDLL, index: int) -> Gpu:
-    device, value = ctypes.c_int(), ctypes.c_int()
+    device, value, memory = ctypes.c_int(), ctypes.c_int(), ctypes.c_size_t()
     name = ctypes.create_string_buffer(256)
     driver.cuDeviceGet(ctypes.byref(device), index)
     driver.cuDeviceGetName(name, len(name), device)
@@ -52,7 +53,12 @@ def _describe(driver: ctypes.CDLL, index: int) -> Gpu:
     for attribute in (_MAJOR_ATTRIBUTE, _MINOR_ATTRIBUTE):
         driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, device)
         parts.append(str(value.value))
-    return Gpu(name=name.value.decode(errors="replace"), compute_capability=".".join(parts))
+    driver.cuDeviceTotalMem_v2(ctypes.byref(memory), device)
+    return Gpu(
+        name=name.value.decode(errors="replace"),
+        compute_capability=".".join(parts),
+        memory_bytes=memory.value,
+    )
 
 
 def driver_version() -> str:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from quest_deploy.artifacts import read_artifact
+from quest_deploy.artifacts import Artifact, read_artifact
 from quest_deploy.config import TensorRTBackend
 from quest_deploy.engines.inspector import EngineLayer, inspect_engine
 from quest_deploy.engines.libraries import import_tensorrt
 from quest_deploy.engines.trt_runtime import check_flavour, check_gpu, load_plans
+from quest_deploy.errors import QuestDeployError
 from quest_deploy.export.lint import lint
 from quest_deploy.export.lint.report import Execution, Layer
+
+logger = logging.getLogger(__name__)
 
 Verdict = Literal["kept", "better", "worse", "unknown"]
 VERDICTS: tuple[Verdict, ...] = ("kept", "better", "worse", "unknown")
@@ -40,6 +44,13 @@ class Comparison:
     layer: EngineLayer | None
     verdict: Verdict
 
+    def describe(self) -> str:
+        """In one line."""
+        found = (
+            "no layer of its own" if self.layer is None else f"{self.layer.precision} ({self.layer.tactic})"
+        )
+        return f"{self.component}: {self.name} was promised {self.promised}, and is {found.rstrip()}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Proof:
@@ -56,6 +67,15 @@ class Proof:
         found = Counter(row.verdict for row in self.rows)
         return {verdict: found[verdict] for verdict in VERDICTS}
 
+    def describe(self) -> str:
+        """In one sentence, and a line for each product that is worse than promised."""
+        counts = self.counts()
+        said = (
+            f"of {len(self.rows)} products {counts['kept']} run as lint promised, {counts['better']} in lower "
+            f"precision, {counts['worse']} in higher; of {counts['unknown']} the engines do not tell"
+        )
+        return "\n".join([said, *(row.describe() for row in self.rows if row.verdict == "worse")])
+
     def to_json(self) -> dict[str, Any]:
         """In JSON types."""
         return {
@@ -63,6 +83,15 @@ class Proof:
             "counts": self.counts(),
             "rows": [dataclasses.asdict(row) for row in self.rows],
         }
+
+
+def prove_here(engines: Artifact, onnx_dir: Path) -> Proof | None:
+    """:func:`prove` right after the build; None where that cannot be told, which is logged: the engines are whole."""
+    try:
+        return prove(engines.path, onnx_dir, backend=engines.manifest.config["backend"])
+    except QuestDeployError as error:
+        logger.warning("what became of the engines' layers is not known: %s", error)
+        return None
 
 
 def prove(engine_dir: Path, onnx_dir: Path, *, backend: TensorRTBackend) -> Proof:

@@ -1,14 +1,18 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
-from quest_deploy.after_build import Proof, compare, prove
-from quest_deploy.artifacts import write_artifact
+from quest_deploy import after_build, auto_fallback
+from quest_deploy.after_build import Proof, compare, prove, prove_here
+from quest_deploy.artifacts import read_artifact, write_artifact
+from quest_deploy.commands import main
 from quest_deploy.engines.inspector import DataType, EngineLayer
 from quest_deploy.engines.libraries import gpus
-from quest_deploy.errors import ConfigError, MissingDependencyError
+from quest_deploy.errors import ArtifactError, ConfigError, MissingDependencyError
 from quest_deploy.export.lint.report import Execution, Layer
 
 
@@ -60,6 +64,43 @@ def test_proof_holds_where_nothing_is_worse_and_something_is_known() -> None:
     assert not proof("int8", "fp16")
     assert not proof("unknown")
     assert proof("int8", "fp16").to_json()["counts"] == {"kept": 1, "better": 0, "worse": 1, "unknown": 0}
+
+
+def test_products_that_are_worse_than_promised_are_named() -> None:
+    layers = [(promised("int8"), built("int8")), (promised("int8", "up.conv"), built("fp16", "up.conv"))]
+    rows = [row for product, layer in layers for row in compare([product], [layer])]
+    shown = Proof(rows=(*rows, *compare([promised("int8", "down.conv")], []))).describe()
+    assert "of 3 products 1 run as lint promised, 0 in lower precision, 1 in higher; of 1 the" in shown
+    assert shown.splitlines()[1:] == ["unet: up.conv was promised int8, and is fp16"]
+
+
+@pytest.mark.parametrize("loaded", [True, False])
+def test_build_engine_tells_of_layers_where_the_gpu_loads_what_it_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loaded: bool
+) -> None:
+    engines = tmp_path / "engines"
+    with write_artifact(engines, stage="engines", config={"backend": "tensorrt-rtx"}) as writer:
+        writer.details["verified"] = loaded
+    proof = Proof(rows=tuple(compare([promised("int8")], [built("fp16")])))
+    monkeypatch.setattr(auto_fallback, "build_engine", lambda *args, **options: read_artifact(engines))
+    monkeypatch.setattr(after_build, "prove", lambda *args, **options: proof)
+    done = CliRunner().invoke(main, ["build-engine", "onnx", "-o", str(engines), "--json"])
+    assert done.exit_code == 0
+    told = json.loads(done.stdout).get("layers")
+    assert told == (json.loads(json.dumps(proof.to_json())) if loaded else None)
+
+
+def test_layers_that_nobody_can_tell_of_do_not_fail_a_build(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*args: object, **options: object) -> None:
+        raise ArtifactError("TensorRT's engine inspector gave no JSON")
+
+    with write_artifact(tmp_path / "engines", stage="engines", config={"backend": "tensorrt-rtx"}):
+        pass
+    monkeypatch.setattr(after_build, "prove", refuse)
+    assert prove_here(read_artifact(tmp_path / "engines"), tmp_path) is None
+    assert "inspector gave no JSON" in caplog.text
 
 
 def test_engines_of_the_other_flavour_are_refused(tmp_path: Path) -> None:

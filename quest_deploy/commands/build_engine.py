@@ -119,7 +119,8 @@ def build_engine(
 ) -> Result:
     """Build a TensorRT engine for each component of ONNX_DIR. Engines that are there and up to date are kept.
 
-    A batch counts images: guidance doubles it inside the denoiser. Export ONNX_DIR with the same --target.
+    A batch counts images: guidance doubles it inside the denoiser. Export ONNX_DIR with the same --target. On a GPU
+    that loads the engines, their layers are compared with what `quest-deploy lint` promised.
     """
     low = 1 if min_batch is None else min_batch
     best = low if opt_batch is None else opt_batch
@@ -142,9 +143,19 @@ def build_engine(
 
     with show_progress() as progress:
         artifact = run(onnx_dir, output, config, progress=progress, overwrite=overwrite)
+        proof = None
+        if artifact.manifest.details["verified"] and not config.strip_weights:
+            from quest_deploy.after_build import prove_here
+
+            proof = prove_here(artifact, onnx_dir)
     on_the_gpu = f"quest-deploy generate {output} PROMPT -o DIR (on a machine with a GPU)"
     weights_first = f"quest-deploy refit {output} {onnx_dir} -o DIR (on the machine with the GPU that draws)"
-    return artifact_result(artifact, weights_first if config.strip_weights else on_the_gpu)
+    result = artifact_result(artifact, weights_first if config.strip_weights else on_the_gpu)
+    if proof is None:
+        return result
+    return Result(
+        data={**result.data, "layers": proof.to_json()}, text=f"{result.text}\nLayers: {proof.describe()}"
+    )
 
 
 def parse_profile(text: str) -> ProfileConfig:

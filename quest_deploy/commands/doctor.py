@@ -5,16 +5,18 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
-import shutil
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from quest_deploy.commands.verb import Result, format_size, format_table, verb
+
+if TYPE_CHECKING:
+    from quest_deploy.engines.libraries import Gpu
 
 # Import name -> what the package is for; in the order of the path from a model to an image.
 PACKAGES = {
@@ -87,6 +89,7 @@ def doctor(*, compute_capability: str | None) -> Result:
     numbers meet in, and which recipe has the same.
     """
     from quest_deploy import __version__
+    from quest_deploy.engines.libraries import driver_version
 
     recipes = explain_recipes(compute_capability)
     packages = {name: probe_package(name) for name in PACKAGES}
@@ -96,7 +99,8 @@ def doctor(*, compute_capability: str | None) -> Result:
     data = {
         "quest_deploy": __version__,
         "machine": machine,
-        "gpus": gpus,
+        "gpus": [asdict(gpu) for gpu in gpus],
+        "driver": driver_version(),
         "driver_problem": driver_problem,
         "packages": {
             name: asdict(package) | {"usable": package.usable} for name, package in packages.items()
@@ -171,30 +175,21 @@ def probe_package(name: str) -> Package:
     return Package(name=name, version=found, purpose=PACKAGES[name], problem=problem, note=note)
 
 
-def find_gpus() -> tuple[list[str], str]:
-    """The NVIDIA GPUs by name, and why there is none that a program can use (empty if there is one).
+def find_gpus() -> tuple[list[Gpu], str]:
+    """The NVIDIA GPUs, and why there is none that a program can use (empty if there is one).
 
-    The driver itself is asked through ``libcuda``: a GPU that only nvidia-smi sees runs nothing.
+    The driver itself is asked: a GPU that only nvidia-smi sees runs nothing.
     """
+    from quest_deploy.engines.libraries import gpus
+
+    found = gpus()
+    if found:
+        return found, ""
     try:
-        cuda = ctypes.CDLL("libcuda.so.1")
+        ctypes.CDLL("libcuda.so.1")
     except OSError:
         return [], "no NVIDIA driver"
-    count = ctypes.c_int(0)
-    if cuda.cuInit(0) != 0 or cuda.cuDeviceGetCount(ctypes.byref(count)) != 0 or count.value == 0:
-        return [], "an NVIDIA driver but no GPU that it can use"
-    return _gpu_names() or [f"{count.value} unnamed NVIDIA GPU(s)"], ""
-
-
-def _gpu_names() -> list[str]:
-    if shutil.which("nvidia-smi") is None:
-        return []
-    command = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_SECONDS)
-    except subprocess.TimeoutExpired:
-        return []
-    return done.stdout.strip().splitlines() if done.returncode == 0 else []
+    return [], "an NVIDIA driver but no GPU that it can use"
 
 
 def find_abilities(packages: dict[str, Package], driver_problem: str) -> list[Ability]:
@@ -278,7 +273,7 @@ def render(data: dict[str, Any]) -> str:
         [
             f"quest-deploy {data['quest_deploy']}, Python {machine['python']}, {machine['system']}, "
             f"{machine['cores']} cores, {format_size(machine['memory_bytes'])} memory",
-            f"GPU: {', '.join(data['gpus']) or data['driver_problem']}",
+            f"GPU: {render_gpus(data['gpus'], data['driver']) or data['driver_problem']}",
             "",
             format_table(rows),
             "",
@@ -288,6 +283,15 @@ def render(data: dict[str, Any]) -> str:
             render_recipes(data["recipes"]),
         ]
     )
+
+
+def render_gpus(gpus: list[dict[str, Any]], driver: str) -> str:
+    """Names, compute capabilities and memory, as text; empty where there is none."""
+    shown = [
+        f"{gpu['name']} (compute capability {gpu['compute_capability']}, {format_size(gpu['memory_bytes'])})"
+        for gpu in gpus
+    ]
+    return ", ".join([*shown, f"driver {driver}"] if shown and driver else shown)
 
 
 def render_recipes(explained: dict[str, dict[str, Any]]) -> str:

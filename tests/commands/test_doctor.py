@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 
 import pytest
 from click.testing import CliRunner
@@ -14,10 +15,14 @@ from quest_deploy.commands.doctor import (
     Package,
     explain_recipes,
     find_abilities,
+    find_gpus,
     probe_package,
+    render_gpus,
     render_recipes,
     run_probe,
 )
+from quest_deploy.engines import libraries
+from quest_deploy.engines.libraries import Gpu
 
 
 def installed(**changes: Package) -> dict[str, Package]:
@@ -106,3 +111,14 @@ def test_doctor_on_this_machine() -> None:
     assert {item["name"]: item["possible"] for item in found["abilities"]}["export"]
     assert list(found["recipes"]) == ["12.0"]
     assert bool(found["gpus"]) != bool(found["driver_problem"])
+
+
+def test_gpus_are_described_without_nvidia_smi(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = Gpu(name="NVIDIA RTX 5090", compute_capability="12.0", memory_bytes=32 * 10**9)
+    monkeypatch.setattr(libraries, "gpus", lambda: [known])
+    monkeypatch.setenv("PATH", "")
+    found, problem = find_gpus()
+    assert (found, problem) == ([known], "")
+    shown = render_gpus([asdict(gpu) for gpu in found], "580.2")
+    assert shown == "NVIDIA RTX 5090 (compute capability 12.0, 32.0 GB), driver 580.2"
+    assert render_gpus([], "580.2") == ""

@@ -69,6 +69,10 @@ class Driver:
         name.value = b"NVIDIA RTX 5090"
         return 0
 
+    def cuDeviceTotalMem_v2(self, size: object, device: object) -> int:
+        size._obj.value = 32 * 10**9
+        return 0
+
     def cuDeviceGetAttribute(self, value: object, attribute: int, device: object) -> int:
         value._obj.value = {75: 12, 76: 0}[attribute]
         return 0
@@ -76,7 +80,8 @@ class Driver:
 
 def test_gpu_is_described_by_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver())
-    assert libraries.gpus() == [libraries.Gpu(name="NVIDIA RTX 5090", compute_capability="12.0")]
+    known = libraries.Gpu(name="NVIDIA RTX 5090", compute_capability="12.0", memory_bytes=32 * 10**9)
+    assert libraries.gpus() == [known]
 
 
 def test_driver_that_does_not_start_offers_no_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
