@@ -46,9 +46,7 @@ class Comparison:
 
     def describe(self) -> str:
         """In one line."""
-        found = (
-            "no layer of its own" if self.layer is None else f"{self.layer.precision} ({self.layer.tactic})"
-        )
+        found = "no layer of its own" if self.layer is None else f"{self.layer.precision} {self.layer.tactic}"
         return f"{self.component}: {self.name} was promised {self.promised}, and is {found.rstrip()}"
 
 
