@@ -79,7 +79,7 @@ def component_profiles(
         graphs: What the graphs take, where that differs from what the configuration files say.
 
     Raises:
-        ConfigError: a requested size does not divide into the model's latents.
+        ConfigError: a requested size does not divide into the model's latents, or prompts do not fit.
     """
     specs = {**component_specs(model_dir), **graphs}
     ranges = dimension_ranges(model_dir, specs, config)
@@ -109,10 +109,12 @@ def dimension_ranges(
         VAE_ENCODER: {"batch": batch, **latents},
     }
     for name in family.text_encoders:
-        ranges[name] = {"batch": ShapeRange(min=1, opt=batch.opt, max=2 * batch.max), "sequence": LONG_TEXT}
+        ranges[name] = {
+            "batch": ShapeRange(min=1, opt=batch.opt, max=2 * batch.max),
+            "sequence": config.sequence or LONG_TEXT,
+        }
     if family.has_text:
-        tokens = token_count(family, specs)
-        ranges[family.denoiser]["sequence"] = ShapeRange(min=tokens, opt=tokens, max=tokens)
+        ranges[family.denoiser]["sequence"] = sequence_range(token_count(family, specs), config)
     if family.controlnet is not None:
         ranges[family.controlnet] = ranges[family.denoiser]
     if not config.static:
@@ -121,6 +123,21 @@ def dimension_ranges(
         name: own if name in family.text_encoders else {symbol: _fixed(size) for symbol, size in own.items()}
         for name, own in ranges.items()
     }
+
+
+def sequence_range(tokens: int, config: ProfileConfig) -> ShapeRange:
+    """The range of text tokens of a denoiser that the pipeline tells of `tokens`.
+
+    Raises:
+        ConfigError: the range asked for leaves them out.
+    """
+    wanted = config.sequence or ShapeRange(min=tokens, opt=tokens, max=tokens)
+    if not wanted.min <= tokens <= wanted.max:
+        raise ConfigError(
+            f"sequence: got {wanted.min}..{wanted.max} text tokens, but this model's prompts have {tokens}; "
+            "choose a range that holds them"
+        )
+    return wanted
 
 
 def _fixed(size: ShapeRange) -> ShapeRange:

@@ -42,6 +42,8 @@ class ProfileConfig:
         batch: Images; guidance doubles them for the denoiser.
         height: In pixels; None for the model's own.
         width: In pixels; None for the model's own.
+        sequence: Text tokens that the denoiser is told of; None for as many as the pipeline gives it. For embeddings of
+            other lengths, by the Python API.
         static: Whether the denoiser and the autoencoder accept their optimal shapes alone, with both branches of
             guidance where there are two; text encoders keep their ranges.
     """
@@ -49,6 +51,7 @@ class ProfileConfig:
     batch: ShapeRange = field(default_factory=lambda: ShapeRange(min=1, opt=1, max=4))
     height: ShapeRange | None = None
     width: ShapeRange | None = None
+    sequence: ShapeRange | None = None
     static: bool = False
 
 

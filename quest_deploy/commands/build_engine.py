@@ -38,7 +38,7 @@ from quest_deploy.config import TENSORRT_BACKENDS, BuildConfig, ProfileConfig, S
     multiple=True,
     metavar="SPEC",
     help="One more optimization profile, for example batch=1:1:2,height=768,width=512:768:768 (min:opt:max, or one "
-    "number); may be given several times.",
+    "number), or with sequence=77:77:154 for text embeddings of other lengths; may be given several times.",
 )
 @click.option(
     "--static",
@@ -164,7 +164,7 @@ def parse_profile(text: str) -> ProfileConfig:
     Raises:
         click.UsageError: it is not of that form.
     """
-    names = ("batch", "height", "width")
+    names = ("batch", "height", "width", "sequence")
     ranges: dict[str, ShapeRange] = {}
     for part in text.split(","):
         name, _, sizes = part.strip().partition("=")
@@ -177,8 +177,7 @@ def parse_profile(text: str) -> ProfileConfig:
             )
         low, best, high = map(int, numbers * 3 if len(numbers) == 1 else numbers)
         ranges[name] = ShapeRange(min=low, opt=best, max=high)
-    batch = ranges.get("batch", ProfileConfig().batch)
-    return ProfileConfig(batch=batch, height=ranges.get("height"), width=ranges.get("width"))
+    return dataclasses.replace(ProfileConfig(), **ranges)
 
 
 def size_range(name: str, low: int | None, best: int | None, high: int | None) -> ShapeRange | None:

@@ -10,8 +10,10 @@ from quest_deploy.config import ProfileConfig, ShapeRange
 
 
 def test_a_profile_has_ranges_or_single_sizes() -> None:
-    assert parse_profile("batch=1:2:4,height=768") == ProfileConfig(
-        batch=ShapeRange(min=1, opt=2, max=4), height=ShapeRange(min=768, opt=768, max=768)
+    assert parse_profile("batch=1:2:4,height=768,sequence=77:77:154") == ProfileConfig(
+        batch=ShapeRange(min=1, opt=2, max=4),
+        height=ShapeRange(min=768, opt=768, max=768),
+        sequence=ShapeRange(min=77, opt=77, max=154),
     )
 
 
@@ -19,5 +21,7 @@ def test_a_profile_has_ranges_or_single_sizes() -> None:
     "text", ["", "batch", "batch=1:2", "depth=3", "batch=a", "batch=1,batch=2", "batch=-1"]
 )
 def test_a_profile_of_another_form_is_refused(text: str) -> None:
-    with pytest.raises(click.UsageError, match="expected each of batch, height, width at most once"):
+    with pytest.raises(
+        click.UsageError, match="expected each of batch, height, width, sequence at most once"
+    ):
         parse_profile(text)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from quest_deploy.config import BuildConfig, ShapeRange
 from quest_deploy.engines.profiles import (
     InputRange,
+    Profile,
     component_profiles,
     limits_of,
     select_profile,
@@ -61,6 +62,20 @@ def test_timestep_is_one_or_one_for_each_sample(model_dir: Path) -> None:
 def test_text_has_the_tokenizer_s_length_alone(model_dir: Path) -> None:
     text = component_profiles(model_dir, BuildConfig())["unet"]["encoder_hidden_states"]
     assert text.min[1:] == text.opt[1:] == text.max[1:] == (8, 16)
+
+
+def test_text_may_have_other_lengths_that_hold_the_tokenizer_s(model_dir: Path) -> None:
+    (own,) = {edge[1] for edge in edges(component_profiles(model_dir, BuildConfig()))}
+    config = BuildConfig(sequence=ranges(1, own, 2 * own))
+    assert [edge[1] for edge in edges(component_profiles(model_dir, config))] == [1, own, 2 * own]
+    with pytest.raises(ConfigError, match=f"got {own + 1}..{own + 1} text tokens, but .* prompts have {own}"):
+        component_profiles(model_dir, BuildConfig(sequence=ranges(own + 1, own + 1, own + 1)))
+
+
+def edges(profiles: dict[str, Profile]) -> list[tuple[int, ...]]:
+    """Smallest, optimal and largest shape of the text embeddings."""
+    text = profiles["unet"]["encoder_hidden_states"]
+    return [text.min, text.opt, text.max]
 
 
 def test_without_a_size_latents_have_the_model_s_own(model_dir: Path) -> None:
