@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from benchmarks import cpu_speed, stages
@@ -58,11 +59,20 @@ def run(settings: Settings) -> dict[str, Any]:
         )
     )
     found = read_json(output / "bench.json")
-    return {
-        **header(settings),
-        "options": options,
-        "rows": {row: found["rows"][subject] for row, subject in subjects.items()},
-    }
+    return {**header(settings), "options": options, "rows": measured(found["rows"], subjects)}
+
+
+def measured(found: Mapping[str, Any], subjects: Mapping[str, str]) -> dict[str, Any]:
+    """The rows of bench.json by this benchmark's names, given what `subjects` calls them there.
+
+    Raises:
+        SystemExit: one could not be measured.
+    """
+    rows = {row: found[subject] for row, subject in subjects.items()}
+    for row, one in rows.items():
+        if "error" in one:
+            raise SystemExit(f"benchmarks: {row} could not be measured: {one['error']}")
+    return rows
 
 
 def ratios(result: dict[str, Any]) -> dict[str, dict[str, float]]:

@@ -73,6 +73,8 @@ def run(
         "request": config.request(),
         "rounds": config.rounds,
         "threads": config.threads,
+        "baseline": parsed[0].label,
+        "order": [one.label for one in parsed],
         "rows": rows,
     }
     with write_artifact(
@@ -81,7 +83,7 @@ def run(
         write_json(writer.path / RESULT, result)
         from quest_deploy.bench.plot import plot
 
-        (writer.path / PLOT).write_text(plot(rows), encoding="utf-8")
+        (writer.path / PLOT).write_text(plot(rows, result["order"]), encoding="utf-8")
     return read_artifact(output, stage=STAGE)
 
 

@@ -79,10 +79,11 @@ def bench(
 
 
 def table(result: dict[str, Any]) -> str:
-    """One line for each subject."""
+    """One line for each subject, in the order they were given in."""
     rows = [("what", "seconds", "p95", "images/s", "times as fast", "outside engines", "memory")]
-    base = next(iter(result["rows"].values()))["loop"]["median_s"]
-    for label, row in result["rows"].items():
+    base = result["rows"][result["baseline"]].get("loop")
+    for label in result["order"]:
+        row = result["rows"][label]
         if "loop" not in row:
             rows.append((label, row["error"], *[""] * 5))
             continue
@@ -93,7 +94,7 @@ def table(result: dict[str, Any]) -> str:
                 f"{loop['median_s']:.3g}",
                 f"{loop['p95_s']:.3g}",
                 f"{loop['images_per_s']:.3g}",
-                f"{base / loop['median_s']:.2f}",
+                f"{base['median_s'] / loop['median_s']:.2f}" if base else "",
                 f"{100 * loop['overhead']:.1f} %",
                 format_size(memory["peak"] if memory["device_peak"] is None else memory["device_peak"]),
             )

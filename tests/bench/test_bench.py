@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 
-from quest_deploy.bench import bench
+from quest_deploy.bench import bench, stage
 from quest_deploy.bench.figures import percentile, summarize
 from quest_deploy.bench.plot import OUTSIDE, parts, plot
 from quest_deploy.bench.subject import WAYS, parse_subject
@@ -18,6 +20,19 @@ from quest_deploy.commands import main
 from quest_deploy.config import BenchConfig, RunConfig
 from quest_deploy.errors import ArtifactError, BenchError, ConfigError
 
+# Measures nothing: a model whose name is a number takes that many seconds, any other fails with its name.
+WORKER = """
+import json, pathlib, sys
+name = pathlib.Path(json.load(sys.stdin)["path"]).name
+try:
+    seconds = float(name)
+    memory = {"imports": 50, "peak": 100, "device_peak": None}
+    calls = {"unet": [[seconds / 4, seconds / 4]]}
+    found = {"loops": [seconds], "calls": calls, "images": 1, "memory_bytes": memory, "device": "cpu"}
+except ValueError:
+    found = {"error": name}
+print(json.dumps(found))
+"""
 SHORT: dict[str, Any] = {"prompts": ("pizza",), "steps": 2, "runs": 2, "warmup": 0, "rounds": 1, "threads": 1}
 
 
@@ -54,9 +69,15 @@ def test_the_loop_the_calls_and_what_is_outside_of_them() -> None:
 def test_the_parts_of_a_run_are_its_calls_and_the_rest() -> None:
     row = summarize([turn([10.0], {"unet": [[4.0, 4.0]], "vae_decoder": [[1.0]]})])
     assert parts(row) == pytest.approx({"unet": 8.0, "vae_decoder": 1.0, OUTSIDE: 1.0})
-    picture = plot({"measured-row": row, "failed-row": {"error": "no GPU"}})
+    picture = plot({"failed-row": {"error": "no GPU"}, "measured-row": row}, ["failed-row", "measured-row"])
     assert "measured-row" in picture
     assert "failed-row" not in picture
+
+
+def test_bars_are_in_the_order_that_was_given() -> None:
+    row = summarize([turn([10.0], {"unet": [[4.0]]})])
+    picture = plot({"a": row, "b": row, "z": row}, ["z", "a", "b"])
+    assert sorted("zab", key=lambda label: picture.index(f">{label}</text>")) == [*"zab"]
 
 
 def test_an_engine_that_is_timed_answers_as_it_does_without() -> None:
@@ -162,3 +183,47 @@ def test_a_subject_that_fails_is_named(tiny_onnx: Path, tmp_path: Path) -> None:
     with pytest.raises(BenchError, match="scheduler"):
         bench([str(tiny_onnx)], tmp_path / "bench", BenchConfig(**{**SHORT, "scheduler": "abacus"}))
     assert not (tmp_path / "bench").exists()
+
+
+@pytest.fixture
+def made_up(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """`bench` of copies of the tiny model with these names, into tmp_path / "bench", with made-up figures."""
+    (tmp_path / "made_up_worker.py").write_text(WORKER)
+    monkeypatch.setattr(stage, "WORKER", "made_up_worker")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+
+    def run(*names: str, options: Sequence[str] = ()) -> Result:
+        for name in names:
+            shutil.copytree(tiny_model, tmp_path / name)
+        return CliRunner().invoke(main, ["bench", *names, "-o", "bench", "--rounds", "1", *options])
+
+    return run
+
+
+def lines_of(done: Result) -> dict[str, list[str]]:
+    """The printed lines of words, by their first."""
+    return {words[0]: words for words in map(str.split, done.stdout.splitlines()) if words}
+
+
+def test_the_first_is_what_the_others_are_compared_with(made_up: Callable[..., Result]) -> None:
+    done = made_up("8", "4", "16")
+    assert done.exit_code == 0, done.output
+    lines = done.stdout.splitlines()
+    assert [line.split()[0] for line in lines[:4]] == ["what", "8", "4", "16"]
+    column = lines[0].index("times as fast")
+    assert [line[column:].split()[0] for line in lines[1:4]] == ["1.00", "2.00", "0.50"]
+
+
+def test_order_and_baseline_are_written(made_up: Callable[..., Result], tmp_path: Path) -> None:
+    done = made_up("8", "4", "16", options=["--json"])
+    written = json.loads((tmp_path / "bench" / "bench.json").read_text())
+    assert (written["baseline"], written["order"]) == ("8", ["8", "4", "16"])
+    assert json.loads(done.stdout)["bench"] == written
+
+
+def test_a_row_that_fails_and_sorts_first_loses_no_other(made_up: Callable[..., Result]) -> None:
+    done = made_up("8", "4", "+broken")
+    assert done.exit_code == 0, done.output
+    assert lines_of(done)["4"][4] == "2.00"
+    assert "+broken" in lines_of(done)
