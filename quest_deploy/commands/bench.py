@@ -9,6 +9,7 @@ import click
 
 from quest_deploy.commands.progress import show_progress
 from quest_deploy.commands.verb import (
+    ERROR,
     Result,
     artifact_result,
     format_size,
@@ -18,6 +19,7 @@ from quest_deploy.commands.verb import (
     verb,
 )
 from quest_deploy.config import BenchConfig
+from quest_deploy.errors import BenchError
 
 
 @click.command(short_help="Latency, throughput and memory.")
@@ -75,17 +77,31 @@ def bench(
         artifact = run(subjects, output, config, progress=progress, overwrite=overwrite)
     result = read_json(artifact.path / RESULT)
     written = artifact_result(artifact, f"open {output / 'bench.svg'}", bench=result)
-    return Result(data=written.data, text=f"{table(result)}\n{written.text}")
+    text = f"{table(result)}\n{written.text}"
+    failure = result["rows"][result["baseline"]].get("error")
+    if failure is None:
+        return Result(data=written.data, text=text)
+    message = (
+        f"{result['baseline']}, which the others are compared with, cannot be measured: {failure}. "
+        f"What was measured is in '{artifact.path}'"
+    )
+    click.echo(f"Error: {message}", err=True)
+    error = {"type": BenchError.__name__, "message": message}
+    return Result(data={**written.data, "error": error}, text=text, exit_code=ERROR)
 
 
 def table(result: dict[str, Any]) -> str:
-    """One line for each subject, in the order they were given in."""
+    """One line for each subject, in the order they were given in, and below them what failed."""
     rows = [("what", "seconds", "p95", "images/s", "times as fast", "outside engines", "memory")]
+    failures = []
     base = result["rows"][result["baseline"]].get("loop")
     for label in result["order"]:
         row = result["rows"][label]
+        if "error" in row:
+            before = " (its figures are of the rounds before)" if "loop" in row else ""
+            failures.append(f"{label} failed{before}: {row['error']}")
         if "loop" not in row:
-            rows.append((label, row["error"], *[""] * 5))
+            rows.append((label, "failed", *[""] * 5))
             continue
         loop, memory = row["loop"], row["memory_bytes"]
         rows.append(
@@ -99,4 +115,4 @@ def table(result: dict[str, Any]) -> str:
                 format_size(memory["peak"] if memory["device_peak"] is None else memory["device_peak"]),
             )
         )
-    return format_table(rows)
+    return "\n".join([format_table(rows), *failures])

@@ -20,10 +20,22 @@ from quest_deploy.commands import main
 from quest_deploy.config import BenchConfig, RunConfig
 from quest_deploy.errors import ArtifactError, BenchError, ConfigError
 
-# Measures nothing: a model whose name is a number takes that many seconds, any other fails with its name.
+# Measures nothing: a model whose name is a number takes that many seconds, others fail in a way of their own.
 WORKER = """
-import json, pathlib, sys
+import json, os, pathlib, sys
 name = pathlib.Path(json.load(sys.stdin)["path"]).name
+if name in ("signal-9", "signal-11"):
+    os.kill(os.getpid(), int(name[7:]))
+if name == "exits":
+    sys.exit("MemoryError: no room")
+if name == "chatters":
+    print("closing down")
+    sys.exit()
+if name == "5":  # dies in its second round
+    try:
+        pathlib.Path("second-round").mkdir()
+    except FileExistsError:
+        os.kill(os.getpid(), 9)
 try:
     seconds = float(name)
     memory = {"imports": 50, "peak": 100, "device_peak": None}
@@ -196,14 +208,14 @@ def made_up(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -
     def run(*names: str, options: Sequence[str] = ()) -> Result:
         for name in names:
             shutil.copytree(tiny_model, tmp_path / name)
-        return CliRunner().invoke(main, ["bench", *names, "-o", "bench", "--rounds", "1", *options])
+        return CliRunner().invoke(main, ["bench", *names, "-o", "bench", "--rounds", "2", *options])
 
     return run
 
 
 def lines_of(done: Result) -> dict[str, list[str]]:
-    """The printed lines of words, by their first."""
-    return {words[0]: words for words in map(str.split, done.stdout.splitlines()) if words}
+    """Words of the first printed line that begins with each word."""
+    return {words[0]: words for words in map(str.split, reversed(done.stdout.splitlines())) if words}
 
 
 def test_the_first_is_what_the_others_are_compared_with(made_up: Callable[..., Result]) -> None:
@@ -226,4 +238,64 @@ def test_a_row_that_fails_and_sorts_first_loses_no_other(made_up: Callable[..., 
     done = made_up("8", "4", "+broken")
     assert done.exit_code == 0, done.output
     assert lines_of(done)["4"][4] == "2.00"
-    assert "+broken" in lines_of(done)
+    assert "+broken failed: +broken" in done.stdout.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("signal-9", "its process was killed (SIGKILL), probably for want of memory; free some, or"),
+        ("signal-11", "its process crashed with signal 11 (Segmentation fault): it said nothing; see"),
+        ("exits", "its process ended with code 1: MemoryError: no room; see"),
+        ("chatters", "its process ended with code 0: it said nothing; see"),
+    ],
+)
+def test_a_row_whose_process_dies_says_why_and_loses_no_other(
+    made_up: Callable[..., Result], name: str, message: str
+) -> None:
+    done = made_up("8", name, "4")
+    assert done.exit_code == 0, done.output
+    assert lines_of(done)["4"][4] == "2.00"
+    assert f"\n{name} failed: {message}" in done.stdout
+
+
+def test_a_baseline_that_fails_is_an_error_and_the_rest_is_written(
+    made_up: Callable[..., Result], tmp_path: Path
+) -> None:
+    done = made_up("signal-9", "4", options=["--json"])
+    assert done.exit_code == 1
+    errors = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
+    assert (
+        len(errors) == 1 and "signal-9, which the others are compared with, cannot be measured" in errors[0]
+    )
+    found = json.loads(done.stdout)
+    assert found["error"] == {"type": "BenchError", "message": errors[0].removeprefix("Error: ")}
+    assert found["bench"] == json.loads((tmp_path / "bench" / "bench.json").read_text())
+    assert found["bench"]["rows"]["4"]["loop"]["median_s"] == 4
+
+
+def test_without_a_baseline_no_ratio_is_printed(made_up: Callable[..., Result]) -> None:
+    done = made_up("broken", "4")
+    assert done.exit_code == 1
+    assert lines_of(done)["4"][1:5] == ["4", "4", "0.25", "50.0"]
+
+
+def test_a_row_that_fails_later_keeps_the_figures_of_the_rounds_before(
+    made_up: Callable[..., Result], tmp_path: Path
+) -> None:
+    done = made_up("8", "5")
+    assert done.exit_code == 0, done.output
+    assert lines_of(done)["5"][4] == "1.60"
+    assert "\n5 failed (its figures are of the rounds before): its process was killed" in done.stdout
+    row = json.loads((tmp_path / "bench" / "bench.json").read_text())["rows"]["5"]
+    assert row["loop"]["runs"] == 1 and "killed" in row["error"]
+
+
+def test_where_every_row_fails_each_says_why_and_nothing_is_written(
+    made_up: Callable[..., Result], tmp_path: Path
+) -> None:
+    done = made_up("signal-9", "broken")
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert "signal-9: cannot be measured: its process was killed" in done.stderr
+    assert "broken: cannot be measured: broken" in done.stderr
+    assert not (tmp_path / "bench").exists()
