@@ -63,8 +63,8 @@ def measure(job: Mapping[str, Any]) -> dict[str, Any]:
     """Draw the same images several times.
 
     Returns:
-        `loops`, the seconds of each run; `calls`, by component, for each run the seconds of its calls; bytes of
-        memory; and what ran it.
+        `loops`, the seconds of each run; `calls`, by component, for each run the seconds of its calls; `images`, how
+        many a run draws; bytes of memory; and what ran it.
     """
     import diffusers  # noqa: F401 - part of what every subject imports, and so of the baseline
     import torch
@@ -94,7 +94,7 @@ def measure(job: Mapping[str, Any]) -> dict[str, Any]:
                 engine.seconds.clear()
             synchronize()
             started = time.perf_counter()
-            _draw(pipeline, config)
+            images = _draw(pipeline, config)
             synchronize()
             loops.append(time.perf_counter() - started)
             for name, engine in timed.items():
@@ -103,7 +103,7 @@ def measure(job: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "loops": loops,
         "calls": calls,
-        "images": len(config.prompts) * config.num_images,
+        "images": images,
         "memory_bytes": {
             "imports": baseline,
             "peak": memory_bytes("VmHWM") - baseline,
@@ -113,12 +113,14 @@ def measure(job: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _draw(pipeline: Pipeline, config: GenerateConfig) -> None:
+def _draw(pipeline: Pipeline, config: GenerateConfig) -> int:
+    """Draw everything once; how many images that was."""
     from quest_deploy.pipeline.draw import draw_batch, make_jobs
 
     jobs = make_jobs(config)
     for start in range(0, len(jobs), config.batch_size):
         draw_batch(pipeline, config, jobs[start : start + config.batch_size], lambda images: None)
+    return len(jobs)
 
 
 def halve_components(pipeline: Pipeline, dtype: torch.dtype) -> None:

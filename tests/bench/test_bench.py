@@ -15,7 +15,7 @@ from quest_deploy.bench import bench, stage
 from quest_deploy.bench.figures import percentile, summarize
 from quest_deploy.bench.plot import OUTSIDE, parts, plot
 from quest_deploy.bench.subject import WAYS, parse_subject
-from quest_deploy.bench.worker import TimedEngine, memory_bytes
+from quest_deploy.bench.worker import TimedEngine, measure, memory_bytes
 from quest_deploy.commands import main
 from quest_deploy.config import BenchConfig, RunConfig
 from quest_deploy.errors import ArtifactError, BenchError, ConfigError
@@ -111,6 +111,27 @@ def test_memory_is_what_linux_says(tmp_path: Path) -> None:
     assert (memory_bytes("VmRSS", status), memory_bytes("VmHWM", status)) == (1024**2, 2 * 1024**2)
     with pytest.raises(ValueError, match="VmPeak"):
         memory_bytes("VmPeak", status)
+
+
+@pytest.fixture
+def digits_job(reference_model: Path) -> dict[str, Any]:
+    """What the worker is told for one short run of the bundled unconditional model: three images, two at a time."""
+    config = BenchConfig(steps=1, num_images=3, batch_size=2, runs=1, warmup=1)
+    return {
+        "path": str(reference_model.parent / "digits"),
+        "backend": "torch",
+        "compiled": False,
+        "half": None,
+        "run": {},
+        "threads": None,
+        "warmup": config.warmup,
+        "runs": config.runs,
+        "request": config.request(),
+    }
+
+
+def test_images_of_a_model_without_prompts_are_counted(digits_job: dict[str, Any]) -> None:
+    assert measure(digits_job)["images"] == 3
 
 
 @pytest.mark.parametrize(
