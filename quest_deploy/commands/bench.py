@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ def bench(
         artifact = run(subjects, output, config, progress=progress, overwrite=overwrite)
     result = read_json(artifact.path / RESULT)
     written = artifact_result(artifact, f"open {output / 'bench.svg'}", bench=result)
-    text = f"{table(result)}\n{written.text}"
+    text = "\n\n".join((*tables(result), written.text))
     failure = result["rows"][result["baseline"]].get("error")
     if failure is None:
         return Result(data=written.data, text=text)
@@ -90,16 +91,26 @@ def bench(
     return Result(data={**written.data, "error": error}, text=text, exit_code=ERROR)
 
 
-def table(result: dict[str, Any]) -> str:
-    """One line for each subject, in the order they were given in, and below them what failed."""
-    rows = [("what", "seconds", "p95", "images/s", "times as fast", "outside engines", "memory")]
+def tables(result: dict[str, Any]) -> list[str]:
+    """Whole loops, single calls of components, and what failed, if anything: each in the order of the subjects."""
+    rows = [(label, result["rows"][label]) for label in result["order"]]
+    components = [("what", "component", "calls per loop", "seconds of a call", "p95")]
     failures = []
-    base = result["rows"][result["baseline"]].get("loop")
-    for label in result["order"]:
-        row = result["rows"][label]
+    for label, row in rows:
+        for name, one in row.get("components", {}).items():
+            seconds = (f"{one['median_s']:.3g}", f"{one['p95_s']:.3g}")
+            components.append((label, name, str(one["calls"]), *seconds))
         if "error" in row:
             before = " (its figures are of the rounds before)" if "loop" in row else ""
             failures.append(f"{label} failed{before}: {row['error']}")
+    found = [_table_of_loops(rows, result["baseline"]), format_table(components)]
+    return [*found, "\n".join(failures)] if failures else found
+
+
+def _table_of_loops(subjects: Sequence[tuple[str, dict[str, Any]]], baseline: str) -> str:
+    base = dict(subjects)[baseline].get("loop")
+    rows = [("what", "seconds", "p95", "images/s", "times as fast", "outside engines", "memory")]
+    for label, row in subjects:
         if "loop" not in row:
             rows.append((label, "failed", *[""] * 5))
             continue
@@ -115,4 +126,4 @@ def table(result: dict[str, Any]) -> str:
                 format_size(memory["peak"] if memory["device_peak"] is None else memory["device_peak"]),
             )
         )
-    return "\n".join([format_table(rows), *failures])
+    return format_table(rows)

@@ -42,7 +42,7 @@ try:
     calls = {"unet": [[seconds / 4, seconds / 4]]}
     found = {"loops": [seconds], "calls": calls, "images": 1, "memory_bytes": memory, "device": "cpu"}
 except ValueError:
-    found = {"error": name}
+    found = {"error": name + " does not fit" * 20}
 print(json.dumps(found))
 """
 SHORT: dict[str, Any] = {"prompts": ("pizza",), "steps": 2, "runs": 2, "warmup": 0, "rounds": 1, "threads": 1}
@@ -201,7 +201,7 @@ def test_the_command_measures_in_turns(tiny_onnx: Path, tiny_model: Path, tmp_pa
     assert done.exit_code == 0, done.output
     result = json.loads((output / "bench.json").read_text())
     assert json.loads(done.stdout)["bench"] == result
-    assert [row["backend"] for row in result["rows"].values()] == ["torch", "onnxruntime"]
+    assert [result["rows"][label]["backend"] for label in result["order"]] == ["torch", "onnxruntime"]
     for row in result["rows"].values():
         loop, unet = row["loop"], row["components"]["unet"]
         assert loop["runs"] == 2
@@ -248,6 +248,21 @@ def test_the_first_is_what_the_others_are_compared_with(made_up: Callable[..., R
     assert [line[column:].split()[0] for line in lines[1:4]] == ["1.00", "2.00", "0.50"]
 
 
+def test_components_have_a_table_of_their_own(made_up: Callable[..., Result]) -> None:
+    done = made_up("8", "broken", "4")
+    _, components, *_ = done.stdout.split("\n\n")
+    assert [line.split() for line in components.splitlines()[1:]] == [
+        ["8", "unet", "2", "2", "2"],
+        ["4", "unet", "2", "1", "1"],
+    ]
+
+
+def test_a_long_message_widens_no_column(made_up: Callable[..., Result]) -> None:
+    loops, _, failures, _ = made_up("8", "broken").stdout.split("\n\n")
+    assert failures == "broken failed: broken" + " does not fit" * 20
+    assert max(map(len, loops.splitlines())) < 80
+
+
 def test_order_and_baseline_are_written(made_up: Callable[..., Result], tmp_path: Path) -> None:
     done = made_up("8", "4", "16", options=["--json"])
     written = json.loads((tmp_path / "bench" / "bench.json").read_text())
@@ -259,7 +274,7 @@ def test_a_row_that_fails_and_sorts_first_loses_no_other(made_up: Callable[..., 
     done = made_up("8", "4", "+broken")
     assert done.exit_code == 0, done.output
     assert lines_of(done)["4"][4] == "2.00"
-    assert "+broken failed: +broken" in done.stdout.splitlines()
+    assert "\n+broken failed: +broken does not fit" in done.stdout
 
 
 @pytest.mark.parametrize(
