@@ -57,6 +57,9 @@ def bench(
     `onnx:openvino`; `:torch-compile` compiles a model, `:torch-fp16` and `:torch-compile-fp16` run it in half
     precision, `:onnxruntime-cuda` names ONNX Runtime's execution provider, and `:tensorrt-no-cuda-graphs` captures no
     graphs. They take turns, each time in a new process.
+
+    Memory is the process's peak beyond its imports; of what draws on a GPU, what the GPU has in use beyond what it had
+    before loading (without the CUDA context). Let nothing else use the GPU meanwhile: its use counts too.
     """
     from quest_deploy.artifacts import stage_of
     from quest_deploy.bench import bench as run

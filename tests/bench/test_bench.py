@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
 
-from quest_deploy.bench import bench, stage
+from quest_deploy.bench import bench, stage, worker
 from quest_deploy.bench.figures import percentile, summarize
 from quest_deploy.bench.plot import OUTSIDE, parts, plot
 from quest_deploy.bench.subject import WAYS, parse_subject
@@ -132,6 +135,40 @@ def digits_job(reference_model: Path) -> dict[str, Any]:
 
 def test_images_of_a_model_without_prompts_are_counted(digits_job: dict[str, Any]) -> None:
     assert measure(digits_job)["images"] == 3
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cuda", 130), ("cpu", None)])
+def test_gpu_memory_is_what_the_device_has_in_use_beyond_what_it_had_before_loading(
+    digits_job: dict[str, Any], monkeypatch: pytest.MonkeyPatch, device: str, expected: int | None
+) -> None:
+    """On a made-up GPU: torch's allocator knows of nothing, as with engines."""
+    used = 700  # other processes, and the context
+
+    def load_pipeline(*args: object, **options: object) -> Any:
+        nonlocal used
+        used += 100
+        pipeline = SimpleNamespace(device=torch.device(device), engines={})
+
+        @contextlib.contextmanager
+        def opened() -> Iterator[Any]:
+            nonlocal used
+            yield pipeline
+            used = 700
+
+        return opened()
+
+    def draw(*args: object) -> int:
+        nonlocal used
+        used += 30 if used == 800 else -10
+        return 3
+
+    monkeypatch.setattr("quest_deploy.pipeline.load_pipeline", load_pipeline)
+    monkeypatch.setattr(worker, "_draw", draw)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1000 - used, 1000))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "made up")
+    assert measure(digits_job)["memory_bytes"]["device_peak"] == expected
 
 
 @pytest.mark.parametrize(
