@@ -70,6 +70,7 @@ def run(
         raise BenchError(
             "; ".join(f"{label}: cannot be measured: {error}" for label, error in failed.items())
         )
+    order = [one.label for one in parsed]
     rows = {one.label: _row(one, turns[one.label], failed) for one in parsed}
     result = {
         "machine": machine(),
@@ -77,8 +78,8 @@ def run(
         "request": config.request(),
         "rounds": config.rounds,
         "threads": config.threads,
-        "baseline": parsed[0].label,
-        "order": [one.label for one in parsed],
+        "baseline": order[0],
+        "order": order,
         "rows": rows,
     }
     with write_artifact(
@@ -87,7 +88,7 @@ def run(
         write_json(writer.path / RESULT, result)
         from quest_deploy.bench.plot import plot
 
-        (writer.path / PLOT).write_text(plot(rows, result["order"]), encoding="utf-8")
+        (writer.path / PLOT).write_text(plot(rows, order), encoding="utf-8")
     return read_artifact(output, stage=STAGE)
 
 

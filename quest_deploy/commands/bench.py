@@ -115,7 +115,7 @@ def _table_of_loops(subjects: Sequence[tuple[str, dict[str, Any]]], baseline: st
     rows = [("what", "seconds", "p95", "images/s", "times as fast", "outside engines", "memory")]
     for label, row in subjects:
         if "loop" not in row:
-            rows.append((label, "failed", *[""] * 5))
+            rows.append((label, "failed", "", "", "", "", ""))
             continue
         loop, memory = row["loop"], row["memory_bytes"]
         rows.append(
