@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from benchmarks import cpu_speed, stages
@@ -57,12 +59,23 @@ def run(settings: Settings) -> dict[str, Any]:
             settings, f"bench {NAME}", ("bench", *subjects.values(), *arguments), output, inputs=paths
         )
     )
-    found = read_json(output / "bench.json")
-    return {
-        **header(settings),
-        "options": options,
-        "rows": {row: found["rows"][subject] for row, subject in subjects.items()},
-    }
+    return {**header(settings), "options": options, "rows": measured(output, subjects)}
+
+
+def measured(output: Path, subjects: Mapping[str, str]) -> dict[str, Any]:
+    """The rows that `quest-deploy bench` left at `output`, by this benchmark's names for its `subjects`.
+
+    Raises:
+        SystemExit: one could not be measured.
+    """
+    found = read_json(output / "bench.json")["rows"]
+    rows = {row: found[subject] for row, subject in subjects.items()}
+    for row, one in rows.items():
+        if "error" in one:
+            raise SystemExit(
+                f"benchmarks: {row} could not be measured: {one['error']}; remove {output} to try again"
+            )
+    return rows
 
 
 def ratios(result: dict[str, Any]) -> dict[str, dict[str, float]]:

@@ -92,15 +92,23 @@ def run_step(step: Step, output: Path, deadline: float, succeeded: Collection[st
         os.killpg(process.pid, signal.SIGTERM)  # a Ctrl-C does not reach it by itself
         raise
     row |= {"seconds": round(time.monotonic() - started, 1), "exit_code": process.returncode}
-    row["ok"] = process.returncode == 0
     result = last_json(printed)
-    failure = result.get("error") if isinstance(result, dict) else None
-    if failure:
-        return {**row, "error": failure["message"]}
+    error = reported_error(result)
+    row["ok"] = process.returncode == 0 and not error
     if not row["ok"]:
-        # A parity over its budget, or with a rung that could not be run, has figures all the same.
-        row["error"] = said[-LAST_CHARACTERS:].strip() or f"ended with code {process.returncode}"
+        row["error"] = error or said[-LAST_CHARACTERS:].strip() or f"ended with code {process.returncode}"
+    # A parity over its budget, or a bench with a row that failed, has figures all the same.
     return {**row, "result": result}
+
+
+def reported_error(result: Any) -> str:
+    """What a step's result says went wrong, in the whole of it or in rows of a bench; empty where nothing did."""
+    if not isinstance(result, dict):
+        return ""
+    if result.get("error"):
+        return str(result["error"]["message"])
+    rows = result.get("bench", {}).get("rows", {})
+    return "; ".join(f"{label}: {row['error']}" for label, row in rows.items() if "error" in row)
 
 
 def last_json(printed: str) -> Any:

@@ -82,6 +82,24 @@ def test_figures_of_a_parity_over_its_budget_are_kept(tmp_path: Path) -> None:
     assert not row["ok"] and row["result"] == {"verdict": "failed"} and row["error"]
 
 
+def test_a_bench_with_a_row_that_failed_is_not_ok_and_keeps_its_figures(tmp_path: Path) -> None:
+    result = {"bench": {"rows": {"model": {"loop": 1}, "engines": {"error": "killed"}}}}
+    row = run_step(code(f"print({json.dumps(result)!r})"), tmp_path, soon())
+    assert (row["ok"], row["exit_code"], row["error"]) == (False, 0, "engines: killed")
+    assert row["result"] == result
+
+
+def test_figures_beside_an_error_are_kept(tmp_path: Path) -> None:
+    rows = {"model": {"error": "no"}, "engines": {"loop": 1}}
+    result = {"error": {"type": "BenchError", "message": "model: no"}, "bench": {"rows": rows}}
+    row = run_step(code(f"print({json.dumps(result)!r}); raise SystemExit(1)"), tmp_path, soon())
+    assert (row["ok"], row["error"], row["result"]) == (False, "model: no", result)
+
+
+def test_a_bench_whose_rows_all_went_well_is_ok(tmp_path: Path) -> None:
+    assert run_step(code('print(\'{"bench": {"rows": {"a": {"loop": 1}}}}\')'), tmp_path, soon())["ok"]
+
+
 def test_step_that_takes_too_long_is_stopped(tmp_path: Path) -> None:
     started = time.monotonic()
     row = run_step(code("import time; time.sleep(60)"), tmp_path, time.monotonic() + 1)

@@ -22,6 +22,8 @@ def bench(
 ) -> Artifact:
     """Measure `subjects` in one run, and write ``bench.json`` and ``bench.svg``.
 
+    A subject that fails loses no other: its row has an ``error``, beside the figures of the rounds before, if any.
+
     Args:
         subjects: Directories (a model, checkpoint, ONNX or engines), each with ``:BACKEND`` after it where its own
             backend is not meant; ``:torch-compile`` compiles a model. The first is what ratios refer to.
@@ -33,7 +35,7 @@ def bench(
     Raises:
         ArtifactError: a subject, or `output`, cannot be used.
         ConfigError: a backend that does not fit.
-        BenchError: a subject could not be measured.
+        BenchError: no subject could be measured; nothing is written.
     """
     from quest_deploy.bench.stage import run
 

@@ -28,7 +28,7 @@ def summarize(turns: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     Returns:
         `loop`: seconds of the whole loop (median, p95), images a second, and `overhead`, the share of a run's time
         that no engine was called in (median over runs); `components`: calls a run and seconds of a call (median, p95);
-        `memory_bytes`: the highest of all processes.
+        `memory_bytes`: the highest of all processes, of each kind that `measure` tells of.
     """
     loops = [seconds for turn in turns for seconds in turn["loops"]]
     components, inside = {}, [0.0] * len(loops)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 WIDTH, ROW_HEIGHT = 9.0, 0.55
@@ -16,12 +16,12 @@ def parts(row: Mapping[str, Any]) -> dict[str, float]:
     return {**found, OUTSIDE: row["loop"]["overhead"] * row["loop"]["median_s"]}
 
 
-def plot(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """Stacked bars as SVG; rows that could not be measured are left out."""
+def plot(rows: Mapping[str, Mapping[str, Any]], order: Sequence[str]) -> str:
+    """Stacked bars as SVG, the labels in `order` from the top; rows that could not be measured are left out."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    measured = {label: parts(row) for label, row in rows.items() if "loop" in row}
+    measured = {label: parts(rows[label]) for label in order if "loop" in rows[label]}
     names = list(dict.fromkeys(name for one in measured.values() for name in one))
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "quest-deploy"}):
         figure = Figure(figsize=(WIDTH, ROW_HEIGHT * len(measured) + 1.2), layout="constrained")

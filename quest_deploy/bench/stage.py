@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -64,8 +66,11 @@ def run(
             done += 1
             if progress is not None:
                 progress(ProgressEvent(stage=STAGE, completed=done, total=total, message=one.label))
-    if parsed[0].label in failed:
-        raise BenchError(f"{parsed[0].label}: cannot be measured: {failed[parsed[0].label]}")
+    if not any(turns.values()):
+        raise BenchError(
+            "; ".join(f"{label}: cannot be measured: {error}" for label, error in failed.items())
+        )
+    order = [one.label for one in parsed]
     rows = {one.label: _row(one, turns[one.label], failed) for one in parsed}
     result = {
         "machine": machine(),
@@ -73,6 +78,8 @@ def run(
         "request": config.request(),
         "rounds": config.rounds,
         "threads": config.threads,
+        "baseline": order[0],
+        "order": order,
         "rows": rows,
     }
     with write_artifact(
@@ -81,11 +88,12 @@ def run(
         write_json(writer.path / RESULT, result)
         from quest_deploy.bench.plot import plot
 
-        (writer.path / PLOT).write_text(plot(rows), encoding="utf-8")
+        (writer.path / PLOT).write_text(plot(rows, order), encoding="utf-8")
     return read_artifact(output, stage=STAGE)
 
 
 def _row(subject: Subject, turns: Sequence[Mapping[str, Any]], failed: Mapping[str, str]) -> dict[str, Any]:
+    """One row: the figures of all rounds, or an error and the figures of the rounds before it, if any."""
     described = {
         "path": str(subject.path),
         "backend": subject.backend,
@@ -93,17 +101,13 @@ def _row(subject: Subject, turns: Sequence[Mapping[str, Any]], failed: Mapping[s
         "half": subject.half,
         "run": dataclasses.asdict(subject.run),
     }
-    if subject.label in failed:
-        return {**described, ERROR: failed[subject.label]}
-    return {**described, **summarize(turns)}
+    figures = summarize(turns) if turns else {}
+    error = {ERROR: failed[subject.label]} if subject.label in failed else {}
+    return {**described, **figures, **error}
 
 
 def measure(subject: Subject, config: BenchConfig) -> dict[str, Any]:
-    """One process's figures, or ``{"error": message}``.
-
-    Raises:
-        BenchError: the process died.
-    """
+    """One process's figures, or ``{"error": message}``: its own message, or what its death means."""
     job = {
         "path": str(subject.path),
         "backend": subject.backend,
@@ -126,14 +130,25 @@ def measure(subject: Subject, config: BenchConfig) -> dict[str, Any]:
         env=environment,
         check=False,
     )
-    if done.returncode != 0 or not done.stdout.strip():
-        words = " / ".join(done.stderr.strip().splitlines()[-LAST_LINES:]) or "it said nothing"
-        raise BenchError(
-            f"{subject.label}: the measuring process ended with code {done.returncode} ({words[:400]}); "
-            "see that `quest-deploy generate` draws with it, and that memory suffices"
+    if done.returncode == 0:
+        with contextlib.suppress(IndexError, json.JSONDecodeError):
+            found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+            return found
+    return {ERROR: _death(done.returncode, done.stderr)}
+
+
+def _death(code: int, stderr: str) -> str:
+    """What is told of a process that ended without figures."""
+    if -code == signal.SIGKILL:
+        return (
+            "its process was killed (SIGKILL), probably for want of memory; free some, or draw smaller images or "
+            "fewer at a time (--height, --width, --batch-size)"
         )
-    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return found
+    how = (
+        f"crashed with signal {-code} ({signal.strsignal(-code)})" if code < 0 else f"ended with code {code}"
+    )
+    words = " / ".join(stderr.strip().splitlines()[-LAST_LINES:]) or "it said nothing"
+    return f"its process {how}: {words[:400]}; see that `quest-deploy generate` draws with it"
 
 
 def machine() -> dict[str, Any]:

@@ -63,8 +63,14 @@ def measure(job: Mapping[str, Any]) -> dict[str, Any]:
     """Draw the same images several times.
 
     Returns:
-        `loops`, the seconds of each run; `calls`, by component, for each run the seconds of its calls; bytes of
-        memory; and what ran it.
+        `loops`, the seconds of each run; `calls`, by component, for each run the seconds of its calls; `images`, how
+        many a run draws; `memory_bytes`; and what ran it.
+
+        `memory_bytes` of the process: `imports`, what it takes before it loads the subject, and `peak`, the most that
+        it ever takes beyond that. `device_peak`, None where the CPU draws: the most that the GPU has in use after
+        loading and after each run, beyond what it has before loading. Runtimes keep what they draw with, so it counts
+        weights, activations, workspaces and CUDA graphs, whoever allocates them; not what loading frees again, nor the
+        CUDA context. It is the whole device's: what other processes have there must not change meanwhile.
     """
     import diffusers  # noqa: F401 - part of what every subject imports, and so of the baseline
     import torch
@@ -74,6 +80,8 @@ def measure(job: Mapping[str, Any]) -> dict[str, Any]:
     if job["threads"] is not None:
         torch.set_num_threads(job["threads"])
     _import_runtime(job["backend"])
+    # Before the host's: the first question makes the CUDA context, which then counts for no subject on either side.
+    used_before = gpu_bytes_in_use()
     baseline = memory_bytes("VmRSS")
     run = RunConfig(**job["run"])
     with load_pipeline(job["path"], backend=job["backend"], threads=job["threads"], run=run) as pipeline:
@@ -85,8 +93,12 @@ def measure(job: Mapping[str, Any]) -> dict[str, Any]:
         timed = {name: TimedEngine(engine, synchronize) for name, engine in pipeline.engines.items()}
         pipeline.engines = dict(timed)
         config = GenerateConfig(**job["request"])
+        # What loading and halving left to torch's allocator is not needed to draw.
+        torch.cuda.empty_cache()
+        used = [gpu_bytes_in_use()]
         for _ in range(job["warmup"]):
             _draw(pipeline, config)
+            used.append(gpu_bytes_in_use())
         loops: list[float] = []
         calls: dict[str, list[list[float]]] = {name: [] for name in timed}
         for _ in range(job["runs"]):
@@ -94,31 +106,34 @@ def measure(job: Mapping[str, Any]) -> dict[str, Any]:
                 engine.seconds.clear()
             synchronize()
             started = time.perf_counter()
-            _draw(pipeline, config)
+            images = _draw(pipeline, config)
             synchronize()
             loops.append(time.perf_counter() - started)
+            used.append(gpu_bytes_in_use())
             for name, engine in timed.items():
                 calls[name].append([*engine.seconds])
         device = pipeline.device
     return {
         "loops": loops,
         "calls": calls,
-        "images": len(config.prompts) * config.num_images,
+        "images": images,
         "memory_bytes": {
             "imports": baseline,
             "peak": memory_bytes("VmHWM") - baseline,
-            "device_peak": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+            "device_peak": max(used) - used_before if device.type == "cuda" else None,
         },
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
     }
 
 
-def _draw(pipeline: Pipeline, config: GenerateConfig) -> None:
+def _draw(pipeline: Pipeline, config: GenerateConfig) -> int:
+    """Draw everything once; how many images that was."""
     from quest_deploy.pipeline.draw import draw_batch, make_jobs
 
     jobs = make_jobs(config)
     for start in range(0, len(jobs), config.batch_size):
         draw_batch(pipeline, config, jobs[start : start + config.batch_size], lambda images: None)
+    return len(jobs)
 
 
 def halve_components(pipeline: Pipeline, dtype: torch.dtype) -> None:
@@ -152,6 +167,16 @@ def _synchronize(device: Any) -> Callable[[], None]:
     import torch
 
     return (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else lambda: None
+
+
+def gpu_bytes_in_use() -> int:
+    """What all processes together hold of the GPU that torch uses; 0 where it can use none."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return 0
+    free, total = torch.cuda.mem_get_info()
+    return total - free
 
 
 def memory_bytes(name: str, status: Path = STATUS) -> int:

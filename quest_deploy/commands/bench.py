@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import click
 
 from quest_deploy.commands.progress import show_progress
 from quest_deploy.commands.verb import (
+    ERROR,
     Result,
     artifact_result,
     format_size,
@@ -18,6 +20,7 @@ from quest_deploy.commands.verb import (
     verb,
 )
 from quest_deploy.config import BenchConfig
+from quest_deploy.errors import BenchError
 
 
 @click.command(short_help="Latency, throughput and memory.")
@@ -54,6 +57,9 @@ def bench(
     `onnx:openvino`; `:torch-compile` compiles a model, `:torch-fp16` and `:torch-compile-fp16` run it in half
     precision, `:onnxruntime-cuda` names ONNX Runtime's execution provider, and `:tensorrt-no-cuda-graphs` captures no
     graphs. They take turns, each time in a new process.
+
+    Memory is the process's peak beyond its imports; of what draws on a GPU, what the GPU has in use beyond what it had
+    before loading (without the CUDA context). Let nothing else use the GPU meanwhile: its use counts too.
     """
     from quest_deploy.artifacts import stage_of
     from quest_deploy.bench import bench as run
@@ -75,16 +81,41 @@ def bench(
         artifact = run(subjects, output, config, progress=progress, overwrite=overwrite)
     result = read_json(artifact.path / RESULT)
     written = artifact_result(artifact, f"open {output / 'bench.svg'}", bench=result)
-    return Result(data=written.data, text=f"{table(result)}\n{written.text}")
+    text = "\n\n".join((*tables(result), written.text))
+    failure = result["rows"][result["baseline"]].get("error")
+    if failure is None:
+        return Result(data=written.data, text=text)
+    message = (
+        f"{result['baseline']}, which the others are compared with, cannot be measured: {failure}. "
+        f"What was measured is in '{artifact.path}'"
+    )
+    click.echo(f"Error: {message}", err=True)
+    error = {"type": BenchError.__name__, "message": message}
+    return Result(data={**written.data, "error": error}, text=text, exit_code=ERROR)
 
 
-def table(result: dict[str, Any]) -> str:
-    """One line for each subject."""
+def tables(result: dict[str, Any]) -> list[str]:
+    """Whole loops, single calls of components, and what failed, if anything: each in the order of the subjects."""
+    rows = [(label, result["rows"][label]) for label in result["order"]]
+    components = [("what", "component", "calls per loop", "seconds of a call", "p95")]
+    failures = []
+    for label, row in rows:
+        for name, one in row.get("components", {}).items():
+            seconds = (f"{one['median_s']:.3g}", f"{one['p95_s']:.3g}")
+            components.append((label, name, str(one["calls"]), *seconds))
+        if "error" in row:
+            before = " (its figures are of the rounds before)" if "loop" in row else ""
+            failures.append(f"{label} failed{before}: {row['error']}")
+    found = [_table_of_loops(rows, result["baseline"]), format_table(components)]
+    return [*found, "\n".join(failures)] if failures else found
+
+
+def _table_of_loops(subjects: Sequence[tuple[str, dict[str, Any]]], baseline: str) -> str:
+    base = dict(subjects)[baseline].get("loop")
     rows = [("what", "seconds", "p95", "images/s", "times as fast", "outside engines", "memory")]
-    base = next(iter(result["rows"].values()))["loop"]["median_s"]
-    for label, row in result["rows"].items():
+    for label, row in subjects:
         if "loop" not in row:
-            rows.append((label, row["error"], *[""] * 5))
+            rows.append((label, "failed", "", "", "", "", ""))
             continue
         loop, memory = row["loop"], row["memory_bytes"]
         rows.append(
@@ -93,7 +124,7 @@ def table(result: dict[str, Any]) -> str:
                 f"{loop['median_s']:.3g}",
                 f"{loop['p95_s']:.3g}",
                 f"{loop['images_per_s']:.3g}",
-                f"{base / loop['median_s']:.2f}",
+                f"{base['median_s'] / loop['median_s']:.2f}" if base else "",
                 f"{100 * loop['overhead']:.1f} %",
                 format_size(memory["peak"] if memory["device_peak"] is None else memory["device_peak"]),
             )
