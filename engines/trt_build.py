@@ -74,8 +74,8 @@ def build_engine(
         ConfigError: a requested size does not fit the model, or another process is building into `output`.
         EngineBuildError: TensorRT does not take a graph.
     """
-    existing = existing_engines(Path(output))
-    check_output(Path(output), stage="engines", overwrite=overwrite or existing is not None)
+    # What no build can write to is told before anything else; what lies there is judged once nobody else changes it.
+    check_output(Path(output), stage="engines", overwrite=True)
     check_tensorrt(config.backend)
     if config.backend == "tensorrt" and not gpus():
         raise MissingDependencyError(
@@ -86,50 +86,66 @@ def build_engine(
     fitted = fitted_components(source)
     graphs = {name: component.graph for name, component in fitted.items()}
     profiles = all_profiles(source.path, config, graphs)
-    why = {} if existing is None else changes(existing, source, profiles, config)
-    if existing is not None and not why:
-        logger.info("%s is up to date", output)
-        return existing
-    if existing is not None and not overwrite:
-        raise ArtifactError(
-            f"output '{output}' exists already and is not up to date ({in_words(why)}); add --overwrite to build again "
-            "what changed, or choose another"
-        )
-    kept: dict[str, dict[str, Any]] = {}
-    if existing is not None:
-        logger.info("not up to date: %s", in_words(why))
-        kept = {
-            name: one
-            for name, one in existing.manifest.details["components"].items()
-            if name in profiles and name not in why
-        }
-    wanted = {name: own for name, own in profiles.items() if name not in kept}
-    for name in wanted:
-        check_graph(name, source.path / name / ONNX_NAME, config.backend)
-    with (
-        locked(lock_of(Path(output)), Path(output), "build-engine"),
-        write_artifact(
+    with locked(lock_of(Path(output)), Path(output), "build-engine"):
+        kept = reusable(source, Path(output), profiles, config, overwrite=overwrite)
+        if kept is None:
+            logger.info("%s is up to date", output)
+            return read_artifact(output, stage="engines")
+        wanted = {name: own for name, own in profiles.items() if name not in kept}
+        for name in wanted:
+            check_graph(name, source.path / name / ONNX_NAME, config.backend)
+        with write_artifact(
             output,
             stage="engines",
             config=to_dict(config),
             inputs={"onnx": source.digest},
             overwrite=overwrite,
-        ) as writer,
-    ):
-        copy_companions(source, writer.path)
-        for name in kept:
-            copy_plan(existing, name, writer.path)
-        built = {}
-        if wanted:
-            built = run_job(make_job(source.path, writer.path, wanted, config), progress, config)
-        writer.details.update(make_details(source, profiles, config, built, kept))
-        if fitted:
-            writer.details["interfaces"] = to_json(fitted)
-    return read_artifact(output, stage="engines")
+        ) as writer:
+            copy_companions(source, writer.path)
+            for name in kept:
+                copy_plan(Path(output), name, writer.path)
+            built = {}
+            if wanted:
+                built = run_job(make_job(source.path, writer.path, wanted, config), progress, config)
+            writer.details.update(make_details(source, profiles, config, built, kept))
+            if fitted:
+                writer.details["interfaces"] = to_json(fitted)
+        return read_artifact(output, stage="engines")
+
+
+def reusable(
+    source: Artifact,
+    output: Path,
+    profiles: Mapping[str, Sequence[Profile]],
+    config: BuildConfig,
+    *,
+    overwrite: bool,
+) -> dict[str, dict[str, Any]] | None:
+    """What the manifest at `output` says about the engines there that serve again; None where everything is up to date.
+
+    Raises:
+        ArtifactError: something lies at `output` that is not up to date, and `overwrite` is not given.
+    """
+    existing = existing_engines(output)
+    check_output(output, stage="engines", overwrite=overwrite or existing is not None)
+    if existing is None:
+        return {}
+    why = changes(existing, source, profiles, config)
+    if not why:
+        return None
+    if not overwrite:
+        raise ArtifactError(
+            f"output '{output}' exists already and is not up to date ({in_words(why)}); add --overwrite to build again "
+            "what changed, or choose another"
+        )
+    logger.info("not up to date: %s", in_words(why))
+    built: dict[str, dict[str, Any]] = existing.manifest.details["components"]
+    return {name: report for name, report in built.items() if name in profiles and name not in why}
 
 
 def lock_of(output: Path) -> Path:
     """The file that a process locks while it builds into `output`."""
+    output = output.resolve()
     return output.with_name(f".{output.name}.build-engine.lock")
 
 
@@ -148,11 +164,10 @@ def changes(
     )
 
 
-def copy_plan(existing: Artifact | None, component: str, output: Path) -> None:
-    """Copy one engine of an earlier build, which may be the directory that is about to be replaced."""
-    assert existing is not None
+def copy_plan(existing: Path, component: str, output: Path) -> None:
+    """Copy one engine of an earlier build."""
     (output / component).mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(existing.path / component / PLAN_NAME, output / component / PLAN_NAME)
+    shutil.copyfile(existing / component / PLAN_NAME, output / component / PLAN_NAME)
 
 
 def check_graph(component: str, path: Path, backend: str) -> None:

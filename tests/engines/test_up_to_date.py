@@ -14,9 +14,10 @@ import pytest
 from quest_deploy.artifacts import Artifact, read_artifact
 from quest_deploy.config import BuildConfig, ProfileConfig, ShapeRange
 from quest_deploy.engines import trt_build
+from quest_deploy.engines.replace import with_plans
 from quest_deploy.engines.trt_build import build_engine
 from quest_deploy.engines.up_to_date import differences, in_words
-from quest_deploy.errors import ArtifactError
+from quest_deploy.errors import ArtifactError, StaleArtifactError
 from tests.engines.conftest import unet
 
 pytest.importorskip("tensorrt_rtx")
@@ -90,6 +91,37 @@ def test_a_changed_tokenizer_builds_nothing(
     )
     assert found == {"other files": "they changed in the ONNX directory"}
     assert not jobs
+
+
+def test_a_build_that_ends_while_another_begins_is_what_the_other_judges(
+    engines: Artifact,
+    make_onnx: Callable[..., Path],
+    tmp_path: Path,
+    jobs: list[list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = (tmp_path / "onnx").rename(tmp_path / "before")
+    changed = make_onnx(unet=unet(np.random.default_rng(7)).SerializeToString())
+    locked = trt_build.locked
+
+    def after_another(*args):
+        monkeypatch.setattr(trt_build, "locked", locked)
+        build_engine(before, engines.path, BuildConfig(static=True), overwrite=True)
+        return locked(*args)
+
+    monkeypatch.setattr(trt_build, "locked", after_another)
+    build_engine(changed, engines.path, BuildConfig(), overwrite=True)
+    # The decoder that was there first would have done; the text encoder is the same for all three.
+    assert jobs == [["unet", "vae_decoder"], ["unet", "vae_decoder"]]
+
+
+def test_engines_that_were_built_again_meanwhile_are_not_mixed_with_plans_for_the_old_ones(
+    engines: Artifact, tmp_path: Path
+) -> None:
+    build_engine(tmp_path / "onnx", engines.path, BuildConfig(static=True), overwrite=True)
+    with pytest.raises(StaleArtifactError, match="built again by another process meanwhile; run the same"):
+        with_plans(engines, tmp_path / "refitted", {}, {})
+    assert not (tmp_path / "refitted").exists()
 
 
 ONE = ShapeRange(min=1, opt=1, max=1)
