@@ -131,6 +131,16 @@ def reusable(
     if existing is None:
         return {}
     why = changes(existing, source, profiles, config)
+    built: dict[str, dict[str, Any]] = existing.manifest.details["components"]
+    same = {name: report for name, report in built.items() if name in profiles and name not in why}
+    for name, report in same.items():
+        if report.get("fallback"):
+            logger.warning(
+                "%s: kept as it was built for want of memory, with %s; with a larger --memory-limit than then, or in "
+                "another directory, it is built anew",
+                name,
+                ", ".join(report["fallback"]),
+            )
     if not why:
         return None
     if not overwrite:
@@ -139,8 +149,7 @@ def reusable(
             "what changed, or choose another"
         )
     logger.info("not up to date: %s", in_words(why))
-    built: dict[str, dict[str, Any]] = existing.manifest.details["components"]
-    return {name: report for name, report in built.items() if name in profiles and name not in why}
+    return same
 
 
 def lock_of(output: Path) -> Path:

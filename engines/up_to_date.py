@@ -87,6 +87,8 @@ def differences(
             found[name] = "other shapes are asked for"
         elif built[name].get("auto_fallback", {}).get("left_in_float") and not config.get("auto_fallback"):
             found[name] = "some of its products were left in floats, for --auto-fallback"
+        elif built[name].get("fallback") and _may_take_more(old, config):
+            found[name] = "it was built with less, for want of memory"
     if not found and (
         old.details.get("companions_digest") != companions_digest(source) or built.keys() != profiles.keys()
     ):
@@ -114,6 +116,12 @@ def _common(
         if before != now:
             return f"{name} was {before}, is {now}"
     return None
+
+
+def _may_take_more(old: Manifest, config: Mapping[str, Any]) -> bool:
+    """Whether a build may take more memory than the one before, which had a limit."""
+    before, now = old.config.get("memory_limit_gb"), config.get("memory_limit_gb")
+    return before is not None and (now is None or now > before)
 
 
 def in_words(found: Mapping[str, str]) -> str:

@@ -124,6 +124,44 @@ def test_engines_that_were_built_again_meanwhile_are_not_mixed_with_plans_for_th
     assert not (tmp_path / "refitted").exists()
 
 
+def built_with_less(engines: Artifact, limit_gb: float | None) -> None:
+    """Have the manifest say that memory did not suffice for the U-Net."""
+    manifest = engines.path / "manifest.json"
+    content = json.loads(manifest.read_text())
+    content["config"]["memory_limit_gb"] = limit_gb
+    content["details"]["components"]["unet"]["fallback"] = ["the optimal shapes alone"]
+    manifest.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("limit_gb", [None, 30.0])
+def test_what_was_built_with_less_is_built_again_where_more_memory_may_be_taken(
+    engines: Artifact, tmp_path: Path, jobs: list[list[str]], limit_gb: float | None
+) -> None:
+    built_with_less(engines, 20.0)
+    config = BuildConfig(memory_limit_gb=limit_gb)
+    with pytest.raises(
+        ArtifactError, match=r"\(unet: it was built with less, for want of memory\); add --overwrite"
+    ):
+        build_engine(tmp_path / "onnx", engines.path, config)
+    built = build_engine(tmp_path / "onnx", engines.path, config, overwrite=True)
+    assert jobs == [["unet"]] and "fallback" not in built.manifest.details["components"]["unet"]
+
+
+@pytest.mark.parametrize(("before_gb", "limit_gb"), [(20.0, 20.0), (20.0, 10.0), (None, None), (None, 20.0)])
+def test_what_was_built_with_less_is_kept_aloud_where_no_more_memory_may_be_taken(
+    engines: Artifact,
+    tmp_path: Path,
+    jobs: list[list[str]],
+    caplog: pytest.LogCaptureFixture,
+    before_gb: float | None,
+    limit_gb: float | None,
+) -> None:
+    built_with_less(engines, before_gb)
+    build_engine(tmp_path / "onnx", engines.path, BuildConfig(memory_limit_gb=limit_gb))
+    assert not jobs
+    assert "unet: kept as it was built for want of memory, with the optimal shapes alone" in caplog.text
+
+
 ONE = ShapeRange(min=1, opt=1, max=1)
 
 
