@@ -14,6 +14,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from quest_deploy.config import ProgressEvent
@@ -40,10 +41,12 @@ class BuildMemoryError(EngineBuildError):
         component: The one that was not.
     """
 
-    def __init__(self, message: str) -> None:
+    def __init__(
+        self, message: str, component: str = "", built: Mapping[str, dict[str, Any]] = MappingProxyType({})
+    ) -> None:
         super().__init__(message)
-        self.built: dict[str, dict[str, Any]] = {}
-        self.component = ""
+        self.component = component
+        self.built = dict(built)
 
 
 class Tally:
@@ -128,9 +131,8 @@ def run_worker(
                 else:
                     raise _failure(job, event)
     except BuildMemoryError as error:
-        error.built = built
-        error.component = next(one["name"] for one in job["components"] if one["name"] not in built)
-        raise
+        name = next(one["name"] for one in job["components"] if one["name"] not in built)
+        raise BuildMemoryError(f"{name}: {error}", name, built) from error
     return built
 
 
@@ -158,7 +160,9 @@ def _events(
             if (status := process.wait()) != 0:
                 if watch.exceeded:
                     raise BuildMemoryError(
-                        f"building took more than the {job['memory_limit_bytes']:,} bytes it may take"
+                        f"building took more than the {job['memory_limit_bytes'] / 1e9:g} GB it may take; raise "
+                        "--memory-limit, or build for fewer images or smaller ones (--max-batch, --max-height, "
+                        "--max-width)"
                     )
                 stderr.seek(max(0, stderr.seek(0, os.SEEK_END) - _TAIL_BYTES))
                 raise _death(job, status, stderr.read().decode(errors="replace"))
@@ -242,7 +246,7 @@ def _failure(job: Mapping[str, Any], event: Mapping[str, Any]) -> Exception:
     path = next(entry["onnx"] for entry in job["components"] if entry["name"] == component)
     if _MEMORY.search(event["message"]):
         return BuildMemoryError(
-            f"{component}: {title_of(job['backend'])} {event['tensorrt_version']} ran out of memory: "
+            f"{title_of(job['backend'])} {event['tensorrt_version']} ran out of memory: "
             f"{event['message']}; build with smaller --max-batch or image sizes, or on a machine with more memory"
         )
     return EngineBuildError(
