@@ -88,7 +88,7 @@ def refit_plan(library: Any, source: Artifact, component: str, graph: Path) -> m
     log, runtime = make_log(library), make_runtime(library, source.manifest.config)
     engine = runtime.deserialize_cuda_engine((source.path / component / PLAN_NAME).read_bytes())
     if engine is None:
-        raise stale(component, source.path, source.manifest.details, backend, version, log.errors)
+        raise stale(component, source, version, log.errors)
     refitter = library.Refitter(engine, log)
     parser = library.OnnxParserRefitter(refitter, log)
     # By its path, so that weights in a file beside the graph are found.

@@ -170,6 +170,11 @@ def changes(
         options=("backend", *BUILDER_OPTIONS),
         library=f"{title_of(config.backend)} {import_tensorrt(config.backend).__version__}",
         target=target_of(config),
+        # Kernels are chosen by time: under this GPU's own driver, unless they are for other GPUs. TensorRT for RTX
+        # compiles them where they run.
+        driver=driver_version()
+        if (config.backend, config.hardware_compatible) == ("tensorrt", "none")
+        else "",
     )
 
 

@@ -61,6 +61,7 @@ def differences(
     options: Sequence[str],
     library: str,
     target: Mapping[str, Any],
+    driver: str = "",
 ) -> dict[str, str]:
     """The first difference of every component that has to be built again, in words; empty where all is up to date.
 
@@ -72,8 +73,9 @@ def differences(
         options: Names in `config` that every engine depends on.
         library: Title and version of TensorRT.
         target: The entries of the manifest's details that say for which GPUs engines are.
+        driver: The version that engines have to be built under; "" where any will do.
     """
-    common = _common(old, config, options, library, target)
+    common = _common(old, config, options, library, target, driver)
     found: dict[str, str] = {}
     built = old.details.get("components", {})
     for name, wanted in profiles.items():
@@ -102,6 +104,7 @@ def _common(
     options: Sequence[str],
     library: str,
     target: Mapping[str, Any],
+    driver: str,
 ) -> str | None:
     was = f"{old.details.get('library')} {old.details.get('library_version')}"
     if was != library:
@@ -109,6 +112,8 @@ def _common(
     for name, value in target.items():
         if old.details.get(name) != value:
             return f"it was built for {old.details.get(name)}, this is {value}"
+    if driver and old.details.get("driver") not in (None, "", driver):
+        return f"it was built under driver {old.details['driver']}, this is {driver}"
     # Engines of a version without an option are what its default makes.
     defaults = json.loads(json.dumps(to_dict(BuildConfig())))
     for name in options:

@@ -211,6 +211,28 @@ def test_another_library_is_named(built_once: tuple[Artifact, Path]) -> None:
     assert found == {"unet": f"it was built with TensorRT for RTX {version}, this is TensorRT for RTX 9.9"}
 
 
+def test_another_driver_matters_to_engines_for_one_gpu_alone(
+    built_once: tuple[Artifact, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engines, onnx = built_once
+    old = {**engines.manifest.details, "driver": "535.1"}
+    engines = dataclasses.replace(engines, manifest=dataclasses.replace(engines.manifest, details=old))
+    monkeypatch.setattr(trt_build, "driver_version", lambda: "580.2")
+    monkeypatch.setattr(trt_build, "target_of", lambda config: {})
+    library = trt_build.import_tensorrt("tensorrt-rtx")
+    monkeypatch.setattr(trt_build, "import_tensorrt", lambda backend: library)
+    monkeypatch.setattr(trt_build, "title_of", lambda backend: "TensorRT for RTX")
+
+    def why(**options) -> str:
+        config = BuildConfig(**options)
+        profiles = trt_build.all_profiles(onnx, config)
+        return in_words(trt_build.changes(engines, read_artifact(onnx), profiles, config))
+
+    assert why(backend="tensorrt").endswith(": it was built under driver 535.1, this is 580.2")
+    assert "driver" not in why(backend="tensorrt", hardware_compatible="ampere-plus")
+    assert why() == ""
+
+
 def test_damaged_engines_are_not_used_again(
     engines: Artifact, tmp_path: Path, jobs: list[list[str]], caplog: pytest.LogCaptureFixture
 ) -> None:
