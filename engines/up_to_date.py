@@ -12,9 +12,13 @@ from quest_deploy.artifacts import Artifact, read_artifact
 from quest_deploy.config import BuildConfig, to_dict
 from quest_deploy.errors import ArtifactError
 from quest_deploy.files import hash_mapping
-from quest_deploy.manifest import MANIFEST_NAME, Manifest, read_manifest
+from quest_deploy.manifest import MANIFEST_NAME, Manifest, made_by, read_manifest
 
 logger = logging.getLogger(__name__)
+
+# What a manifest says about an engine, by type.
+_NEEDED = {"size_bytes": int, "seconds": (int, float), "verified": bool}
+_OPTIONAL = {"graph_digest": str, "fallback": list, "auto_fallback": dict}
 
 COMPANIONS = "other files"
 """Stands for everything beside the engines: tokenizer, scheduler, configuration files."""
@@ -27,10 +31,39 @@ def existing_engines(output: Path) -> Artifact | None:
     try:
         if read_manifest(Path(output)).stage != "engines":
             return None
-        return read_artifact(Path(output), stage="engines")
+        engines = read_artifact(Path(output), stage="engines")
+        check_reports(engines)
+        return engines
     except ArtifactError as error:
         logger.warning("nothing of the engines that are there is used again: %s", error)
         return None
+
+
+def check_reports(engines: Artifact) -> None:
+    """Check what the manifest says about each engine, as far as it is relied on.
+
+    Raises:
+        ArtifactError: it is damaged.
+    """
+    components = engines.manifest.details.get("components")
+    if not isinstance(components, dict):
+        raise _damaged(engines, f"'components' is {components!r}")
+    for name, report in components.items():
+        if not isinstance(report, dict):
+            raise _damaged(engines, f"'{name}' is {report!r}")
+        for field, kind in _NEEDED.items():
+            if not isinstance(report.get(field), kind):
+                raise _damaged(engines, f"'{field}' of '{name}' is {report.get(field)!r}")
+        for field, kind in _OPTIONAL.items():
+            if not isinstance(report.get(field, kind()), kind):
+                raise _damaged(engines, f"'{field}' of '{name}' is {report[field]!r}")
+
+
+def _damaged(engines: Artifact, what: str) -> ArtifactError:
+    return ArtifactError(
+        f"'{engines.path / MANIFEST_NAME}': {what}; the manifest is damaged, make the engines again with "
+        f"{made_by('engines')}"
+    )
 
 
 def graph_digest(source: Manifest, component: str) -> str:
@@ -126,7 +159,7 @@ def _common(
 def _may_take_more(old: Manifest, config: Mapping[str, Any]) -> bool:
     """Whether a build may take more memory than the one before, which had a limit."""
     before, now = old.config.get("memory_limit_gb"), config.get("memory_limit_gb")
-    return before is not None and (now is None or now > before)
+    return isinstance(before, int | float) and (now is None or now > before)
 
 
 def in_words(found: Mapping[str, str]) -> str:

@@ -204,7 +204,14 @@ def check_output(output: Path, *, stage: str, overwrite: bool = False) -> None:
         raise ArtifactError(
             f"output '{output}' is not empty and holds no artifact, so it is left alone; choose another"
         )
-    manifest = read_manifest(output)
+    try:
+        manifest = read_manifest(output)
+    except ArtifactError as error:
+        # What is ours to replace only a manifest tells, so that --overwrite deletes nothing of the user's.
+        raise type(error)(
+            f"output '{output}' cannot be replaced: {str(error).partition(';')[0]}; if you need nothing in it, delete "
+            "it and run the same command again, or choose another"
+        ) from error
     if manifest.stage != stage:
         raise ArtifactError(
             f"output '{output}' holds an artifact of stage '{manifest.stage}', this would be '{stage}'; "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -241,6 +242,28 @@ def test_damaged_engines_are_not_used_again(
     build_engine(tmp_path / "onnx", engines.path, BuildConfig(), overwrite=True)
     assert "nothing of the engines that are there is used again" in caplog.text
     assert len(jobs[0]) == 3
+
+
+@pytest.mark.parametrize(
+    "components",
+    [
+        None,
+        {"unet": "x"},
+        {"unet": {}},
+        {"unet": {"size_bytes": 1, "seconds": 1, "verified": True, "fallback": 3}},
+    ],
+    ids=["none", "text", "empty", "fallback"],
+)
+def test_engines_whose_manifest_is_damaged_are_not_used_again(
+    built_once: tuple[Artifact, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture, components: object
+) -> None:
+    path = shutil.copytree(built_once[0].path, tmp_path / "engines")
+    content = json.loads((path / "manifest.json").read_text())
+    content["details"]["components"] = components
+    (path / "manifest.json").write_text(json.dumps(content))
+    with pytest.raises(ArtifactError, match="exists already; add --overwrite"):
+        build_engine(built_once[1], path, BuildConfig())
+    assert "the manifest is damaged" in caplog.text
 
 
 def test_engines_of_a_version_without_an_option_are_what_its_default_makes(
