@@ -17,6 +17,7 @@ from quest_deploy.engines import ladder
 from quest_deploy.engines.foreign import fitted_components, is_foreign, to_json
 from quest_deploy.engines.libraries import check_tensorrt, driver_version, gpus, import_tensorrt, title_of
 from quest_deploy.engines.profiles import Profile, all_profiles
+from quest_deploy.engines.timing_cache import check_timing_cache
 from quest_deploy.engines.trt_process import Progress
 from quest_deploy.engines.up_to_date import (
     companions_digest,
@@ -71,7 +72,8 @@ def build_engine(
         MissingDependencyError: the library is absent, or the GPU that TensorRT builds on, or that it needs in order to
             leave weights out.
         ArtifactError: `onnx_dir` cannot be trusted, or `output` cannot be written.
-        ConfigError: a requested size does not fit the model, or another process is building into `output`.
+        ConfigError: a requested size does not fit the model, another process is building into `output`, or the timing
+            cache cannot be used.
         EngineBuildError: TensorRT does not take a graph.
     """
     # What no build can write to is told before anything else; what lies there is judged once nobody else changes it.
@@ -230,7 +232,11 @@ def copy_companions(source: Artifact, output: Path) -> None:
 def make_job(
     onnx_dir: Path, output: Path, profiles: Mapping[str, Sequence[Profile]], config: BuildConfig
 ) -> dict[str, Any]:
-    """What the building process is told."""
+    """What the building process is told.
+
+    Raises:
+        ConfigError: the timing cache cannot be read or written.
+    """
     timing_cache = config.timing_cache
     if timing_cache is not None and config.backend == "tensorrt-rtx":
         logger.warning(
@@ -238,6 +244,8 @@ def make_job(
             timing_cache,
         )
         timing_cache = None
+    if timing_cache is not None:
+        check_timing_cache(Path(timing_cache))
     return {
         "backend": config.backend,
         "timing_cache": None if timing_cache is None else str(Path(timing_cache).absolute()),

@@ -60,6 +60,7 @@ __all__ = [
     "FileEntry",
     "Manifest",
     "check_output",
+    "check_writable",
     "hash_directory",
     "hash_file",
     "read_artifact",
@@ -194,7 +195,7 @@ def check_output(output: Path, *, stage: str, overwrite: bool = False) -> None:
         ArtifactError: it is a file, holds files that are not of an artifact of this stage, exists without
             `overwrite`, or lies where nothing can be written.
     """
-    _check_writable(Path(output))
+    check_writable(Path(output))
     with storage_errors(output):
         if not os.path.lexists(output) or (output.is_dir() and not any(output.iterdir())):
             return
@@ -234,8 +235,12 @@ def check_output(output: Path, *, stage: str, overwrite: bool = False) -> None:
         )
 
 
-def _check_writable(output: Path) -> None:
-    """Find out before hours of work, and not after, that the result cannot be written."""
+def check_writable(output: Path) -> None:
+    """Find out before hours of work, and not after, that the result cannot be written.
+
+    Raises:
+        ArtifactError: `output` lies below a file, on a read-only file system, or where this user may not write.
+    """
     resolved = output.resolve()
     folder = next(parent for parent in resolved.parents if parent.exists())
     if not folder.is_dir():
