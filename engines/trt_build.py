@@ -15,7 +15,14 @@ from quest_deploy.artifacts import Artifact, check_output, read_artifact, write_
 from quest_deploy.config import BuildConfig, to_dict
 from quest_deploy.engines import ladder
 from quest_deploy.engines.foreign import fitted_components, is_foreign, to_json
-from quest_deploy.engines.libraries import check_tensorrt, driver_version, gpus, import_tensorrt, title_of
+from quest_deploy.engines.libraries import (
+    check_capabilities,
+    check_tensorrt,
+    driver_version,
+    gpus,
+    import_tensorrt,
+    title_of,
+)
 from quest_deploy.engines.profiles import Profile, all_profiles
 from quest_deploy.engines.timing_cache import check_timing_cache
 from quest_deploy.engines.trt_process import Progress
@@ -72,8 +79,8 @@ def build_engine(
         MissingDependencyError: the library is absent, or the GPU that TensorRT builds on, or that it needs in order to
             leave weights out.
         ArtifactError: `onnx_dir` cannot be trusted, or `output` cannot be written.
-        ConfigError: a requested size does not fit the model, another process is building into `output`, or the timing
-            cache cannot be used.
+        ConfigError: a requested size does not fit the model, another process is building into `output`, the library
+            knows no such compute capability, or the timing cache cannot be used.
         EngineBuildError: TensorRT does not take a graph.
     """
     # What no build can write to is told before anything else; what lies there is judged once nobody else changes it.
@@ -84,6 +91,7 @@ def build_engine(
             "TensorRT builds engines only on the GPU that will run them, and this machine offers none (no NVIDIA "
             "driver); build there, or ahead of time with --backend tensorrt-rtx"
         )
+    check_capabilities(config.backend, config.compute_capabilities)
     source = read_artifact(Path(onnx_dir), stage="onnx")
     fitted = fitted_components(source)
     graphs = {name: component.graph for name, component in fitted.items()}

@@ -18,7 +18,7 @@ from types import MappingProxyType
 from typing import Any
 
 from quest_deploy.config import ProgressEvent
-from quest_deploy.engines.libraries import title_of
+from quest_deploy.engines.libraries import capability_of, supported_capabilities, title_of
 from quest_deploy.errors import EngineBuildError
 
 logger = logging.getLogger(__name__)
@@ -29,6 +29,8 @@ WATCH_SECONDS = 0.1
 _MEMORY = re.compile(
     r"out of memory|OutOfMemory|insufficient memory|bad_alloc|cannot allocate memory", re.IGNORECASE
 )
+
+_CAPABILITY = re.compile(r"\bSM\d\d+\b")
 
 Progress = Callable[[ProgressEvent], None]
 
@@ -243,15 +245,23 @@ def _failure(job: Mapping[str, Any], event: Mapping[str, Any]) -> Exception:
     if event["kind"] == "storage":
         return OSError(event["errno"], os.strerror(event["errno"] or 0), event["filename"])
     component = event["component"]
-    path = next(entry["onnx"] for entry in job["components"] if entry["name"] == component)
+    entry = next(entry for entry in job["components"] if entry["name"] == component)
+    path = entry["onnx"]
     if _MEMORY.search(event["message"]):
         return BuildMemoryError(
             f"{title_of(job['backend'])} {event['tensorrt_version']} ran out of memory: "
             f"{event['message']}; build with smaller --max-batch or image sizes, or on a machine with more memory"
         )
+    remedy = f"export the model again with `quest-deploy export --target {job['backend']}`"
+    refused = {capability_of(name) for name in _CAPABILITY.findall(event["message"])}
+    if found := refused.intersection(entry.get("options", {}).get("compute_capabilities", ())):
+        others = [one for one in supported_capabilities(job["backend"]) if one not in found]
+        remedy = (
+            f"pass --compute-capability with one of {', '.join(others)} instead of {', '.join(sorted(found))}"
+        )
     return EngineBuildError(
         f"{component}: {title_of(job['backend'])} {event['tensorrt_version']} cannot build '{path}': "
-        f"{event['message']}; export the model again with `quest-deploy export --target {job['backend']}`"
+        f"{event['message']}; {remedy}"
     )
 
 

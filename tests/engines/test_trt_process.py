@@ -77,6 +77,19 @@ def test_refused_graph_is_an_error_that_says_what_and_what_next() -> None:
         run(command)
 
 
+def test_graph_that_one_gpu_does_not_take_is_to_be_built_for_others() -> None:
+    pytest.importorskip("tensorrt_rtx")
+    command = worker(
+        "send(event='failed', kind='build', component='a', message='No FP32 on Turing (SM75)', tensorrt_version='1.7')",
+        "sys.exit(1)",
+    )
+    options = {"compute_capabilities": ["7.5", "8.6"]}
+    job = {**JOB, "components": [{"name": "a", "onnx": "/x/a", "options": options}]}
+    expected = r"a: .*Turing \(SM75\); pass --compute-capability with one of 8\.0, 8\.6, .* instead of 7\.5"
+    with pytest.raises(EngineBuildError, match=expected):
+        run_worker(job, Tally(None, {"a": 1}), command)
+
+
 def test_plan_that_cannot_be_written_is_an_os_error() -> None:
     command = worker(
         "send(event='failed', kind='storage', component='a', errno=28, filename='/full/p', tensorrt_version='')",
