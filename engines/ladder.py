@@ -33,7 +33,8 @@ def build(
     Args:
         job: As :func:`run_worker` takes it; ``memory_limit_bytes`` is that of all processes together.
         progress: Called with 100 units for each component, divided among them by their sizes.
-        jobs: Components at a time, each in a process of its own.
+        jobs: Components at a time, each in a process of its own; one that memory does not suffice for beside others is
+            built once more after them, alone, before anything is given up.
         command: How to start a process.
 
     Returns:
@@ -53,15 +54,34 @@ def build(
     jobs = max(1, min(jobs, len(job["components"])))
     if jobs == 1:
         return _in_turn(job, tally, command, _Processes())
-    limit = job.get("memory_limit_bytes")
-    parts = [
-        {**job, "components": [component], "memory_limit_bytes": None if limit is None else limit // jobs}
-        for component in job["components"]
-    ]
+    parts = [{**job, "components": [component]} for component in job["components"]]
+    built = _at_a_time(parts, tally, command, jobs)
+    for part in parts:
+        if part["components"][0]["name"] not in built:
+            built |= _in_turn(part, tally, command, _Processes())
+    return built
+
+
+def _at_a_time(
+    parts: Sequence[Mapping[str, Any]], tally: Tally, command: Sequence[str], jobs: int
+) -> dict[str, dict[str, Any]]:
+    """Build jobs of one component each, `jobs` of them at a time; without those that memory did not suffice for."""
+    limit = parts[0].get("memory_limit_bytes")
+    share = None if limit is None else limit // jobs
     processes = _Processes()
+
+    def once(part: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        try:
+            return run_worker({**part, "memory_limit_bytes": share}, tally, command, processes.add)
+        except BuildMemoryError as error:
+            if processes.ended:
+                raise
+            logger.warning("%s; building it alone after the others", str(error).partition(";")[0])
+            return {}
+
     with ThreadPoolExecutor(jobs) as pool:
         try:
-            futures = [pool.submit(_in_turn, part, tally, command, processes) for part in parts]
+            futures = [pool.submit(once, part) for part in parts]
             wait(futures, return_when=FIRST_EXCEPTION)
             failed = [future for future in futures if future.done() and future.exception() is not None]
             if failed:
@@ -118,7 +138,7 @@ def _in_turn(
                 raise
             todo[name], words = less
             given_up.setdefault(name, []).append(words)
-            logger.warning("%s: %s; trying again with %s", name, str(error).partition(";")[0], words)
+            logger.warning("%s; trying again with %s", str(error).partition(";")[0], words)
     for name, all_words in given_up.items():
         built[name] |= {"fallback": all_words, "profiles": todo[name]["profiles"]}
     return built

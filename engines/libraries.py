@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import importlib
 import importlib.util
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -120,3 +122,31 @@ def import_tensorrt(backend: str) -> ModuleType:
             f"{title_of(backend)} is installed but cannot be imported ({error}); "
             f"run `pip install --force-reinstall 'quest-deploy[{backend}]'`"
         ) from error
+
+
+def supported_capabilities(backend: str) -> list[str]:
+    """The compute capabilities that TensorRT for RTX can be told to build for, such as "8.6"; none of TensorRT."""
+    named = getattr(import_tensorrt(backend), "ComputeCapability", None)
+    names = [] if named is None else [name for name in named.__members__ if re.fullmatch(r"SM\d\d+", name)]
+    return [capability_of(name) for name in names]
+
+
+def capability_of(name: str) -> str:
+    """The compute capability that the library calls `name`: "8.6" of "SM86"."""
+    digits = name.removeprefix("SM")
+    return f"{digits[:-1]}.{digits[-1]}"
+
+
+def check_capabilities(backend: str, wanted: Iterable[str]) -> None:
+    """Check that engines can be built for these compute capabilities.
+
+    Raises:
+        ConfigError: names those that the library has.
+    """
+    supported = supported_capabilities(backend)
+    unknown = [capability for capability in wanted if capability not in supported]
+    if unknown:
+        raise ConfigError(
+            f"compute capability {', '.join(unknown)}: {title_of(backend)} {import_tensorrt(backend).__version__} "
+            f"builds for {', '.join(supported)} alone; pass --compute-capability with one of them"
+        )

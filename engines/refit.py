@@ -11,7 +11,7 @@ from quest_deploy.engines.libraries import check_tensorrt, gpus, import_tensorrt
 from quest_deploy.engines.replace import with_plans
 from quest_deploy.engines.trt_build import ONNX_NAME, PLAN_NAME, is_stripped
 from quest_deploy.engines.trt_runtime import make_log, make_runtime, stale
-from quest_deploy.engines.up_to_date import graph_digest
+from quest_deploy.engines.up_to_date import check_reports, graph_digest
 from quest_deploy.errors import ArtifactError, EngineBuildError, MissingDependencyError, StaleArtifactError
 
 
@@ -39,7 +39,7 @@ def refit(engine_dir: Path, onnx_dir: Path, output: Path, *, overwrite: bool = F
             f"putting weights into the engines in '{source.path}' needs the NVIDIA GPU that will run them, and this "
             "machine offers none (no NVIDIA driver); run refit there"
         )
-    backend = source.manifest.config["backend"]
+    backend = str(source.manifest.config.get("backend"))
     check_tensorrt(backend)
     library = import_tensorrt(backend)
     reports = source.manifest.details["components"]
@@ -60,16 +60,17 @@ def check_refittable(source: Artifact, graphs: Artifact) -> None:
     """Check that engines lack weights, and that these are the graphs they were built from.
 
     Raises:
-        ArtifactError: they do not lack them.
+        ArtifactError: they do not lack them, or their manifest is damaged.
         StaleArtifactError: other graphs; other weights in an engine would give other numbers, or none.
     """
+    check_reports(source)
     details = source.manifest.details
     if not details.get("weights_stripped"):
         raise ArtifactError(
             f"the engines in '{source.path}' hold their weights already; use them as they are"
         )
     for name, report in details["components"].items():
-        if is_stripped(report) and report["graph_digest"] != graph_digest(graphs.manifest, name):
+        if is_stripped(report) and report.get("graph_digest") != graph_digest(graphs.manifest, name):
             raise StaleArtifactError(
                 f"{name}: '{graphs.path}' holds another graph or other weights than the engine in '{source.path}' was "
                 "built from; give the directory it was built from, or build the engines again with "
@@ -88,7 +89,7 @@ def refit_plan(library: Any, source: Artifact, component: str, graph: Path) -> m
     log, runtime = make_log(library), make_runtime(library, source.manifest.config)
     engine = runtime.deserialize_cuda_engine((source.path / component / PLAN_NAME).read_bytes())
     if engine is None:
-        raise stale(component, source.path, source.manifest.details, backend, version, log.errors)
+        raise stale(component, source, version, log.errors)
     refitter = library.Refitter(engine, log)
     parser = library.OnnxParserRefitter(refitter, log)
     # By its path, so that weights in a file beside the graph are found.

@@ -10,6 +10,7 @@ from typing import Any
 
 from quest_deploy.artifacts import Artifact, read_artifact, write_artifact
 from quest_deploy.engines.trt_build import PLAN_NAME, lock_of
+from quest_deploy.errors import StaleArtifactError
 from quest_deploy.lock import locked
 
 
@@ -36,6 +37,7 @@ def with_plans(
 
     Raises:
         ArtifactError: `output` cannot be written.
+        StaleArtifactError: `source` is another one by now, so that `plans` no longer belong to it.
         ConfigError: another process is writing it.
     """
     old = source.manifest
@@ -49,6 +51,12 @@ def with_plans(
         for name in old.files:
             (writer.path / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(replaced.get(name, source.path / name), writer.path / name)
+        # After the copies: a build ends by renaming its directory, so these files are of one and the same.
+        if read_artifact(source.path, stage="engines").digest != source.digest:
+            raise StaleArtifactError(
+                f"the engines in '{source.path}' were built again by another process meanwhile; run the same command "
+                "once more"
+            )
         reports = {
             name: {**report, **components.get(name, {})} for name, report in old.details["components"].items()
         }

@@ -12,7 +12,27 @@ import os
 from pathlib import Path
 from typing import Any
 
+from quest_deploy.artifacts import check_writable
+from quest_deploy.errors import ArtifactError, ConfigError
+
 logger = logging.getLogger(__name__)
+
+
+def check_timing_cache(path: Path) -> None:
+    """Check before building that timings can be read from `path` and written there.
+
+    Raises:
+        ConfigError: they cannot.
+    """
+    problem = f"'{path}' is a directory, expected a file; choose another path" if path.is_dir() else ""
+    if path.is_file() and not os.access(path, os.R_OK):
+        problem = f"'{path}' cannot be read; check its owner and mode or choose another path"
+    try:
+        check_writable(path)
+    except ArtifactError as error:
+        problem = problem or str(error)
+    if problem:
+        raise ConfigError(f"--timing-cache: {problem}")
 
 
 def load_timing_cache(config: Any, path: Path) -> bool:

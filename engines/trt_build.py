@@ -15,8 +15,16 @@ from quest_deploy.artifacts import Artifact, check_output, read_artifact, write_
 from quest_deploy.config import BuildConfig, to_dict
 from quest_deploy.engines import ladder
 from quest_deploy.engines.foreign import fitted_components, is_foreign, to_json
-from quest_deploy.engines.libraries import check_tensorrt, driver_version, gpus, import_tensorrt, title_of
+from quest_deploy.engines.libraries import (
+    check_capabilities,
+    check_tensorrt,
+    driver_version,
+    gpus,
+    import_tensorrt,
+    title_of,
+)
 from quest_deploy.engines.profiles import Profile, all_profiles
+from quest_deploy.engines.timing_cache import check_timing_cache
 from quest_deploy.engines.trt_process import Progress
 from quest_deploy.engines.up_to_date import (
     companions_digest,
@@ -71,65 +79,92 @@ def build_engine(
         MissingDependencyError: the library is absent, or the GPU that TensorRT builds on, or that it needs in order to
             leave weights out.
         ArtifactError: `onnx_dir` cannot be trusted, or `output` cannot be written.
-        ConfigError: a requested size does not fit the model, or another process is building into `output`.
+        ConfigError: a requested size does not fit the model, another process is building into `output`, the library
+            knows no such compute capability, or the timing cache cannot be used.
         EngineBuildError: TensorRT does not take a graph.
     """
-    existing = existing_engines(Path(output))
-    check_output(Path(output), stage="engines", overwrite=overwrite or existing is not None)
+    # What no build can write to is told before anything else; what lies there is judged once nobody else changes it.
+    check_output(Path(output), stage="engines", overwrite=True)
     check_tensorrt(config.backend)
     if config.backend == "tensorrt" and not gpus():
         raise MissingDependencyError(
             "TensorRT builds engines only on the GPU that will run them, and this machine offers none (no NVIDIA "
             "driver); build there, or ahead of time with --backend tensorrt-rtx"
         )
+    check_capabilities(config.backend, config.compute_capabilities)
     source = read_artifact(Path(onnx_dir), stage="onnx")
     fitted = fitted_components(source)
     graphs = {name: component.graph for name, component in fitted.items()}
     profiles = all_profiles(source.path, config, graphs)
-    why = {} if existing is None else changes(existing, source, profiles, config)
-    if existing is not None and not why:
-        logger.info("%s is up to date", output)
-        return existing
-    if existing is not None and not overwrite:
-        raise ArtifactError(
-            f"output '{output}' exists already and is not up to date ({in_words(why)}); add --overwrite to build again "
-            "what changed, or choose another"
-        )
-    kept: dict[str, dict[str, Any]] = {}
-    if existing is not None:
-        logger.info("not up to date: %s", in_words(why))
-        kept = {
-            name: one
-            for name, one in existing.manifest.details["components"].items()
-            if name in profiles and name not in why
-        }
-    wanted = {name: own for name, own in profiles.items() if name not in kept}
-    for name in wanted:
-        check_graph(name, source.path / name / ONNX_NAME, config.backend)
-    with (
-        locked(lock_of(Path(output)), Path(output), "build-engine"),
-        write_artifact(
+    with locked(lock_of(Path(output)), Path(output), "build-engine"):
+        kept = reusable(source, Path(output), profiles, config, overwrite=overwrite)
+        if kept is None:
+            logger.info("%s is up to date", output)
+            return read_artifact(output, stage="engines")
+        wanted = {name: own for name, own in profiles.items() if name not in kept}
+        for name in wanted:
+            check_graph(name, source.path / name / ONNX_NAME, config.backend)
+        with write_artifact(
             output,
             stage="engines",
             config=to_dict(config),
             inputs={"onnx": source.digest},
             overwrite=overwrite,
-        ) as writer,
-    ):
-        copy_companions(source, writer.path)
-        for name in kept:
-            copy_plan(existing, name, writer.path)
-        built = {}
-        if wanted:
-            built = run_job(make_job(source.path, writer.path, wanted, config), progress, config)
-        writer.details.update(make_details(source, profiles, config, built, kept))
-        if fitted:
-            writer.details["interfaces"] = to_json(fitted)
-    return read_artifact(output, stage="engines")
+        ) as writer:
+            copy_companions(source, writer.path)
+            for name in kept:
+                copy_plan(Path(output), name, writer.path)
+            built = {}
+            if wanted:
+                built = run_job(make_job(source.path, writer.path, wanted, config), progress, config)
+            writer.details.update(make_details(source, profiles, config, built, kept))
+            if fitted:
+                writer.details["interfaces"] = to_json(fitted)
+        return read_artifact(output, stage="engines")
+
+
+def reusable(
+    source: Artifact,
+    output: Path,
+    profiles: Mapping[str, Sequence[Profile]],
+    config: BuildConfig,
+    *,
+    overwrite: bool,
+) -> dict[str, dict[str, Any]] | None:
+    """What the manifest at `output` says about the engines there that serve again; None where everything is up to date.
+
+    Raises:
+        ArtifactError: something lies at `output` that is not up to date, and `overwrite` is not given.
+    """
+    existing = existing_engines(output)
+    check_output(output, stage="engines", overwrite=overwrite or existing is not None)
+    if existing is None:
+        return {}
+    why = changes(existing, source, profiles, config)
+    built: dict[str, dict[str, Any]] = existing.manifest.details["components"]
+    same = {name: report for name, report in built.items() if name in profiles and name not in why}
+    for name, report in same.items():
+        if report.get("fallback"):
+            logger.warning(
+                "%s: kept as it was built for want of memory, with %s; with a larger --memory-limit than then, or in "
+                "another directory, it is built anew",
+                name,
+                ", ".join(report["fallback"]),
+            )
+    if not why:
+        return None
+    if not overwrite:
+        raise ArtifactError(
+            f"output '{output}' exists already and is not up to date ({in_words(why)}); add --overwrite to build again "
+            "what changed, or choose another"
+        )
+    logger.info("not up to date: %s", in_words(why))
+    return same
 
 
 def lock_of(output: Path) -> Path:
     """The file that a process locks while it builds into `output`."""
+    output = output.resolve()
     return output.with_name(f".{output.name}.build-engine.lock")
 
 
@@ -145,14 +180,18 @@ def changes(
         options=("backend", *BUILDER_OPTIONS),
         library=f"{title_of(config.backend)} {import_tensorrt(config.backend).__version__}",
         target=target_of(config),
+        # Kernels are chosen by time: under this GPU's own driver, unless they are for other GPUs. TensorRT for RTX
+        # compiles them where they run.
+        driver=driver_version()
+        if (config.backend, config.hardware_compatible) == ("tensorrt", "none")
+        else "",
     )
 
 
-def copy_plan(existing: Artifact | None, component: str, output: Path) -> None:
-    """Copy one engine of an earlier build, which may be the directory that is about to be replaced."""
-    assert existing is not None
+def copy_plan(existing: Path, component: str, output: Path) -> None:
+    """Copy one engine of an earlier build."""
     (output / component).mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(existing.path / component / PLAN_NAME, output / component / PLAN_NAME)
+    shutil.copyfile(existing / component / PLAN_NAME, output / component / PLAN_NAME)
 
 
 def check_graph(component: str, path: Path, backend: str) -> None:
@@ -201,7 +240,11 @@ def copy_companions(source: Artifact, output: Path) -> None:
 def make_job(
     onnx_dir: Path, output: Path, profiles: Mapping[str, Sequence[Profile]], config: BuildConfig
 ) -> dict[str, Any]:
-    """What the building process is told."""
+    """What the building process is told.
+
+    Raises:
+        ConfigError: the timing cache cannot be read or written.
+    """
     timing_cache = config.timing_cache
     if timing_cache is not None and config.backend == "tensorrt-rtx":
         logger.warning(
@@ -209,6 +252,8 @@ def make_job(
             timing_cache,
         )
         timing_cache = None
+    if timing_cache is not None:
+        check_timing_cache(Path(timing_cache))
     return {
         "backend": config.backend,
         "timing_cache": None if timing_cache is None else str(Path(timing_cache).absolute()),

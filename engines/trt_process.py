@@ -14,10 +14,11 @@ import tempfile
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from quest_deploy.config import ProgressEvent
-from quest_deploy.engines.libraries import title_of
+from quest_deploy.engines.libraries import capability_of, supported_capabilities, title_of
 from quest_deploy.errors import EngineBuildError
 
 logger = logging.getLogger(__name__)
@@ -28,6 +29,8 @@ WATCH_SECONDS = 0.1
 _MEMORY = re.compile(
     r"out of memory|OutOfMemory|insufficient memory|bad_alloc|cannot allocate memory", re.IGNORECASE
 )
+
+_CAPABILITY = re.compile(r"\bSM\d\d+\b")
 
 Progress = Callable[[ProgressEvent], None]
 
@@ -40,10 +43,12 @@ class BuildMemoryError(EngineBuildError):
         component: The one that was not.
     """
 
-    def __init__(self, message: str) -> None:
+    def __init__(
+        self, message: str, component: str = "", built: Mapping[str, dict[str, Any]] = MappingProxyType({})
+    ) -> None:
         super().__init__(message)
-        self.built: dict[str, dict[str, Any]] = {}
-        self.component = ""
+        self.component = component
+        self.built = dict(built)
 
 
 class Tally:
@@ -128,9 +133,8 @@ def run_worker(
                 else:
                     raise _failure(job, event)
     except BuildMemoryError as error:
-        error.built = built
-        error.component = next(one["name"] for one in job["components"] if one["name"] not in built)
-        raise
+        name = next(one["name"] for one in job["components"] if one["name"] not in built)
+        raise BuildMemoryError(f"{name}: {error}", name, built) from error
     return built
 
 
@@ -158,7 +162,9 @@ def _events(
             if (status := process.wait()) != 0:
                 if watch.exceeded:
                     raise BuildMemoryError(
-                        f"building took more than the {job['memory_limit_bytes']:,} bytes it may take"
+                        f"building took more than the {job['memory_limit_bytes'] / 1e9:g} GB it may take; raise "
+                        "--memory-limit, or build for fewer images or smaller ones (--max-batch, --max-height, "
+                        "--max-width)"
                     )
                 stderr.seek(max(0, stderr.seek(0, os.SEEK_END) - _TAIL_BYTES))
                 raise _death(job, status, stderr.read().decode(errors="replace"))
@@ -239,15 +245,23 @@ def _failure(job: Mapping[str, Any], event: Mapping[str, Any]) -> Exception:
     if event["kind"] == "storage":
         return OSError(event["errno"], os.strerror(event["errno"] or 0), event["filename"])
     component = event["component"]
-    path = next(entry["onnx"] for entry in job["components"] if entry["name"] == component)
+    entry = next(entry for entry in job["components"] if entry["name"] == component)
+    path = entry["onnx"]
     if _MEMORY.search(event["message"]):
         return BuildMemoryError(
-            f"{component}: {title_of(job['backend'])} {event['tensorrt_version']} ran out of memory: "
+            f"{title_of(job['backend'])} {event['tensorrt_version']} ran out of memory: "
             f"{event['message']}; build with smaller --max-batch or image sizes, or on a machine with more memory"
+        )
+    remedy = f"export the model again with `quest-deploy export --target {job['backend']}`"
+    refused = {capability_of(name) for name in _CAPABILITY.findall(event["message"])}
+    if found := refused.intersection(entry.get("options", {}).get("compute_capabilities", ())):
+        others = [one for one in supported_capabilities(job["backend"]) if one not in found]
+        remedy = (
+            f"pass --compute-capability with one of {', '.join(others)} instead of {', '.join(sorted(found))}"
         )
     return EngineBuildError(
         f"{component}: {title_of(job['backend'])} {event['tensorrt_version']} cannot build '{path}': "
-        f"{event['message']}; export the model again with `quest-deploy export --target {job['backend']}`"
+        f"{event['message']}; {remedy}"
     )
 
 

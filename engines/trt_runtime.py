@@ -18,6 +18,7 @@ from quest_deploy.engines.adapted import AdaptedEngine
 from quest_deploy.engines.base import Closing, Engine, check_inputs
 from quest_deploy.engines.foreign import from_json
 from quest_deploy.engines.libraries import driver_version, gpus, import_tensorrt, title_of
+from quest_deploy.engines.origin import differing, options_here, read_config
 from quest_deploy.engines.profiles import InputRange, Profile, Shape, limits_of, select_profile
 from quest_deploy.engines.run_record import record_run
 from quest_deploy.engines.trt_api import CudaEngine, Runtime
@@ -177,9 +178,7 @@ def load_plans(source: Artifact, library: Any, backend: TensorRTBackend) -> dict
         file = f"{name}/{PLAN_NAME}"
         engine = runtime.deserialize_cuda_engine((source.path / file).read_bytes())
         if engine is None:
-            raise stale(
-                name, source.path, source.manifest.details, backend, str(library.__version__), log.errors
-            )
+            raise stale(name, source, str(library.__version__), log.errors)
         plans[name] = LoadedPlan(name, library, engine, runtime)
         digest = source.manifest.files[file].sha256
         plans[name].ran = functools.partial(record_run, source.path / name, digest, place)
@@ -276,31 +275,32 @@ def check_gpu(path: Path) -> None:
         )
 
 
-def stale(
-    component: str,
-    path: Path,
-    details: Mapping[str, Any],
-    backend: str,
-    version: str,
-    words: Sequence[str] = (),
-) -> StaleArtifactError:
-    """The error for a plan that TensorRT does not load: what it was built with and for, what is here, what to run."""
-    gpu = gpus()[0]
-    said = f" ({'; '.join(words)})" if words else ""
-    driver = driver_version()
-    under = f", driver {details['driver']}" if details.get("driver") else ""
-    here = f", driver {driver}" if driver else ""
-    remedy = f"build it again here with `quest-deploy build-engine ONNX_DIR -o {path} --backend {backend} --overwrite`"
+def stale(component: str, source: Artifact, version: str, words: Sequence[str] = ()) -> StaleArtifactError:
+    """The error for a plan that TensorRT does not load: what was otherwise where it was built, and what to run.
+
+    Args:
+        component: The plan's.
+        source: The `engines` artifact.
+        version: Of TensorRT here.
+        words: What TensorRT says.
+    """
+    gpu, config = gpus()[0], read_config(source.manifest.config)
+    title = title_of(config.backend)
+    found = differing(source.manifest.details, config, f"{title} {version}", gpu, driver_version())
+    # Into another directory: where nothing differs that a manifest tells, engines that are there count as up to date.
+    remedy = (
+        f"build engines here with `quest-deploy build-engine ONNX_DIR -o DIR {options_here(config, gpu)}`"
+    )
     if any(UNSUPPORTED in word for word in words):
         remedy = (
-            f"no build of {title_of(backend)} runs on this GPU: "
+            f"no build of {title} runs on this GPU: "
             "build with --backend tensorrt, or draw with --backend onnxruntime or torch"
         )
+    said = f" ({'; '.join(words)})" if words else ""
+    origin = f"it was built {', '.join(found)}; " if found else ""
     return StaleArtifactError(
-        f"{component}: the engine in '{path}' was built with {details.get('library')} "
-        f"{details.get('library_version')} for {details.get('target_gpu')} (compute capability "
-        f"{details.get('compute_capability')}{under}); {title_of(backend)} {version} on {gpu.name} (compute capability "
-        f"{gpu.compute_capability}{here}) cannot load it{said}; {remedy}"
+        f"{component}: {title} {version} on {gpu.name} cannot load the engine in '{source.path}'{said}; "
+        f"{origin}{remedy}"
     )
 
 

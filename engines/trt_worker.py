@@ -23,6 +23,9 @@ from quest_deploy.engines.libraries import gpus, import_tensorrt
 from quest_deploy.engines.timing_cache import load_timing_cache, save_timing_cache
 from quest_deploy.errors import EngineBuildError
 
+# By name: this module runs as __main__.
+logger = logging.getLogger("quest_deploy.engines.trt_worker")
+
 _LOGGER_PREFIX = re.compile(r"^\s*\[[A-Z!]\]\s*")
 _SOURCE_PLACE = re.compile(r"\s*\bIn \S+ at /_src/\S+?:\d+")
 # Errors that say nothing by themselves: what Polygraphy adds after the one that matters, and the parser's dump of a
@@ -133,10 +136,17 @@ def build_component(trt: Any, job: Mapping[str, Any], component: Mapping[str, An
     check_inputs_of(network, component)
     config = builder_config(trt, job, component, builder, network, log)
     plan = engine_bytes_from_network((builder, network), config)
-    if job["timing_cache"]:
-        save_timing_cache(config, Path(job["timing_cache"]))
     with open(component["plan"], "wb") as stream:
         stream.write(plan)
+    if job["timing_cache"]:
+        try:
+            save_timing_cache(config, Path(job["timing_cache"]))
+        except OSError as error:
+            logger.warning(
+                "timing cache %s cannot be written (%s): the next build times its kernels again",
+                job["timing_cache"],
+                error.strerror or error,
+            )
     log.send(
         "built",
         component=component["name"],

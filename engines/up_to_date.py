@@ -12,9 +12,13 @@ from quest_deploy.artifacts import Artifact, read_artifact
 from quest_deploy.config import BuildConfig, to_dict
 from quest_deploy.errors import ArtifactError
 from quest_deploy.files import hash_mapping
-from quest_deploy.manifest import MANIFEST_NAME, Manifest, read_manifest
+from quest_deploy.manifest import MANIFEST_NAME, Manifest, made_by, read_manifest
 
 logger = logging.getLogger(__name__)
+
+# What a manifest says about an engine, by type.
+_NEEDED = {"size_bytes": int, "seconds": (int, float), "verified": bool}
+_OPTIONAL = {"graph_digest": str, "fallback": list, "auto_fallback": dict}
 
 COMPANIONS = "other files"
 """Stands for everything beside the engines: tokenizer, scheduler, configuration files."""
@@ -27,10 +31,39 @@ def existing_engines(output: Path) -> Artifact | None:
     try:
         if read_manifest(Path(output)).stage != "engines":
             return None
-        return read_artifact(Path(output), stage="engines")
+        engines = read_artifact(Path(output), stage="engines")
+        check_reports(engines)
+        return engines
     except ArtifactError as error:
         logger.warning("nothing of the engines that are there is used again: %s", error)
         return None
+
+
+def check_reports(engines: Artifact) -> None:
+    """Check what the manifest says about each engine, as far as it is relied on.
+
+    Raises:
+        ArtifactError: it is damaged.
+    """
+    components = engines.manifest.details.get("components")
+    if not isinstance(components, dict):
+        raise _damaged(engines, f"'components' is {components!r}")
+    for name, report in components.items():
+        if not isinstance(report, dict):
+            raise _damaged(engines, f"'{name}' is {report!r}")
+        for field, kind in _NEEDED.items():
+            if not isinstance(report.get(field), kind):
+                raise _damaged(engines, f"'{field}' of '{name}' is {report.get(field)!r}")
+        for field, kind in _OPTIONAL.items():
+            if not isinstance(report.get(field, kind()), kind):
+                raise _damaged(engines, f"'{field}' of '{name}' is {report[field]!r}")
+
+
+def _damaged(engines: Artifact, what: str) -> ArtifactError:
+    return ArtifactError(
+        f"'{engines.path / MANIFEST_NAME}': {what}; the manifest is damaged, make the engines again with "
+        f"{made_by('engines')}"
+    )
 
 
 def graph_digest(source: Manifest, component: str) -> str:
@@ -61,6 +94,7 @@ def differences(
     options: Sequence[str],
     library: str,
     target: Mapping[str, Any],
+    driver: str = "",
 ) -> dict[str, str]:
     """The first difference of every component that has to be built again, in words; empty where all is up to date.
 
@@ -72,8 +106,9 @@ def differences(
         options: Names in `config` that every engine depends on.
         library: Title and version of TensorRT.
         target: The entries of the manifest's details that say for which GPUs engines are.
+        driver: The version that engines have to be built under; "" where any will do.
     """
-    common = _common(old, config, options, library, target)
+    common = _common(old, config, options, library, target, driver)
     found: dict[str, str] = {}
     built = old.details.get("components", {})
     for name, wanted in profiles.items():
@@ -87,6 +122,8 @@ def differences(
             found[name] = "other shapes are asked for"
         elif built[name].get("auto_fallback", {}).get("left_in_float") and not config.get("auto_fallback"):
             found[name] = "some of its products were left in floats, for --auto-fallback"
+        elif built[name].get("fallback") and _may_take_more(old, config):
+            found[name] = "it was built with less, for want of memory"
     if not found and (
         old.details.get("companions_digest") != companions_digest(source) or built.keys() != profiles.keys()
     ):
@@ -100,6 +137,7 @@ def _common(
     options: Sequence[str],
     library: str,
     target: Mapping[str, Any],
+    driver: str,
 ) -> str | None:
     was = f"{old.details.get('library')} {old.details.get('library_version')}"
     if was != library:
@@ -107,6 +145,8 @@ def _common(
     for name, value in target.items():
         if old.details.get(name) != value:
             return f"it was built for {old.details.get(name)}, this is {value}"
+    if driver and old.details.get("driver") not in (None, "", driver):
+        return f"it was built under driver {old.details['driver']}, this is {driver}"
     # Engines of a version without an option are what its default makes.
     defaults = json.loads(json.dumps(to_dict(BuildConfig())))
     for name in options:
@@ -114,6 +154,12 @@ def _common(
         if before != now:
             return f"{name} was {before}, is {now}"
     return None
+
+
+def _may_take_more(old: Manifest, config: Mapping[str, Any]) -> bool:
+    """Whether a build may take more memory than the one before, which had a limit."""
+    before, now = old.config.get("memory_limit_gb"), config.get("memory_limit_gb")
+    return isinstance(before, int | float) and (now is None or now > before)
 
 
 def in_words(found: Mapping[str, str]) -> str:

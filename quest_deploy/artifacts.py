@@ -62,6 +62,7 @@ __all__ = [
     "FileEntry",
     "Manifest",
     "check_output",
+    "check_writable",
     "hash_directory",
     "hash_file",
     "read_artifact",
@@ -198,7 +199,7 @@ def check_output(output: Path, *, stage: str, overwrite: bool = False) -> None:
         ArtifactError: it is a file, holds files that are not of an artifact of this stage, exists without
             `overwrite`, or lies where nothing can be written.
     """
-    _check_writable(Path(output))
+    check_writable(Path(output))
     with storage_errors(output):
         if not os.path.lexists(output) or (output.is_dir() and not any(output.iterdir())):
             return
@@ -208,7 +209,14 @@ def check_output(output: Path, *, stage: str, overwrite: bool = False) -> None:
         raise ArtifactError(
             f"output '{output}' is not empty and holds no artifact, so it is left alone; choose another"
         )
-    manifest = read_manifest(output)
+    try:
+        manifest = read_manifest(output)
+    except ArtifactError as error:
+        # What is ours to replace only a manifest tells, so that --overwrite deletes nothing of the user's.
+        raise type(error)(
+            f"output '{output}' cannot be replaced: {str(error).partition(';')[0]}; if you need nothing in it, delete "
+            "it and run the same command again, or choose another"
+        ) from error
     if manifest.stage != stage:
         raise ArtifactError(
             f"output '{output}' holds an artifact of stage '{manifest.stage}', this would be '{stage}'; "
@@ -229,8 +237,12 @@ def check_output(output: Path, *, stage: str, overwrite: bool = False) -> None:
         )
 
 
-def _check_writable(output: Path) -> None:
-    """Find out before hours of work, and not after, that the result cannot be written."""
+def check_writable(output: Path) -> None:
+    """Find out before hours of work, and not after, that the result cannot be written.
+
+    Raises:
+        ArtifactError: `output` lies below a file, on a read-only file system, or where this user may not write.
+    """
     resolved = output.resolve()
     folder = next(parent for parent in resolved.parents if parent.exists())
     if not folder.is_dir():

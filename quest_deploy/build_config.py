@@ -34,6 +34,10 @@ class ShapeRange:
             )
 
 
+PROFILE_RANGES = ("batch", "height", "width", "sequence")
+"""The fields of a profile that are ranges."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ProfileConfig:
     """What one optimization profile must be able to draw.

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from quest_deploy.build_config import PROFILE_RANGES as PROFILE_RANGES
 from quest_deploy.build_config import TENSORRT_BACKENDS as TENSORRT_BACKENDS
 from quest_deploy.build_config import BuildConfig as BuildConfig
 from quest_deploy.build_config import ProfileConfig as ProfileConfig

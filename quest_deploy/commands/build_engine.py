@@ -11,7 +11,7 @@ import click
 from quest_deploy.build_config import HARDWARE_COMPATIBILITIES, MAX_OPTIMIZATION_LEVEL
 from quest_deploy.commands.progress import show_progress
 from quest_deploy.commands.verb import Result, artifact_result, output_option, overwrite_option, verb
-from quest_deploy.config import TENSORRT_BACKENDS, BuildConfig, ProfileConfig, ShapeRange
+from quest_deploy.config import PROFILE_RANGES, TENSORRT_BACKENDS, BuildConfig, ProfileConfig, ShapeRange
 
 
 @click.command("build-engine", short_help="ONNX to TensorRT engines.")
@@ -164,20 +164,19 @@ def parse_profile(text: str) -> ProfileConfig:
     Raises:
         click.UsageError: it is not of that form.
     """
-    names = ("batch", "height", "width", "sequence")
-    ranges: dict[str, ShapeRange] = {}
+    ranges: dict[str, Any] = {}
     for part in text.split(","):
         name, _, sizes = part.strip().partition("=")
         numbers = sizes.split(":")
         whole = all(number.isascii() and number.isdigit() for number in numbers)
-        if name not in names or name in ranges or not whole or len(numbers) not in (1, 3):
+        if name not in PROFILE_RANGES or name in ranges or not whole or len(numbers) not in (1, 3):
             raise click.UsageError(
-                f"--profile: got {part.strip()!r}, expected each of {', '.join(names)} at most once, as "
+                f"--profile: got {part.strip()!r}, expected each of {', '.join(PROFILE_RANGES)} at most once, as "
                 "NAME=MIN:OPT:MAX or NAME=SIZE"
             )
         low, best, high = map(int, numbers * 3 if len(numbers) == 1 else numbers)
         ranges[name] = ShapeRange(min=low, opt=best, max=high)
-    return dataclasses.replace(ProfileConfig(), **ranges)
+    return ProfileConfig(**ranges)
 
 
 def size_range(name: str, low: int | None, best: int | None, high: int | None) -> ShapeRange | None:

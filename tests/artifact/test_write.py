@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from quest_deploy.artifacts import check_output, read_artifact, write_artifact
+from quest_deploy.artifacts import MANIFEST_NAME, check_output, read_artifact, write_artifact
 from quest_deploy.errors import ArtifactError
 from tests.artifact.conftest import CONFIG, fail_inside, make, names
 
@@ -58,6 +58,19 @@ def test_artifact_of_another_stage_is_not_overwritten(tmp_path: Path) -> None:
     path = make(tmp_path / "a", stage="images")
     with pytest.raises(ArtifactError, match="stage 'images', this would be 'onnx'"):
         make(path, overwrite=True)
+
+
+@pytest.mark.parametrize("content", ["{", '{"schema_version": 2}'], ids=["truncated", "newer"])
+def test_output_whose_manifest_tells_nothing_is_left_alone_and_the_message_says_to_delete_it(
+    tmp_path: Path, content: str
+) -> None:
+    make(tmp_path / "a")
+    (tmp_path / "a" / MANIFEST_NAME).write_text(content)
+    with pytest.raises(
+        ArtifactError, match=r"a' cannot be replaced: .*manifest\.json'.* delete it and run the same"
+    ):
+        make(tmp_path / "a", overwrite=True)
+    assert (tmp_path / "a" / MANIFEST_NAME).read_text() == content
 
 
 def test_output_that_is_a_file_is_refused(tmp_path: Path) -> None:

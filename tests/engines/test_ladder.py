@@ -105,3 +105,28 @@ def test_the_first_error_ends_the_others() -> None:
     with pytest.raises(EngineBuildError, match="a: .*no Int4"):
         ladder.build(job("a", "b"), None, jobs=2, command=command)
     assert time.monotonic() - started < 30
+
+
+def test_what_takes_more_than_its_share_is_built_with_all_of_it_before_less_is_tried(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    command = simulated("if job['memory_limit_bytes'] < 8e9 and c['name'] != 'c': fail('build', 'bad_alloc')")
+    events: list[ProgressEvent] = []
+    limited = {**job("a", "b", "c"), "memory_limit_bytes": 8_000_000_000}
+    built = ladder.build(limited, events.append, jobs=2, command=command)
+    assert built == dict.fromkeys("abc", {"options": OPTIONS})
+    assert events[-1].completed == 300
+    said = sorted(record.getMessage() for record in caplog.records)
+    assert said == [
+        f"{name}: TensorRT for RTX 1 ran out of memory: bad_alloc; building it alone after the others"
+        for name in "ab"
+    ]
+
+
+def test_the_error_after_the_last_thing_tried_names_the_whole_limit() -> None:
+    command = simulated("if c['name'] == 'b': held = bytearray(200_000_000); time.sleep(60)")
+    limited = {**job("a", "b"), "memory_limit_bytes": 80_000_000}
+    with pytest.raises(
+        BuildMemoryError, match=r"^b: building took more than the 0\.08 GB it may take; raise"
+    ):
+        ladder.build(limited, None, jobs=2, command=command)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -135,6 +136,33 @@ def test_other_weights_are_refused(
     other = make_onnx(unet=four_bit_unet(cast=False))
     with pytest.raises(StaleArtifactError, match=r"unet: .* holds another graph or other weights"):
         refit.refit(stripped.path, other, tmp_path / "engines")
+
+
+def changed_report(source: Artifact, path: Path, report: object) -> Path:
+    """A copy of engines whose manifest says something else about the U-Net."""
+    shutil.copytree(source.path, path)
+    content = json.loads((path / "manifest.json").read_text())
+    content["details"]["components"]["unet"] = report
+    (path / "manifest.json").write_text(json.dumps(content))
+    return path
+
+
+def test_a_damaged_manifest_is_an_ordinary_error(stripped: Artifact, tiny_onnx: Path, tmp_path: Path) -> None:
+    path = changed_report(stripped, tmp_path / "damaged", "x")
+    with pytest.raises(
+        ArtifactError, match=r"'unet' is 'x'; the manifest is damaged, make the engines again"
+    ):
+        refit.refit(path, tiny_onnx, tmp_path / "engines")
+
+
+def test_engines_that_do_not_say_what_they_were_built_from_are_refused(
+    stripped: Artifact, tiny_onnx: Path, tmp_path: Path
+) -> None:
+    report = dict(stripped.manifest.details["components"]["unet"])
+    del report["graph_digest"]
+    path = changed_report(stripped, tmp_path / "silent", report)
+    with pytest.raises(StaleArtifactError, match=r"unet: .* holds another graph or other weights"):
+        refit.refit(path, tiny_onnx, tmp_path / "engines")
 
 
 def test_engines_with_weights_are_refused(tiny_onnx: Path, tmp_path: Path) -> None:

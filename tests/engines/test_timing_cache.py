@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from quest_deploy.engines.timing_cache import load_timing_cache, save_timing_cache
+from quest_deploy.config import BuildConfig
+from quest_deploy.engines.timing_cache import check_timing_cache, load_timing_cache, save_timing_cache
+from quest_deploy.engines.trt_build import make_job
+from quest_deploy.errors import ConfigError
 
 
 class Cache:
@@ -98,6 +101,26 @@ def test_write_that_fails_leaves_the_old_file_and_no_other(
     monkeypatch.undo()
     assert path.read_bytes() == b"conv"
     assert sorted(item.name for item in tmp_path.iterdir()) == ["cache", "cache.lock"]
+
+
+def test_a_file_that_can_be_written_or_does_not_exist_yet_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "cache").write_bytes(b"conv")
+    check_timing_cache(tmp_path / "cache")
+    check_timing_cache(tmp_path / "new" / "cache")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("file/cache", "a part of the path is a file"), ("folder", "is a directory, expected a file")],
+)
+def test_a_place_without_room_for_a_file_is_refused_before_building(
+    tmp_path: Path, name: str, words: str
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    config = BuildConfig(backend="tensorrt", timing_cache=str(tmp_path / name))
+    with pytest.raises(ConfigError, match=f"--timing-cache: .*{words}.*; choose another path"):
+        make_job(tmp_path, tmp_path, {}, config)
 
 
 SAVE = """

@@ -166,6 +166,13 @@ def test_options_that_make_no_sense_are_refused(options: dict, message: str) -> 
         BuildConfig(**options)
 
 
+def test_a_compute_capability_that_the_library_does_not_have_is_refused_with_those_it_has(
+    tiny_onnx: Path, tmp_path: Path
+) -> None:
+    match = r"compute capability 9\.9: TensorRT for RTX .* builds for .*8\.6, .*12\.0.* alone; pass --compute"
+    refused(ConfigError, match, tiny_onnx, tmp_path / "engines", compute_capabilities=("8.6", "9.9"))
+
+
 def test_weights_cast_from_four_bits_are_refused_before_building(
     make_onnx: Callable[..., Path], four_bit_unet: Callable[..., bytes], tmp_path: Path
 ) -> None:

@@ -77,6 +77,19 @@ def test_refused_graph_is_an_error_that_says_what_and_what_next() -> None:
         run(command)
 
 
+def test_graph_that_one_gpu_does_not_take_is_to_be_built_for_others() -> None:
+    pytest.importorskip("tensorrt_rtx")
+    command = worker(
+        "send(event='failed', kind='build', component='a', message='No FP32 on Turing (SM75)', tensorrt_version='1.7')",
+        "sys.exit(1)",
+    )
+    options = {"compute_capabilities": ["7.5", "8.6"]}
+    job = {**JOB, "components": [{"name": "a", "onnx": "/x/a", "options": options}]}
+    expected = r"a: .*Turing \(SM75\); pass --compute-capability with one of 8\.0, 8\.6, .* instead of 7\.5"
+    with pytest.raises(EngineBuildError, match=expected):
+        run_worker(job, Tally(None, {"a": 1}), command)
+
+
 def test_plan_that_cannot_be_written_is_an_os_error() -> None:
     command = worker(
         "send(event='failed', kind='storage', component='a', errno=28, filename='/full/p', tensorrt_version='')",
@@ -92,7 +105,7 @@ def test_crash_is_an_error_with_the_signal() -> None:
 
 
 def test_kill_points_at_memory() -> None:
-    with pytest.raises(EngineBuildError, match="SIGKILL.*out of memory"):
+    with pytest.raises(EngineBuildError, match="a: .*SIGKILL.*out of memory"):
         run(worker("os.kill(os.getpid(), 9)"))
 
 
@@ -100,7 +113,8 @@ def test_a_process_that_takes_more_memory_than_it_may_is_ended() -> None:
     command = worker(
         "send(event='built', component='a', seconds=1)", "held = bytearray(400_000_000)", "time.sleep(60)"
     )
-    with pytest.raises(BuildMemoryError, match="took more than the 200,000,000 bytes it may take") as caught:
+    message = r"b: building took more than the 0\.2 GB it may take; raise --memory-limit, or .*--max-batch"
+    with pytest.raises(BuildMemoryError, match=message) as caught:
         run(command, memory_limit_bytes=200_000_000)
     assert caught.value.component == "b" and caught.value.built == {"a": {"seconds": 1}}
 

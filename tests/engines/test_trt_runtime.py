@@ -12,7 +12,7 @@ import torch
 
 from quest_deploy.artifacts import Artifact, check_output, read_artifact
 from quest_deploy.commands.inspect import describe, render
-from quest_deploy.config import BuildConfig
+from quest_deploy.config import BuildConfig, ShapeRange, to_dict
 from quest_deploy.engines import trt_api, trt_runtime
 from quest_deploy.engines.libraries import Gpu, gpus
 from quest_deploy.engines.ort_runtime import load_ort_engines
@@ -35,6 +35,7 @@ from quest_deploy.errors import (
     MissingDependencyError,
     StaleArtifactError,
 )
+from quest_deploy.manifest import Manifest
 from tests.engines.simulated_trt import (
     SPEC,
     SimulatedEngine,
@@ -153,28 +154,43 @@ def test_gpu_that_torch_cannot_use_asks_for_another_torch(monkeypatch: pytest.Mo
         check_gpu(Path("engines"))
 
 
+def built(config: BuildConfig, **details: str) -> Artifact:
+    """What a manifest says about engines."""
+    content = json.loads(json.dumps(to_dict(config)))
+    manifest = Manifest(
+        schema_version=1, stage="engines", config=content, details=details, inputs={}, tools={}, files={}
+    )
+    return Artifact(path=Path("engines"), manifest=manifest, digest="")
+
+
+A10 = {"library": "TensorRT", "target_gpu": "NVIDIA A10", "compute_capability": "8.6"}
+
+
 @pytest.mark.usefixtures("rtx_5090")
-def test_plan_that_does_not_load_names_versions_gpus_drivers_and_the_command(
+def test_plan_that_does_not_load_names_what_differs_and_the_command_that_builds_the_same_here(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    details = {
-        "library": "TensorRT",
-        "library_version": "10.1",
-        "target_gpu": "NVIDIA A10",
-        "compute_capability": "8.6",
-        "driver": "535.1",
-    }
     monkeypatch.setattr(trt_runtime, "driver_version", lambda: "580.2")
-    message = str(stale("unet", Path("engines"), details, "tensorrt", "11.0"))
-    for part in (
-        "TensorRT 10.1 for NVIDIA A10",
-        "8.6, driver 535.1",
-        "12.0, driver 580.2",
-        "TensorRT 11.0 on NVIDIA RTX 5090",
-        "12.0",
-        "quest-deploy build-engine",
-    ):
-        assert part in message
+    source = built(
+        BuildConfig(backend="tensorrt", batch=ShapeRange(min=1, opt=1, max=2), static=True),
+        **A10,
+        library_version="10.1",
+        driver="535.1",
+    )
+    assert str(stale("unet", source, "11.0")) == (
+        "unet: TensorRT 11.0 on NVIDIA RTX 5090 cannot load the engine in 'engines'; "
+        "it was built with TensorRT 10.1 (this is TensorRT 11.0), for NVIDIA A10 (this is NVIDIA RTX 5090), "
+        "for compute capability 8.6 (this is 12.0), under driver 535.1 (this is 580.2); build engines "
+        "here with `quest-deploy build-engine ONNX_DIR -o DIR --backend tensorrt --max-batch 2 --static`"
+    )
+
+
+def test_only_what_differs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trt_runtime, "gpus", lambda: [Gpu(name="NVIDIA A10", compute_capability="8.6")])
+    monkeypatch.setattr(trt_runtime, "driver_version", lambda: "580.2")
+    source = built(BuildConfig(backend="tensorrt"), **A10, library_version="11.0", driver="535.1")
+    message = str(stale("unet", source, "11.0"))
+    assert "'engines'; it was built under driver 535.1 (this is 580.2); build engines here" in message
 
 
 @pytest.mark.usefixtures("rtx_5090")
@@ -184,9 +200,9 @@ def test_a_gpu_that_the_library_never_runs_on_is_not_told_to_build_again() -> No
         "The engine cannot run on this GPU, which has compute capability 9.0. Supported compute capabilities: None. "
         "TensorRT-RTX does not support this compute capability, so the engine cannot be rebuilt for it."
     )
-    message = str(stale("unet", Path("engines"), {}, "tensorrt-rtx", "1.7", [words]))
+    message = str(stale("unet", built(BuildConfig()), "1.7", [words]))
     assert "no build of TensorRT for RTX runs on this GPU: build with --backend tensorrt" in message
-    assert "build it again" not in message
+    assert "build engines here" not in message
 
 
 @pytest.fixture(scope="module")
@@ -214,7 +230,7 @@ def test_plan_that_tensorrt_does_not_deserialize_is_stale(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(
         StaleArtifactError,
-        match=r"text_encoder: .*for any \(ahead of time\).* RTX 9\.9.*\(The engine plan file is not compatible\)",
+        match=r"text_encoder: .* RTX 9\.9 on .*\(The engine plan file is not compatible\); it was built with .* RTX 1",
     ):
         load_tensorrt_engines(plans.path, backend="tensorrt-rtx")
 

@@ -3,8 +3,14 @@ from __future__ import annotations
 import io
 import json
 import logging
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
-from quest_deploy.engines.trt_worker import EventLog, PhaseTree
+import pytest
+
+from quest_deploy.engines import trt_worker
+from quest_deploy.engines.trt_worker import EventLog, PhaseTree, build_component
 
 
 def record(message: str, level: int = logging.ERROR) -> logging.LogRecord:
@@ -75,3 +81,33 @@ def test_more_steps_than_announced_stay_within_one() -> None:
     tree.start("build", None, 0)
     tree.step("build", 7)
     assert tree.fraction() == 1.0
+
+
+def test_timings_that_cannot_be_saved_cost_no_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    polygraphy = ModuleType("polygraphy.backend.trt")
+    polygraphy.network_from_onnx_path = lambda path, strongly_typed: (  # type: ignore[attr-defined]
+        None,
+        SimpleNamespace(num_layers=1),
+        None,
+    )
+    polygraphy.engine_bytes_from_network = lambda network, config: b"plan"  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "polygraphy.backend.trt", polygraphy)
+    monkeypatch.setattr(trt_worker, "check_inputs_of", lambda *args: None)
+    monkeypatch.setattr(trt_worker, "builder_config", lambda *args: None)
+    monkeypatch.setattr(trt_worker, "can_deserialize", lambda *args: False)
+
+    def full(config: object, path: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(trt_worker, "save_timing_cache", full)
+    trt = SimpleNamespace(
+        NetworkDefinitionCreationFlag=None, BuilderFlag=SimpleNamespace(__members__={}), __version__="1"
+    )
+    stream = io.StringIO()
+    component = {"name": "unet", "onnx": "x", "plan": str(tmp_path / "plan")}
+    build_component(trt, {"timing_cache": "/full/cache"}, component, EventLog(stream))
+    assert json.loads(stream.getvalue())["event"] == "built"
+    assert (tmp_path / "plan").read_bytes() == b"plan"
+    assert "timing cache /full/cache cannot be written (No space left on device)" in caplog.text

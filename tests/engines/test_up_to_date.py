@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,9 +15,10 @@ import pytest
 from quest_deploy.artifacts import Artifact, read_artifact
 from quest_deploy.config import BuildConfig, ProfileConfig, ShapeRange
 from quest_deploy.engines import trt_build
+from quest_deploy.engines.replace import with_plans
 from quest_deploy.engines.trt_build import build_engine
 from quest_deploy.engines.up_to_date import differences, in_words
-from quest_deploy.errors import ArtifactError
+from quest_deploy.errors import ArtifactError, StaleArtifactError
 from tests.engines.conftest import unet
 
 pytest.importorskip("tensorrt_rtx")
@@ -92,6 +94,75 @@ def test_a_changed_tokenizer_builds_nothing(
     assert not jobs
 
 
+def test_a_build_that_ends_while_another_begins_is_what_the_other_judges(
+    engines: Artifact,
+    make_onnx: Callable[..., Path],
+    tmp_path: Path,
+    jobs: list[list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = (tmp_path / "onnx").rename(tmp_path / "before")
+    changed = make_onnx(unet=unet(np.random.default_rng(7)).SerializeToString())
+    locked = trt_build.locked
+
+    def after_another(*args):
+        monkeypatch.setattr(trt_build, "locked", locked)
+        build_engine(before, engines.path, BuildConfig(static=True), overwrite=True)
+        return locked(*args)
+
+    monkeypatch.setattr(trt_build, "locked", after_another)
+    build_engine(changed, engines.path, BuildConfig(), overwrite=True)
+    # The decoder that was there first would have done; the text encoder is the same for all three.
+    assert jobs == [["unet", "vae_decoder"], ["unet", "vae_decoder"]]
+
+
+def test_engines_that_were_built_again_meanwhile_are_not_mixed_with_plans_for_the_old_ones(
+    engines: Artifact, tmp_path: Path
+) -> None:
+    build_engine(tmp_path / "onnx", engines.path, BuildConfig(static=True), overwrite=True)
+    with pytest.raises(StaleArtifactError, match="built again by another process meanwhile; run the same"):
+        with_plans(engines, tmp_path / "refitted", {}, {})
+    assert not (tmp_path / "refitted").exists()
+
+
+def built_with_less(engines: Artifact, limit_gb: float | None) -> None:
+    """Have the manifest say that memory did not suffice for the U-Net."""
+    manifest = engines.path / "manifest.json"
+    content = json.loads(manifest.read_text())
+    content["config"]["memory_limit_gb"] = limit_gb
+    content["details"]["components"]["unet"]["fallback"] = ["the optimal shapes alone"]
+    manifest.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("limit_gb", [None, 30.0])
+def test_what_was_built_with_less_is_built_again_where_more_memory_may_be_taken(
+    engines: Artifact, tmp_path: Path, jobs: list[list[str]], limit_gb: float | None
+) -> None:
+    built_with_less(engines, 20.0)
+    config = BuildConfig(memory_limit_gb=limit_gb)
+    with pytest.raises(
+        ArtifactError, match=r"\(unet: it was built with less, for want of memory\); add --overwrite"
+    ):
+        build_engine(tmp_path / "onnx", engines.path, config)
+    built = build_engine(tmp_path / "onnx", engines.path, config, overwrite=True)
+    assert jobs == [["unet"]] and "fallback" not in built.manifest.details["components"]["unet"]
+
+
+@pytest.mark.parametrize(("before_gb", "limit_gb"), [(20.0, 20.0), (20.0, 10.0), (None, None), (None, 20.0)])
+def test_what_was_built_with_less_is_kept_aloud_where_no_more_memory_may_be_taken(
+    engines: Artifact,
+    tmp_path: Path,
+    jobs: list[list[str]],
+    caplog: pytest.LogCaptureFixture,
+    before_gb: float | None,
+    limit_gb: float | None,
+) -> None:
+    built_with_less(engines, before_gb)
+    build_engine(tmp_path / "onnx", engines.path, BuildConfig(memory_limit_gb=limit_gb))
+    assert not jobs
+    assert "unet: kept as it was built for want of memory, with the optimal shapes alone" in caplog.text
+
+
 ONE = ShapeRange(min=1, opt=1, max=1)
 
 
@@ -141,6 +212,28 @@ def test_another_library_is_named(built_once: tuple[Artifact, Path]) -> None:
     assert found == {"unet": f"it was built with TensorRT for RTX {version}, this is TensorRT for RTX 9.9"}
 
 
+def test_another_driver_matters_to_engines_for_one_gpu_alone(
+    built_once: tuple[Artifact, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engines, onnx = built_once
+    old = {**engines.manifest.details, "driver": "535.1"}
+    engines = dataclasses.replace(engines, manifest=dataclasses.replace(engines.manifest, details=old))
+    monkeypatch.setattr(trt_build, "driver_version", lambda: "580.2")
+    monkeypatch.setattr(trt_build, "target_of", lambda config: {})
+    library = trt_build.import_tensorrt("tensorrt-rtx")
+    monkeypatch.setattr(trt_build, "import_tensorrt", lambda backend: library)
+    monkeypatch.setattr(trt_build, "title_of", lambda backend: "TensorRT for RTX")
+
+    def why(**options) -> str:
+        config = BuildConfig(**options)
+        profiles = trt_build.all_profiles(onnx, config)
+        return in_words(trt_build.changes(engines, read_artifact(onnx), profiles, config))
+
+    assert why(backend="tensorrt").endswith(": it was built under driver 535.1, this is 580.2")
+    assert "driver" not in why(backend="tensorrt", hardware_compatible="ampere-plus")
+    assert why() == ""
+
+
 def test_damaged_engines_are_not_used_again(
     engines: Artifact, tmp_path: Path, jobs: list[list[str]], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -149,6 +242,28 @@ def test_damaged_engines_are_not_used_again(
     build_engine(tmp_path / "onnx", engines.path, BuildConfig(), overwrite=True)
     assert "nothing of the engines that are there is used again" in caplog.text
     assert len(jobs[0]) == 3
+
+
+@pytest.mark.parametrize(
+    "components",
+    [
+        None,
+        {"unet": "x"},
+        {"unet": {}},
+        {"unet": {"size_bytes": 1, "seconds": 1, "verified": True, "fallback": 3}},
+    ],
+    ids=["none", "text", "empty", "fallback"],
+)
+def test_engines_whose_manifest_is_damaged_are_not_used_again(
+    built_once: tuple[Artifact, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture, components: object
+) -> None:
+    path = shutil.copytree(built_once[0].path, tmp_path / "engines")
+    content = json.loads((path / "manifest.json").read_text())
+    content["details"]["components"] = components
+    (path / "manifest.json").write_text(json.dumps(content))
+    with pytest.raises(ArtifactError, match="exists already; add --overwrite"):
+        build_engine(built_once[1], path, BuildConfig())
+    assert "the manifest is damaged" in caplog.text
 
 
 def test_engines_of_a_version_without_an_option_are_what_its_default_makes(

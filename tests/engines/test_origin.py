@@ -1,0 +1,87 @@
+"""What a manifest says about where engines were built, and the command that makes the same engines here."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from quest_deploy import auto_fallback
+from quest_deploy.commands import main
+from quest_deploy.config import BuildConfig, ProfileConfig, ShapeRange, to_dict
+from quest_deploy.engines.libraries import Gpu
+from quest_deploy.engines.origin import build_options, covers, options_here, read_config
+from quest_deploy.errors import ConfigError
+
+RANGE, SIZE = ShapeRange(min=64, opt=128, max=256), ShapeRange(min=64, opt=64, max=64)
+CONFIGS = {
+    "default": BuildConfig(),
+    "sizes": BuildConfig(batch=ShapeRange(min=2, opt=3, max=8), height=RANGE, width=SIZE),
+    "profiles": BuildConfig(
+        static=True,
+        more_profiles=(
+            ProfileConfig(static=True, batch=ShapeRange(min=1, opt=1, max=1)),
+            ProfileConfig(static=True, height=RANGE, sequence=RANGE),
+        ),
+    ),
+    "TensorRT": BuildConfig(
+        backend="tensorrt",
+        optimization_level=0,
+        workspace_mb=5,
+        hardware_compatible="ampere-plus",
+        version_compatible=True,
+    ),
+    "TensorRT for RTX": BuildConfig(
+        compute_capabilities=("8.6", "12.0"), weight_streaming=True, strip_weights=True
+    ),
+    "fallback": BuildConfig(auto_fallback=True),
+}
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_options_make_the_configuration_that_they_are_of(
+    config: BuildConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    got: list[BuildConfig] = []
+
+    def keep(onnx_dir, output, config, **_):
+        got.append(config)
+        raise ConfigError("enough")
+
+    monkeypatch.setattr(auto_fallback, "build_engine", keep)
+    done = CliRunner().invoke(main, ["build-engine", "onnx", "-o", "engines", *build_options(config).split()])
+    assert got == [config], done.output
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_a_configuration_is_read_as_it_was_written(config: BuildConfig) -> None:
+    assert read_config(json.loads(json.dumps(to_dict(config)))) == config
+
+
+@pytest.mark.parametrize(
+    "damage", [{"batch": 3}, {"more_profiles": ["x"]}, {"jobs": "x"}, {"height": {"min": 1}}]
+)
+def test_a_damaged_configuration_is_the_default_one_of_its_backend(damage: dict) -> None:
+    assert read_config({"backend": "tensorrt", **damage}) == BuildConfig(backend="tensorrt")
+
+
+def test_engines_are_made_for_the_gpu_that_is_here_and_with_their_weights() -> None:
+    gpu = Gpu(name="NVIDIA A10", compute_capability="8.6")
+    others = BuildConfig(compute_capabilities=("12.0",), strip_weights=True)
+    assert options_here(others, gpu) == "--backend tensorrt-rtx --compute-capability 8.6"
+
+
+@pytest.mark.parametrize(
+    ("said", "capability", "holds"),
+    [
+        ("8.6", "8.6", True),
+        ("8.6", "8.9", False),
+        ("8.6, any GPU", "8.6", True),
+        ("8.0 and later", "12.0", True),
+        ("8.0 and later", "7.5", False),
+        ("None", "8.6", False),
+    ],
+)
+def test_capabilities_that_engines_were_built_for(said: str, capability: str, holds: bool) -> None:
+    assert covers(said, capability) is holds
