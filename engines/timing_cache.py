@@ -12,8 +12,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from quest_deploy.artifacts import check_writable
 from quest_deploy.errors import ArtifactError, ConfigError
+from quest_deploy.files import check_writable
 
 logger = logging.getLogger(__name__)
 

@@ -17,8 +17,8 @@ from quest_deploy.manifest import MANIFEST_NAME, Manifest, made_by, read_manifes
 logger = logging.getLogger(__name__)
 
 # What a manifest says about an engine, by type.
-_NEEDED = {"size_bytes": int, "seconds": (int, float), "verified": bool}
-_OPTIONAL = {"graph_digest": str, "fallback": list, "auto_fallback": dict}
+_NEEDED: dict[str, type | tuple[type, ...]] = {"size_bytes": int, "seconds": (int, float), "verified": bool}
+_OPTIONAL: dict[str, type] = {"graph_digest": str, "fallback": list, "auto_fallback": dict}
 
 COMPANIONS = "other files"
 """Stands for everything beside the engines: tokenizer, scheduler, configuration files."""

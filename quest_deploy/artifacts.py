@@ -7,7 +7,6 @@ valid manifest is always whole. A reader trusts no file whose hash differs from 
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import logging
 import os
@@ -21,6 +20,7 @@ from typing import Any
 
 from quest_deploy.errors import ArtifactError
 from quest_deploy.files import (
+    check_writable,
     hash_directory,
     hash_file,
     is_hidden,
@@ -62,7 +62,6 @@ __all__ = [
     "FileEntry",
     "Manifest",
     "check_output",
-    "check_writable",
     "hash_directory",
     "hash_file",
     "read_artifact",
@@ -235,26 +234,6 @@ def check_output(output: Path, *, stage: str, overwrite: bool = False) -> None:
             f"output '{output}' also holds '{foreign[0]}', which is not part of the artifact; move it away "
             "first, so that --overwrite deletes nothing of yours"
         )
-
-
-def check_writable(output: Path) -> None:
-    """Find out before hours of work, and not after, that the result cannot be written.
-
-    Raises:
-        ArtifactError: `output` lies below a file, on a read-only file system, or where this user may not write.
-    """
-    resolved = output.resolve()
-    folder = next(parent for parent in resolved.parents if parent.exists())
-    if not folder.is_dir():
-        code = errno.ENOTDIR
-    elif os.statvfs(folder).f_flag & os.ST_RDONLY:
-        code = errno.EROFS
-    elif not os.access(folder, os.W_OK | os.X_OK):
-        code = errno.EACCES
-    else:
-        return
-    with storage_errors(folder):
-        raise OSError(code, os.strerror(code), str(folder))
 
 
 @contextlib.contextmanager

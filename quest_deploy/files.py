@@ -75,6 +75,26 @@ def storage_errors(path: Path) -> Iterator[None]:
         raise
 
 
+def check_writable(output: Path) -> None:
+    """Find out before hours of work, and not after, that the result cannot be written.
+
+    Raises:
+        ArtifactError: `output` lies below a file, on a read-only file system, or where this user may not write.
+    """
+    resolved = output.resolve()
+    folder = next(parent for parent in resolved.parents if parent.exists())
+    if not folder.is_dir():
+        code = errno.ENOTDIR
+    elif os.statvfs(folder).f_flag & os.ST_RDONLY:
+        code = errno.EROFS
+    elif not os.access(folder, os.W_OK | os.X_OK):
+        code = errno.EACCES
+    else:
+        return
+    with storage_errors(folder):
+        raise OSError(code, os.strerror(code), str(folder))
+
+
 def refuse_pickle(path: Path) -> None:
     """Refuse a file that only unpickling could open, since unpickling runs whatever code the file holds."""
     if path.suffix.lower() in PICKLE_SUFFIXES:

@@ -333,16 +333,3 @@ def test_worker_exits_when_its_parent_is_killed(held_build: subprocess.Popen[str
     held_build.kill()
     held_build.communicate(timeout=20)
     wait_until(lambda: not [c for c in children if c.is_running() and c.status() != psutil.STATUS_ZOMBIE])
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_reference_model_builds_for_a_range_of_sizes(reference_model: Path, tmp_path: Path) -> None:
-    from quest_deploy.config import ExportConfig
-    from quest_deploy.export.to_onnx import export
-
-    config = ExportConfig(target="tensorrt-rtx", mode="none")
-    source = export(reference_model, tmp_path / "onnx", config).path
-    sizes = ShapeRange(min=64, opt=64, max=128)
-    artifact = build_engine(source, tmp_path / "engines", BuildConfig(height=sizes, width=sizes))
-    assert artifact.manifest.details["components"]["unet"]["layers"] > 1000
