@@ -7,6 +7,7 @@ the same calibration data. The damage is what the network's output loses on full
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -24,11 +25,18 @@ from quest_deploy.model.components import predict
 from quest_deploy.model.load import load_model
 from quest_deploy.prompts import load_prompts
 from quest_deploy.quantize import affine, calibrate
+from quest_deploy.quantize.attention import PROBABILITIES, insert_attention
 from quest_deploy.quantize.calibrate import EXTREME_ROWS, CalibrationSet
-from quest_deploy.quantize.grid import INT8_MAX, channel_shape, weight_bounds
+from quest_deploy.quantize.grid import channel_shape, weight_bounds
 from quest_deploy.quantize.initialize import initialize_layer
 from quest_deploy.quantize.insert import channel_axis, insert, quantizable_layers
 from quest_deploy.quantize.layers import Quantizable, TimestepContext
+from quest_deploy.quantize.operands import (
+    VALUES_PER_STEP,
+    AttentionBits,
+    collect_operands,
+    initialize_operands,
+)
 
 NAME = "differences"
 PROMPTS, CALIBRATION_PROMPTS = 16, 32
@@ -57,10 +65,13 @@ def run(settings: Settings) -> dict[str, Any]:
         print(f"\n{what}", flush=True)
         figures = {side: damage(change(model.denoiser), heldout) for side, change in sides.items()}
         rows.append({"what": what, **figures})
-    row: dict[str, Any] = {"what": "softmax on 128 codes with a calibrated scale instead of 256"}
-    for side, quantize in softmax_quantizers(model.denoiser, data).items():
-        with quantized_softmax(quantize):
-            row[side] = damage(model.denoiser, heldout)
+    ours = deployable_softmax(model.denoiser, data, settings.seed)
+    row = {
+        "what": "softmax on 128 codes, a scale for each attention and timestep, instead of 256 codes",
+        "ours": damage(ours, heldout),
+    }
+    with published_softmax():
+        row["published"] = damage(model.denoiser, heldout)
     rows.append(row)
     return {
         **header(settings),
@@ -232,31 +243,28 @@ def _input_hook(quantize: Quantize, context: TimestepContext) -> Any:
     return hook
 
 
-def softmax_quantizers(denoiser: nn.Module, data: CalibrationSet) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Softmax on 128 codes of int8 with a calibrated scale, and on the published 256 codes from 0 to 1."""
-    largest = [0.0]
-
-    def watch(probability: Tensor) -> Tensor:
-        largest[0] = max(largest[0], float(probability.max()))
-        return probability
-
-    with quantized_softmax(watch):
-        damage(denoiser, data)
-    scale = largest[0] / INT8_MAX
-    return {
-        "ours": lambda p: affine.fake_quantize(p, scale, 0, INT8_MAX),
-        "published": lambda p: affine.fake_quantize(p, 1 / SOFTMAX_CODES, 0, SOFTMAX_CODES),
-    }
+def deployable_softmax(denoiser: nn.Module, data: CalibrationSet, seed: int) -> nn.Module:
+    """A copy of `denoiser` with this project's quantizers of all probabilities, as finetuning starts from them."""
+    samples = collect_operands(
+        denoiser, data, prompts_per_step=PROMPTS_PER_STEP, values=VALUES_PER_STEP, seed=seed
+    )
+    every = AttentionBits(operands=8, probabilities=True, max_keys=sys.maxsize)
+    operands = initialize_operands(samples, every, time_aware=True)
+    result, context = copy.deepcopy(denoiser), TimestepContext(data.boundaries())
+    insert(result, {}, context)
+    probabilities = {name: one for name, one in operands.items() if name.endswith(f".{PROBABILITIES}")}
+    insert_attention(result, probabilities, context)
+    return result
 
 
 @contextmanager
-def quantized_softmax(quantize: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """While the body runs, attention computes its probabilities openly and quantizes them."""
+def published_softmax() -> Iterator[None]:
+    """While the body runs, attention computes its probabilities openly, on 256 codes from 0 to 1."""
     original = F.scaled_dot_product_attention
 
     def attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
-        return quantize(scores.softmax(dim=-1)) @ value
+        return affine.fake_quantize(scores.softmax(dim=-1), 1 / SOFTMAX_CODES, 0, SOFTMAX_CODES) @ value
 
     F.scaled_dot_product_attention = attention
     try:

@@ -94,9 +94,10 @@ def _kid(result: dict[str, Any]) -> Iterator[Row]:
 
 
 def _order(result: dict[str, Any]) -> Iterator[Row]:
-    ratio = result["ratios"]["published"]["both"]
-    requirement = f"finetuning: the published order takes {ORDER_GOAL:g} times the seconds a pass, or more"
-    yield requirement, f"{ratio:.1f}", yes(ratio >= ORDER_GOAL)
+    ratio, order_alone = (result["ratios"][row]["both"] for row in ("published", "published-order"))
+    requirement = f"finetuning: the published loop takes {ORDER_GOAL:g} times the seconds a pass, or more"
+    measured = f"{ratio:.2f} ({order_alone:.2f} for its order with this project's quantizers)"
+    yield requirement, measured, yes(ratio >= ORDER_GOAL)
 
 
 def _runtimes(result: dict[str, Any]) -> Iterator[Row]:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch.nn import functional as F
 
 from benchmarks import published
-from benchmarks.differences import quantized_softmax
-from quest_deploy.quantize import affine
+from benchmarks.differences import damage, deployable_softmax, published_softmax
+from quest_deploy.model.load import load_model
+from quest_deploy.quantize import affine, calibrate
+from quest_deploy.quantize.attention import PROBABILITIES, operand_quantizers
 
 
 def test_an_asymmetric_grid_holds_its_ends_and_has_2_to_the_bits_values() -> None:
@@ -47,10 +51,23 @@ def test_a_searched_range_gives_up_an_outlier() -> None:
     assert float(high) < 1.5
 
 
-def test_attention_computes_the_same_openly() -> None:
+def test_attention_computes_the_same_openly_but_for_256_codes() -> None:
     query, key, value = torch.randn(3, 2, 4, 5, 8, generator=torch.Generator().manual_seed(0))
     expected = F.scaled_dot_product_attention(query, key, value)
-    with quantized_softmax(lambda probability: probability):
-        torch.testing.assert_close(F.scaled_dot_product_attention(query, key, value), expected)
-    with quantized_softmax(torch.zeros_like):
-        assert not F.scaled_dot_product_attention(query, key, value).any()
+    with published_softmax():
+        found = F.scaled_dot_product_attention(query, key, value)
+    assert F.scaled_dot_product_attention(query, key, value).equal(expected)
+    assert not torch.equal(found, expected)
+    # Half a code in each of five probabilities.
+    assert float((found - expected).abs().max()) <= 5 * 0.5 / 255 * float(value.abs().max())
+
+
+def test_the_deployable_softmax_is_the_one_that_finetuning_starts_from(tiny_model: Path) -> None:
+    model = load_model(tiny_model)
+    data = calibrate.record_trajectories(model, ("a", "b"), steps=2, guidance_scale=2.0, seed=0, batch_size=2)
+    denoiser = deployable_softmax(model.denoiser, data, seed=0)
+    found = operand_quantizers(denoiser)
+    assert found and {name.rpartition(".")[2] for name in found} == {PROBABILITIES}
+    assert all(one.group_scale().numel() == 2 for one in found.values())
+    assert 20 < damage(denoiser, data) < 100
+    assert not operand_quantizers(model.denoiser)

@@ -174,9 +174,9 @@ def test_kernel_distances_that_do_not_overlap_are_told(everything: dict[str, dic
 
 def test_seconds_of_a_pass_are_compared_over_both_phases(everything: dict[str, dict]) -> None:
     assert everything["order"]["ratios"]["published"] == {"phase_1": 6.0, "phase_2": 6.0, "both": 6.0}
-    assert met(everything, "finetuning: the published order") == "yes"
+    assert met(everything, "finetuning: the published loop") == "yes"
     everything["order"]["ratios"]["published"]["both"] = 4.9
-    assert met(everything, "finetuning: the published order") == "**no**"
+    assert met(everything, "finetuning: the published loop") == "**no**"
 
 
 def test_goals_that_are_missed(everything: dict[str, dict]) -> None:
