@@ -53,6 +53,7 @@ SAMPLERS: tuple[tuple[str, int], ...] = (
 )
 SAMPLED = ("calibrated", "quest")
 FIGURES = ("raw_snr_db", "guided_snr_db", "psnr_db")
+COMPARED = ("raw_snr_db", "psnr_db")
 
 
 def variant(recipe: Recipe, name: str) -> Recipe:
@@ -198,14 +199,18 @@ def tables(result: dict[str, Any]) -> list[Table]:
                 "row",
                 *("noise SNR, dB", "noise SNR guided, dB", "image PSNR, dB"),
                 "noise SNR against the first variant, dB",
+                "image PSNR against it, dB",
             ),
             rows=tuple(
                 (
                     label,
                     *(number(found[row][figure]["mean"]) for figure in FIGURES),
-                    interval(result["differences"][row]["raw_snr_db"])
-                    if row in result["differences"]
-                    else MISSING,
+                    *(
+                        interval(result["differences"][row][figure])
+                        if row in result["differences"]
+                        else MISSING
+                        for figure in COMPARED
+                    ),
                 )
                 for row, label in labels.items()
                 if row in found
@@ -213,7 +218,8 @@ def tables(result: dict[str, Any]) -> list[Table]:
             labels=1,
             note=f"{quality.sample_size(result)}. Variants have {result['prompts']} calibration prompts and "
             f"{first} + {second} updates, the packaged recipe more. "
-            "Each differs from the first variant in what its name says. Intervals are paired by prompt.",
+            "Each differs from the first variant in what its name says. Intervals are paired by prompt, of one noise "
+            "seed: what another would do to image PSNR is not in them.",
         ),
         Table(
             title=f"{name} on samplers it was not calibrated on",
