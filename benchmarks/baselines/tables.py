@@ -40,8 +40,8 @@ def _figures(recipes: dict[str, Any], result: dict[str, Any]) -> Table:
         ),
         labels=2,
         note=f"Means over {sample_size(result)} as above. Rows with * are finetuned. Every row has "
-        "the same calibration prompts and the same layers at 8 bits. 8-bit activations of our own rows cover every value, "
-        "also where a row is named after percentiles: those are of weights, and of activations below 8 bits. "
+        "the same calibration prompts and the same layers at 8 bits. 8-bit activations of our own rows cover every "
+        "value, also where a row is named after percentiles: those are of weights, and of activations below 8 bits. "
         f"Model-Optimizer {result['modelopt']} simulates its own quantizers; its shipped INT8 configurations leave the "
         "transformers' `proj_out` in float, and it smooths at 8 bits only. Q-Diffusion and EfficientDM are methods on "
         "this project's grid, not the published code.",
