@@ -57,6 +57,18 @@ class QuantizedAttention(nn.Module):
             self.add_module(name, operands.get(name))
         self.context = context
 
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        """As `forward`; diffusers looks at these names, and would warn and leave out what is not among them."""
+        output: Tensor = super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+        return output
+
     def quantized(self, name: str, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """An operand as its product takes it, and what the product is multiplied by for it."""
         operand = self._modules[name]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -88,6 +89,20 @@ def test_without_quantizers_it_computes_what_diffusers_computes(
         attention.processor = QuantizedAttention({}, TimestepContext(torch.empty(0)))
         got = attention(x, context, attention_mask=mask)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_it_is_told_the_time_and_diffusers_warns_of_nothing() -> None:
+    from diffusers.models import attention_processor
+    from diffusers.models.attention_processor import Attention
+
+    attention = Attention(query_dim=32, heads=2, dim_head=16, spatial_norm_dim=3).eval()
+    x, temb = torch.randn(2, 32, 4, 4), torch.randn(2, 3, 4, 4)
+    with torch.no_grad(), mock.patch.object(attention_processor.logger, "warning") as warned:
+        expected = attention(x, temb=temb)
+        attention.processor = QuantizedAttention({}, TimestepContext(torch.empty(0)))
+        got = attention(x, temb=temb)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    assert not warned.called
 
 
 def test_eight_bits_hardly_change_the_prediction(
