@@ -134,8 +134,8 @@ class Recipe:
             worst of them decide, or the "geometric" one, which is a signal-to-noise ratio in dB.
         precision: Of the float operations while training: "float32", "tf32" (float32 whose products a GPU may take in
             TensorFloat-32; on a CPU the same as float32) or "bfloat16". Grids and scales are float32 in any case, and
-            codes are exact in bfloat16, which is refused beside `attention_bits`: the products of attention are computed
-            from values on the grid, not from codes.
+            codes are exact in bfloat16, which is refused beside `attention_bits`: the products of attention are
+            computed from values on the grid, not from codes.
         gradient_checkpointing: Whether a pass keeps the inputs of blocks alone, and computes the rest again for the
             gradients: less memory, more time, the same result.
         memory_limit_gb: What finetuning may take, in 10^9 bytes. Where it needs more, fewer prompts are recorded at a
