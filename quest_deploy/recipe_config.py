@@ -134,8 +134,7 @@ class Recipe:
             worst of them decide, or the "geometric" one, which is a signal-to-noise ratio in dB.
         precision: Of the float operations while training: "float32", "tf32" (float32 whose products a GPU may take in
             TensorFloat-32; on a CPU the same as float32) or "bfloat16". Grids and scales are float32 in any case, and
-            codes are exact in bfloat16, which is refused beside `attention_bits`: the products of attention are
-            computed from values on the grid, not from codes.
+            codes are exact in bfloat16.
         gradient_checkpointing: Whether a pass keeps the inputs of blocks alone, and computes the rest again for the
             gradients: less memory, more time, the same result.
         memory_limit_gb: What finetuning may take, in 10^9 bytes. Where it needs more, fewer prompts are recorded at a
@@ -212,8 +211,6 @@ class Recipe:
         one_of(problems, "temporal_path", self.temporal_path, get_args(TemporalPath))
         one_of(problems, "precision", self.precision, get_args(Precision))
         one_of(problems, "targets", self.targets, get_args(Targets))
-        if self.precision == "bfloat16" and self.attention_bits is not None:
-            problems.append(f"precision is {self.precision}, expected float32 or tf32 beside attention_bits")
         if self.memory_limit_gb is not None and not 0 < self.memory_limit_gb < math.inf:
             problems.append(f"memory_limit_gb is {self.memory_limit_gb}, expected more than 0, and finite")
         if self.validation_prompts >= self.calibration_prompts:

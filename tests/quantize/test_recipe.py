@@ -298,7 +298,7 @@ def test_a_wrong_quantizer_is_refused(given: dict, message: str) -> None:
     "given",
     [
         {"migration_exponent": 0.5, "vae_decoder": "w8a8"},
-        {"attention_bits": 8, "softmax_bits": 8},
+        {"attention_bits": 8, "softmax_bits": 8, "precision": "bfloat16"},
         {"temporal_path": "table"},
     ],
     ids=str,
