@@ -190,7 +190,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--data", type=Path, default=Path("artifacts") / "emoji", help="where the package lies"
     )
-    parser.add_argument("--minutes", type=float, default=120.0, help="stop after so long, finished or not")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=120.0,
+        help="stop training after so long, finished or not; encoding all pictures before the U-Net's training, and "
+        "drawing and writing after it, are done in any case and come on top",
+    )
     parser.add_argument(
         "--autoencoder-share", type=float, default=0.15, help="most of the minutes that the autoencoder takes"
     )

@@ -100,17 +100,20 @@ def train(module: nn.Module, loss: Callable[[torch.Generator], Tensor], plan: Pl
         module: Its parameters learn.
         loss: A scalar from a batch drawn with the given generator.
         plan: How long, how fast.
-        name: For progress.
+        name: What is trained; a state goes on under its own name alone.
 
     Returns:
         What was seen; if its steps are not all of the plan's, the same call goes on.
+
+    Raises:
+        SystemExit: the state is that of something else.
     """
     parameters = dict(module.named_parameters())
     averaged = {key: value.detach().clone() for key, value in parameters.items()}
     optimizer = torch.optim.AdamW(
         parameters.values(), lr=plan.learning_rate, weight_decay=plan.weight_decay, betas=plan.betas
     )
-    history = restore(plan.state, parameters, averaged, optimizer)
+    history = restore(plan.state, name, parameters, averaged, optimizer)
     every = max(1, plan.steps // RECORDS)
     module.train()
     losses: list[float] = []
@@ -134,13 +137,14 @@ def train(module: nn.Module, loss: Callable[[torch.Generator], Tensor], plan: Pl
         now = time.monotonic()
         history.seconds, counted = history.seconds + now - counted, now
         if now - saved > SAVE_EVERY_SECONDS:
-            save(plan.state, parameters, averaged, optimizer, history)
+            save(plan.state, name, parameters, averaged, optimizer, history)
             saved = now
         if now - reported > REPORT_EVERY_SECONDS or history.step == plan.steps:
             mean = sum(losses) / len(losses)
             print(f"{name}: step {history.step} of {plan.steps}, loss {mean:.4f}", flush=True)
             losses, reported = [], now
-    save(plan.state, parameters, averaged, optimizer, history)
+    if history.step:
+        save(plan.state, name, parameters, averaged, optimizer, history)
     with torch.no_grad():
         for key, parameter in parameters.items():
             parameter.copy_(averaged[key])
@@ -156,6 +160,7 @@ def rate(step: int, steps: int) -> float:
 
 def save(
     path: Path,
+    name: str,
     parameters: dict[str, nn.Parameter],
     averaged: dict[str, Tensor],
     optimizer: torch.optim.AdamW,
@@ -172,21 +177,30 @@ def save(
     save_file(
         {key: value.contiguous() for key, value in tensors.items()},
         partial,
-        {"history": json.dumps(asdict(history))},
+        {"name": name, "history": json.dumps(asdict(history))},
     )
     partial.replace(path)
 
 
 def restore(
-    path: Path, parameters: dict[str, nn.Parameter], averaged: dict[str, Tensor], optimizer: torch.optim.AdamW
+    path: Path,
+    name: str,
+    parameters: dict[str, nn.Parameter],
+    averaged: dict[str, Tensor],
+    optimizer: torch.optim.AdamW,
 ) -> History:
     """Put a saved state in place, if there is one, and tell how it came about."""
     if not path.is_file():
         return History()
     with safe_open(path, framework="pt") as file, torch.no_grad():
-        for name in file.keys():  # noqa: SIM118
-            kind, _, key = name.partition("/")
-            value = file.get_tensor(name)
+        of = file.metadata().get("name", name)
+        if of != name:
+            raise SystemExit(
+                f"{path} is the state of {of}, expected {name}; give another output, or delete that file"
+            )
+        for entry in file.keys():  # noqa: SIM118
+            kind, _, key = entry.partition("/")
+            value = file.get_tensor(entry)
             if kind == "now":
                 parameters[key].copy_(value)
             elif kind == "average":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from quest_deploy.errors import ConfigError
 
 
@@ -18,9 +20,9 @@ def one_of(problems: list[str], name: str, value: object, allowed: tuple[str, ..
 
 
 def at_least(problems: list[str], minimum: float, **values: float) -> None:
-    """Note a problem for each named value below `minimum` (a NaN is below)."""
-    problems.extend(
-        f"{name} is {value}, expected at least {minimum:g}"
-        for name, value in values.items()
-        if not value >= minimum
-    )
+    """Note a problem for each named value that is not finite, or below `minimum`."""
+    for name, value in values.items():
+        if not value >= minimum:
+            problems.append(f"{name} is {value}, expected at least {minimum:g}")
+        elif value == math.inf:
+            problems.append(f"{name} is {value}, expected a finite number")

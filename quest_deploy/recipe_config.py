@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -85,6 +86,8 @@ class PhaseConfig:
         at_least(problems, 1, batch_size=self.batch_size, network_every=self.network_every)
         if not 0 < self.auto_share <= 1:
             problems.append(f"auto_share is {self.auto_share}, expected above 0 and at most 1")
+        if self.steps > 0 and not self.layers:
+            problems.append(f"layers is {self.layers!r}, expected at least one where there are steps")
         if self.low_rank is not None:
             at_least(problems, 1, low_rank=self.low_rank)
         raise_if_any(problems, "finetuning phase")
@@ -208,10 +211,8 @@ class Recipe:
         one_of(problems, "temporal_path", self.temporal_path, get_args(TemporalPath))
         one_of(problems, "precision", self.precision, get_args(Precision))
         one_of(problems, "targets", self.targets, get_args(Targets))
-        if self.precision == "bfloat16" and self.attention_bits is not None:
-            problems.append(f"precision is {self.precision}, expected float32 or tf32 beside attention_bits")
-        if self.memory_limit_gb is not None and not self.memory_limit_gb > 0:
-            problems.append(f"memory_limit_gb is {self.memory_limit_gb}, expected more than 0")
+        if self.memory_limit_gb is not None and not 0 < self.memory_limit_gb < math.inf:
+            problems.append(f"memory_limit_gb is {self.memory_limit_gb}, expected more than 0, and finite")
         if self.validation_prompts >= self.calibration_prompts:
             problems.append(
                 f"validation_prompts is {self.validation_prompts}, "

@@ -15,10 +15,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from quest_deploy.errors import CalibrationError
-from quest_deploy.quantize.layers import ActivationQuantizer, TimestepContext
+from quest_deploy.quantize.layers import ActivationQuantizer, TimestepContext, under_autocast
 
 if TYPE_CHECKING:
     from diffusers.models.attention_processor import Attention
@@ -57,10 +58,29 @@ class QuantizedAttention(nn.Module):
             self.add_module(name, operands.get(name))
         self.context = context
 
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        """As `forward`; diffusers looks at these names, and would warn and leave out what is not among them."""
+        output: Tensor = super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+        return output
+
     def quantized(self, name: str, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """An operand as its product takes it, and what the product is multiplied by for it."""
         operand = self._modules[name]
-        return (x, None) if operand is None else operand(x, self.context.group)
+        if operand is None:
+            return x, None
+        x, unscale = operand(x, self.context.group)
+        if not under_autocast(x) or not isinstance(operand, ActivationQuantizer):
+            return x, unscale
+        # A value of the grid is no bfloat16 number, but its code is, as in a quantized layer.
+        step = operand.tables()[0]
+        return x / step, step if unscale is None else unscale * step
 
     def products(self) -> list[str]:
         """Which of the two products have codes on both sides."""
@@ -86,12 +106,12 @@ class QuantizedAttention(nn.Module):
         factor: Tensor | float = scale
         for unscale in (unscale_query, unscale_key):
             factor = factor if unscale is None else factor * unscale
-        scores = query @ key * factor
+        scores = _product(query, key) * factor
         if mask is not None:
             scores = scores + mask
         probabilities, unscale_probabilities = self.quantized(PROBABILITIES, scores.softmax(dim=-1))
         value, unscale_value = self.quantized(VALUE, value)
-        output = probabilities @ value
+        output = _product(probabilities, value)
         for unscale in (unscale_probabilities, unscale_value):
             output = output if unscale is None else output * unscale
         return output
@@ -137,6 +157,12 @@ class QuantizedAttention(nn.Module):
         if attn.residual_connection:
             output = output + residual
         return output if attn.rescale_output_factor == 1 else output / attn.rescale_output_factor
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """float32 even where autocast rounds the sums, since the scales that follow are."""
+    product = left @ right
+    return product.to(torch.float32) if under_autocast(product) else product
 
 
 def attentions(denoiser: nn.Module) -> dict[str, Any]:

@@ -23,6 +23,18 @@ Role = Literal["boundary", "temporal", "other"]
 """First or last layer of the network, carrier of time, or neither; `quest_deploy.quantize.trace` finds it."""
 
 
+class Roles(dict[str, Role]):
+    """The part that each quantizable layer plays, in module order.
+
+    Attributes:
+        outlets: Of the layers that carry time, those whose output meets a stream.
+    """
+
+    def __init__(self, roles: Mapping[str, Role], outlets: Iterable[str]) -> None:
+        super().__init__(roles)
+        self.outlets = frozenset(outlets)
+
+
 @dataclass(frozen=True, kw_only=True)
 class LayerQParams:
     """Everything that quantizes one layer.

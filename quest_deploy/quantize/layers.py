@@ -37,7 +37,8 @@ from quest_deploy.quantize.grid import (
 Quantizable = nn.Linear | nn.Conv2d
 
 
-def _autocast(x: Tensor) -> bool:
+def under_autocast(x: Tensor) -> bool:
+    """Whether operations on `x` are rounded."""
     # PyTorch has no autocast where nothing is computed.
     return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
@@ -153,7 +154,7 @@ class ActivationQuantizer(nn.Module):
 
     def _learning(self, x: Tensor) -> bool:
         """Whether gradients are asked for; under autocast the operation runs on codes, which this does not give."""
-        if self.frozen or not torch.is_grad_enabled() or _autocast(x):
+        if self.frozen or not torch.is_grad_enabled() or under_autocast(x):
             return False
         return x.requires_grad or self.log_scale.requires_grad
 
@@ -314,7 +315,7 @@ class QuantizedLayer(nn.Module):
         unscale: Tensor | None = None
         if self.quantizer is not None:
             x, unscale = self.quantizer(x, self.context.group)
-        y = self._operation_on_codes(x) if _autocast(x) else self.operation(x, self.quantized_weight())
+        y = self._operation_on_codes(x) if under_autocast(x) else self.operation(x, self.quantized_weight())
         if unscale is not None:
             y = y * unscale
         return y if self.bias is None else y + self.bias.reshape(self.bias_shape())

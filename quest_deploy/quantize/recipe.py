@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import types
 import typing
 from importlib import resources
@@ -21,6 +22,20 @@ NAMES = (*PACKAGED, *PAPER)
 PHASES = ("temporal", "sensitive")
 # A union with a Literal in it is another type than one of plain types.
 UNIONS = (types.UnionType, typing.Union)
+# What takes the place of a field that cannot be used, so that what is wrong elsewhere is found as well, and nothing
+# is found that is not. All others have a default that does.
+STAND_INS = {
+    "name": "",
+    "layers": "none",
+    "steps": 0,
+    "weight_bits": 8,
+    "activation_bits": 8,
+    "attention_bits": 8,
+    "calibration_prompts": sys.maxsize,
+    "temporal": PhaseConfig(layers="none", steps=0),
+    "sensitive": PhaseConfig(layers="none", steps=0),
+}
+Part = typing.TypeVar("Part", PhaseConfig, BitsOverride)
 
 
 def load_recipe(source: str) -> Recipe:
@@ -34,69 +49,95 @@ def load_recipe(source: str) -> Recipe:
     else:
         text = _read(source)
     try:
-        fields = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        loader = _Loader(text)
+        fields = loader.get_single_data()
+    # A date that no calendar has is a ValueError.
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"recipe {source}: is not valid YAML ({' '.join(str(error).split())})") from error
     if not isinstance(fields, dict):
         raise ConfigError(f"recipe {source}: got {type(fields).__name__}, expected a mapping of fields")
-    return recipe_from_dict({"name": Path(source).stem, **fields})
+    return _recipe({"name": Path(source).stem, **fields}, loader.repeated)
 
 
 def recipe_from_dict(fields: dict[str, Any]) -> Recipe:
     """A recipe from plain types, as written into manifests.
 
     Raises:
-        ConfigError: lists every unknown, missing or mistyped field.
+        ConfigError: lists everything that is wrong with it.
     """
+    return _recipe(fields, [])
+
+
+class _Loader(yaml.SafeLoader):
+    """Notes in `repeated` the keys that a mapping has twice, of which YAML's loaders keep the last."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.repeated: list[str] = []
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if key.value in lines:
+                self.repeated.append(f"{key.value} is in lines {lines[key.value]} and {line}, expected once")
+            lines[key.value] = line
+        return node
+
+
+def _recipe(fields: dict[str, Any], problems: list[str]) -> Recipe:
     what = f"recipe {fields.get('name', '')}".rstrip()
-    problems = _problems(Recipe, fields, "")
+    given = _sound(Recipe, fields, "", problems)
     for phase in PHASES:
-        value = fields.get(phase)
-        if isinstance(value, dict):
-            problems += _problems(PhaseConfig, value, f"{phase}.")
-        elif phase in fields:
-            problems.append(f"{phase} is {value!r}, expected a mapping of fields")
-    overrides = fields.get("overrides", ())
-    if isinstance(overrides, list | tuple):
-        for index, entry in enumerate(overrides):
-            if isinstance(entry, dict):
-                problems += _problems(BitsOverride, entry, f"overrides[{index}].")
-            else:
-                problems.append(f"overrides[{index}] is {entry!r}, expected a mapping of fields")
-    raise_if_any(problems, what)
-    parts: dict[str, Any] = {"overrides": ()}
-    for phase in PHASES:
-        try:
-            layers = fields[phase]["layers"]
-            layers = layers if isinstance(layers, str) else tuple(layers)
-            parts[phase] = PhaseConfig(**{**fields[phase], "layers": layers})
-        except ConfigError as error:
-            problems.append(f"{phase}: {error}")
-            # Stands in, so that what is wrong elsewhere is found as well.
-            parts[phase] = PhaseConfig(layers="none", steps=0)
+        if phase in fields:
+            given[phase] = _part(PhaseConfig, fields[phase], phase, problems) or given[phase]
+    overrides = (
+        _part(BitsOverride, entry, f"overrides[{index}]", problems)
+        for index, entry in enumerate(given.get("overrides", ()))
+    )
+    given["overrides"] = tuple(override for override in overrides if override is not None)
     try:
-        parts["overrides"] = tuple(BitsOverride(**entry) for entry in overrides)
+        recipe = Recipe(**given)
     except ConfigError as error:
-        problems.append(str(error))
-    try:
-        recipe = Recipe(**{**fields, **parts})
-    except ConfigError as error:
-        problems.append(str(error).removeprefix(f"{what}: "))
+        problems.append(str(error).removeprefix(f"recipe {given['name']}: "))
     raise_if_any(problems, what)
     return recipe
 
 
-def _problems(kind: type, fields: dict[str, Any], prefix: str) -> list[str]:
+def _part(kind: type[Part], value: object, place: str, problems: list[str]) -> Part | None:
+    """A phase or an override; None, and what is wrong is noted, where it cannot be made."""
+    if not isinstance(value, dict):
+        problems.append(f"{place} is {value!r}, expected a mapping of fields")
+        return None
+    given = _sound(kind, value, f"{place}.", problems)
+    try:
+        return kind(**given)
+    except ConfigError as error:
+        problems.append(f"{place}: {error}")
+        return None
+
+
+def _sound(kind: type, fields: dict[str, Any], prefix: str, problems: list[str]) -> dict[str, Any]:
+    """What `kind` can be made of: `fields`, but for those of wrong types, which are noted."""
     known = {field.name: field for field in dataclasses.fields(kind)}
     hints = typing.get_type_hints(kind)
-    problems = [f"{prefix}{name} is unknown" for name in fields if name not in known]
+    problems += [f"{prefix}{name} is unknown" for name in fields if name not in known]
+    sound: dict[str, Any] = {}
     for name, field in known.items():
-        if name not in fields:
-            if field.default is dataclasses.MISSING:
-                problems.append(f"{prefix}{name} is missing")
-        elif not _fits(fields[name], hints[name]):
+        if name in fields and _fits(fields[name], hints[name]):
+            value = fields[name]
+            sound[name] = tuple(value) if isinstance(value, list) else value
+            continue
+        if name in fields:
             problems.append(f"{prefix}{name} is {fields[name]!r}, expected {_describe(hints[name])}")
-    return problems
+        elif field.default is dataclasses.MISSING:
+            problems.append(f"{prefix}{name} is missing")
+        if name in STAND_INS and (name in fields or field.default is dataclasses.MISSING):
+            sound[name] = STAND_INS[name]
+    return sound
 
 
 def _fits(value: object, hint: Any) -> bool:

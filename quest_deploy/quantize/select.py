@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 from quest_deploy.config import Recipe
 from quest_deploy.errors import ConfigError
-from quest_deploy.quantize.insert import Role
+from quest_deploy.quantize.insert import Role, Roles
 
 BOUNDARY_BITS = 8
 
@@ -28,24 +28,27 @@ def _residual_projection(name: str) -> bool:
     )
 
 
-Preset = Callable[[str, Role], bool]
-"""Whether a preset stands for the layer of that name and role."""
+Preset = Callable[[str, Mapping[str, Role]], bool]
+"""Whether a preset stands for the layer of that name, one of those whose roles are given."""
 
 PRESETS: dict[str, Preset] = {
-    "none": lambda name, role: False,
-    "temporal": lambda name, role: role == "temporal",
+    "none": lambda name, roles: False,
+    "temporal": lambda name, roles: roles[name] == "temporal",
+    # What the published runs call embedding layers: the `time_emb_proj` of a U-Net's residual blocks, the modulations
+    # of a transformer's.
+    "time-projections": lambda name, roles: isinstance(roles, Roles) and name in roles.outlets,
     # The lists of the published runs: Stable Diffusion, class-conditional LDM, unconditional LDM.
-    "paper-sd": lambda name, role: _feed_forward(name),
-    "paper-cldm": lambda name, role: (
+    "paper-sd": lambda name, roles: _feed_forward(name),
+    "paper-cldm": lambda name, roles: (
         _feed_forward(name)
         or _parts(name, "to_q")
         or (_parts(name, "attn1") and _parts(name, "to_k", "to_v"))
     ),
     # What the published code has in one layer, qkv, diffusers has in three.
-    "paper-uncond": lambda name, role: _parts(name, "qkv", "to_q", "to_k", "to_v"),
-    "attention-and-feed-forward": lambda name, role: "transformer_blocks" in name,
-    "residual-projections": lambda name, role: _residual_projection(name),
-    "all": lambda name, role: True,
+    "paper-uncond": lambda name, roles: _parts(name, "qkv", "to_q", "to_k", "to_v"),
+    "attention-and-feed-forward": lambda name, roles: "transformer_blocks" in name,
+    "residual-projections": lambda name, roles: _residual_projection(name),
+    "all": lambda name, roles: True,
 }
 
 
@@ -66,28 +69,22 @@ def select(roles: Mapping[str, Role], layers: str | Sequence[str]) -> set[str]:
         layers: A preset, a shell pattern (``up_blocks.2.*``) or a layer's name; or several of them.
 
     Raises:
-        ConfigError: one of them stands for no layer of this model.
+        ConfigError: lists those that stand for no layer of this model.
     """
-    chosen: set[str] = set()
-    for wanted in patterns(layers):
-        found = matching(roles, wanted)
-        if not found and wanted != "none":
-            raise ConfigError(
-                f"layers {wanted!r} stands for no layer of this model; give a preset ({', '.join(PRESETS)}), "
-                "or a pattern of layer names such as 'mid_block.*'"
-            )
-        chosen |= found
-    return chosen
+    found = {wanted: matching(roles, wanted) for wanted in patterns(layers)}
+    lost = [repr(wanted) for wanted, names in found.items() if not names and wanted != "none"]
+    if lost:
+        raise ConfigError(
+            f"layers {', '.join(lost)} {'stand' if len(lost) > 1 else 'stands'} for no layer of this model; "
+            f"give a preset ({', '.join(PRESETS)}), or a pattern of layer names such as 'mid_block.*'"
+        )
+    return set[str]().union(*found.values())
 
 
 def matching(roles: Mapping[str, Role], wanted: str) -> set[str]:
     """The layers that one preset, pattern or name stands for; perhaps none."""
     preset = PRESETS.get(wanted)
-    return {
-        name
-        for name, role in roles.items()
-        if (preset(name, role) if preset else fnmatch.fnmatchcase(name, wanted))
-    }
+    return {name for name in roles if (preset(name, roles) if preset else fnmatch.fnmatchcase(name, wanted))}
 
 
 def layer_bits(roles: Mapping[str, Role], recipe: Recipe) -> dict[str, tuple[int, int]]:
@@ -96,7 +93,7 @@ def layer_bits(roles: Mapping[str, Role], recipe: Recipe) -> dict[str, tuple[int
     Layers that carry time have none where tables take their place.
 
     Raises:
-        ConfigError: the pattern of an override stands for no layer of this model.
+        ConfigError: lists the patterns of overrides that stand for no layer of this model.
     """
     bits = {
         name: (BOUNDARY_BITS, BOUNDARY_BITS)
@@ -105,10 +102,10 @@ def layer_bits(roles: Mapping[str, Role], recipe: Recipe) -> dict[str, tuple[int
         for name, role in roles.items()
         if role != "temporal" or recipe.temporal_path == "quantized"
     }
+    # A preset may stand for nothing: a packaged recipe serves models that do not have such layers.
+    select(roles, [override.layers for override in recipe.overrides if override.layers not in PRESETS])
     for override in recipe.overrides:
-        # A preset may stand for nothing: a packaged recipe serves models that do not have such layers.
-        find = matching if override.layers in PRESETS else select
-        for name in find(roles, override.layers) & bits.keys():
+        for name in matching(roles, override.layers) & bits.keys():
             weight, activation = bits[name]
             bits[name] = (override.weight_bits or weight, override.activation_bits or activation)
     return bits

@@ -24,7 +24,7 @@ from quest_deploy.model.load import LoadedModel
 from quest_deploy.model.spec import TIMESTEP, ComponentSpec, TensorSpec
 from quest_deploy.model.tensors import base_of
 from quest_deploy.quantize.example import BATCH, example_inputs
-from quest_deploy.quantize.insert import Role, quantizable_layers
+from quest_deploy.quantize.insert import Role, Roles, quantizable_layers
 from quest_deploy.quantize.layers import TimestepContext
 
 STREAM_AXES = ("sequence", "image_tokens", "height")
@@ -198,7 +198,7 @@ class Trace:
             values do; in module order.
     """
 
-    roles: dict[str, Role]
+    roles: Roles
     ends: tuple[str, ...]
     conditions: frozenset[str]
     timeless: frozenset[str]
@@ -314,9 +314,10 @@ def trace_denoiser(denoiser: nn.Module, spec: ComponentSpec) -> Trace:
     fed = {name: recorder.fed[name][0] for name in temporal}
     ends = tuple(name for name in temporal if not _is_inner(name, fed))
     outputs = {name: recorder.tape.add((Step(name, (fed[name].slot,), ()), 0)) for name in temporal}
+    outlets = {name: slot for name, slot in outputs.items() if name in recorder.joined}
     conditions = frozenset[str]().union(*(fed[name].inputs for name in ends)) - {timestep}
     return Trace(
-        roles=roles,
+        roles=Roles(roles, outlets),
         ends=ends,
         conditions=conditions,
         timeless=frozenset(
@@ -326,7 +327,7 @@ def trace_denoiser(denoiser: nn.Module, spec: ComponentSpec) -> Trace:
         ),
         tape=recorder.tape,
         slots=tuple(outputs[name] for name in ends),
-        outlets={name: slot for name, slot in outputs.items() if name in recorder.joined},
+        outlets=outlets,
         siblings=_siblings(layers, recorder.fed),
     )
 

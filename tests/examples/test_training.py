@@ -43,7 +43,7 @@ def test_a_killed_training_ends_in_the_weights_of_one_that_was_not(
     training: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = model()
-    seen = training.train(whole, lambda g: loss(whole, g), plan(training, tmp_path / "whole"), "whole")
+    seen = training.train(whole, lambda g: loss(whole, g), plan(training, tmp_path / "whole"), "line")
 
     monkeypatch.setattr(training, "SAVE_EVERY_SECONDS", 0.0)
     killed, calls = model(), iter(range(STEPS))
@@ -54,9 +54,9 @@ def test_a_killed_training_ends_in_the_weights_of_one_that_was_not(
         return loss(killed, generator)
 
     with pytest.raises(KeyboardInterrupt):
-        training.train(killed, until_killed, plan(training, tmp_path / "state"), "killed")
+        training.train(killed, until_killed, plan(training, tmp_path / "state"), "line")
     again = model()
-    history = training.train(again, lambda g: loss(again, g), plan(training, tmp_path / "state"), "again")
+    history = training.train(again, lambda g: loss(again, g), plan(training, tmp_path / "state"), "line")
     assert torch.equal(again.weight, whole.weight) and torch.equal(again.bias, whole.bias)
     assert history.losses == seen.losses and history.step == STEPS
 
@@ -74,3 +74,14 @@ def test_a_training_without_time_makes_no_step(training: ModuleType, tmp_path: P
     before = module.weight.clone()
     history = training.train(module, lambda g: loss(module, g), plan(training, tmp_path / "s", 0.0), "none")
     assert history.step == 0 and torch.equal(module.weight, before)
+    # A state says that training has begun: the emoji's autoencoder stays as it is once there is one of the U-Net.
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_state_of_something_else_is_refused(training: ModuleType, tmp_path: Path) -> None:
+    module = model()
+    training.train(module, lambda g: loss(module, g), plan(training, tmp_path / "state"), "unconditional")
+    with pytest.raises(SystemExit, match="is the state of unconditional, expected class-conditional; give"):
+        training.train(
+            module, lambda g: loss(module, g), plan(training, tmp_path / "state"), "class-conditional"
+        )

@@ -12,6 +12,7 @@ from torch import Tensor
 from quest_deploy.model.components import call_denoiser
 from quest_deploy.model.load import LoadedModel
 from quest_deploy.quantize.example import BATCH, example_inputs
+from quest_deploy.quantize.select import select
 from quest_deploy.quantize.trace import trace
 
 UNET = ({"conv_in", "conv_out"}, ("time_embedding.linear", "time_emb_proj"))
@@ -46,6 +47,24 @@ def test_ends_carriers_and_conditions_are_found(kind: str, loaded: Callable[[str
     expected = {name for name in found.roles if any(part in f".{name}." for part in carriers)}
     assert {name for name, role in found.roles.items() if role == "temporal"} == expected
     assert found.conditions == conditions
+
+
+@pytest.mark.parametrize(
+    ("kind", "projections"),
+    [
+        ("sdxl", "*.time_emb_proj"),
+        ("controlnet", "*.time_emb_proj"),
+        # The embedded time itself meets the latents as well, in the last modulation.
+        ("pixart-alpha", ("adaln_single.linear", "adaln_single.emb.timestep_embedder.linear_2")),
+        ("sd3", ("*.norm1.linear", "*.norm1_context.linear", "norm_out.linear")),
+        ("flux-dev", ("*.norm1.linear", "*.norm1_context.linear", "*.norm.linear", "norm_out.linear")),
+    ],
+)
+def test_time_projections_are_the_layers_that_tell_the_latents_the_time(
+    kind: str, projections: str | tuple[str, ...], loaded: Callable[[str], LoadedModel]
+) -> None:
+    roles = trace(loaded(kind)).roles
+    assert select(roles, "time-projections") == select(roles, projections)
 
 
 @torch.no_grad()

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from quest_deploy.config import FinetuneConfig
 from quest_deploy.model.components import predict
 from quest_deploy.model.load import LoadedModel
+from quest_deploy.quantize.finetune import prepare
 from quest_deploy.quantize.insert import quantizable_layers
+from quest_deploy.quantize.recipe import PAPER, load_recipe
+from quest_deploy.quantize.select import select
 from quest_deploy.quantize.trace import trace
 
 ENDS = {
@@ -46,6 +51,35 @@ def test_what_else_they_depend_on_is_found(
     kind: str, conditions: set[str], loaded: Callable[[str], LoadedModel]
 ) -> None:
     assert trace(loaded(kind)).conditions == conditions
+
+
+@pytest.mark.parametrize("kind", ["class-unet", "ldm", "ddpm"])
+def test_time_projections_of_a_unet_are_those_of_its_residual_blocks(
+    kind: str, loaded: Callable[[str], LoadedModel]
+) -> None:
+    roles = trace(loaded(kind)).roles
+    assert select(roles, "time-projections") == select(roles, "*.time_emb_proj")
+
+
+def test_time_projections_of_a_dit_are_its_modulations(loaded: Callable[[str], LoadedModel]) -> None:
+    roles = trace(loaded("dit")).roles
+    assert select(roles, "time-projections") == select(roles, ("*.norm1.linear", "proj_out_1"))
+
+
+@pytest.mark.parametrize("recipe", PAPER)
+def test_the_published_settings_fit_a_dit(recipe: str, model_of: Callable[[str], Path]) -> None:
+    _, found, config = prepare(model_of("dit"), FinetuneConfig(recipe=load_recipe(recipe)))
+    sensitive = select(found.roles, config.recipe.sensitive.layers)
+    parts = {".".join(name.split(".")[2:]) for name in sensitive}
+    feed_forward, attention = {"ff.net.0.proj", "ff.net.2"}, {f"attn1.to_{part}" for part in "qkv"}
+    assert (
+        parts
+        == {
+            "paper-sd": feed_forward,
+            "paper-cldm": feed_forward | attention,
+            "paper-uncond": attention,
+        }[recipe]
+    )
 
 
 @torch.no_grad()

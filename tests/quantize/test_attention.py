@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -33,6 +34,7 @@ from quest_deploy.quantize.recipe import load_recipe
 from quest_deploy.quantize.trace import Trace
 
 BITS = AttentionBits(operands=8, probabilities=True, max_keys=256)
+CODES = (-128, 127)
 SELF = "up_blocks.1.attentions.0.transformer_blocks.0.attn1"
 
 
@@ -88,6 +90,20 @@ def test_without_quantizers_it_computes_what_diffusers_computes(
         attention.processor = QuantizedAttention({}, TimestepContext(torch.empty(0)))
         got = attention(x, context, attention_mask=mask)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_it_is_told_the_time_and_diffusers_warns_of_nothing() -> None:
+    from diffusers.models import attention_processor
+    from diffusers.models.attention_processor import Attention
+
+    attention = Attention(query_dim=32, heads=2, dim_head=16, spatial_norm_dim=3).eval()
+    x, temb = torch.randn(2, 32, 4, 4), torch.randn(2, 3, 4, 4)
+    with torch.no_grad(), mock.patch.object(attention_processor.logger, "warning") as warned:
+        expected = attention(x, temb=temb)
+        attention.processor = QuantizedAttention({}, TimestepContext(torch.empty(0)))
+        got = attention(x, temb=temb)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    assert not warned.called
 
 
 def test_eight_bits_hardly_change_the_prediction(
@@ -154,6 +170,50 @@ def test_every_timestep_group_has_scales_of_its_own() -> None:
         outputs.append(attention.attend(q, q, q, 0.5, None))
     torch.testing.assert_close(outputs[2], torch.stack([outputs[0][0], outputs[1][1]]))
     assert not torch.allclose(outputs[0], outputs[1], atol=1e-3)
+
+
+@pytest.fixture
+def eight_bits() -> QuantizedAttention:
+    """Codes on both sides of both products, three timestep groups; all scales learn."""
+    context = TimestepContext(torch.tensor([300.0, 700.0]))
+    scales = dict.fromkeys(OPERANDS, 0.02) | {"probabilities": 0.006}
+    operands = {
+        name: ActivationQuantizer(
+            scale * torch.tensor([1.0, 1.4, 0.8]), *(CODES if scale > 0.01 else (0, 127))
+        )
+        for name, scale in scales.items()
+    }
+    context.set_timestep(torch.tensor([10.0, 900.0]))
+    return QuantizedAttention(operands, context)
+
+
+def test_products_take_codes_in_bfloat16(eight_bits: QuantizedAttention) -> None:
+    x = torch.randn(2, 2, 5, 4)
+    exact, unscale = eight_bits.quantized("query", x)
+    with train.autocast(torch.device("cpu"), "bfloat16"):
+        codes, factor = eight_bits.quantized("query", x)
+    rounded = codes.detach().to(torch.bfloat16).float()
+    assert torch.equal(rounded, rounded.round()) and rounded.abs().max() > 64
+    expected = exact.detach() if unscale is None else exact.detach() * unscale.detach()
+    torch.testing.assert_close(rounded * factor.detach(), expected)
+
+
+def test_attention_learns_nearly_the_same_in_bfloat16(eight_bits: QuantizedAttention) -> None:
+    query, key, value = torch.randn(3, 2, 2, 16, 8)
+    outputs, gradients = [], []
+    for precision in ("float32", "bfloat16"):
+        eight_bits.zero_grad(set_to_none=True)
+        given = [x.clone().requires_grad_(True) for x in (query, key, value)]
+        with train.autocast(torch.device("cpu"), precision):
+            outputs.append(eight_bits.attend(*given, 0.5, None))
+        outputs[-1].square().mean().backward()
+        gradients.append([x.grad for x in (*given, *eight_bits.parameters())])
+    assert outputs[1].dtype == torch.float32
+    # Eight bits of each sum, and the codes of a few probabilities that lie on an edge.
+    assert snr_db(outputs[0].detach(), outputs[1].detach()) > 40
+    assert len(gradients[0]) == 7
+    for exact, rounded in zip(*gradients, strict=True):
+        assert snr_db(exact, rounded) > 20
 
 
 def test_collecting_leaves_the_denoiser_as_it_was(float_model: LoadedModel, recorded: CalibrationSet) -> None:

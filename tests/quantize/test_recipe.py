@@ -103,6 +103,90 @@ def test_every_value_out_of_range_is_reported_at_once() -> None:
         assert problem in str(caught.value)
 
 
+def test_wrong_types_hide_neither_values_out_of_range_nor_other_overrides() -> None:
+    wrong = fields(
+        weight_bits=3,
+        activation_bits="8",
+        typo=1,
+        overrides=[{"layers": "a", "weight_bits": 6}, {"layers": "b", "weight_bits": 5}, {"layer": "c"}],
+        temporal={"layers": 3, "steps": -1, "batch_size": 0},
+        sensitive={"layers": "all", "steps": 2.5, "patience": -1},
+    )
+    with pytest.raises(ConfigError) as caught:
+        recipe_from_dict(wrong)
+    for problem in (
+        "weight_bits is 3, expected 4 or 8",
+        "activation_bits is '8', expected a whole number",
+        "typo is unknown",
+        "overrides[0]: override of layers 'a': weight_bits is 6",
+        "overrides[1]: override of layers 'b': weight_bits is 5",
+        "overrides[2].layer is unknown",
+        "temporal.layers is 3",
+        "temporal: finetuning phase: steps is -1, expected at least 0; batch_size is 0",
+        "sensitive.steps is 2.5, expected a whole number",
+        "sensitive: finetuning phase: patience is -1",
+    ):
+        assert problem in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"calibration_prompts": "200", "validation_prompts": 100},
+        {"attention_bits": "8", "softmax_bits": 8},
+        {"overrides": [{"layers": "a", "weight_bits": "4"}]},
+        {"temporal": {"layers": []}},
+    ],
+    ids=str,
+)
+def test_what_cannot_be_read_is_no_reason_for_another_problem(wrong: dict) -> None:
+    with pytest.raises(ConfigError) as caught:
+        recipe_from_dict(fields(**wrong))
+    assert ";" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")], ids=str)
+def test_numbers_that_are_not_finite_are_refused(value: float) -> None:
+    rates = ("learning_rate_weights", "learning_rate_scales", "learning_rate_floats", "auto_share")
+    others = ("guidance_scale", "walk_share", "collapse_loss_db", "migration_exponent", "memory_limit_gb")
+    with pytest.raises(ConfigError) as caught:
+        recipe_from_dict(fields(temporal=PHASE | dict.fromkeys(rates, value)) | dict.fromkeys(others, value))
+    for name in (*rates, *others):
+        assert f"{name} is {value}, expected" in str(caught.value)
+
+
+def test_a_phase_with_steps_needs_layers() -> None:
+    with pytest.raises(ConfigError, match="sensitive: .*layers is .*, expected at least one"):
+        recipe_from_dict(fields(sensitive={"layers": [], "steps": 1}))
+    assert recipe_from_dict(fields(sensitive={"layers": [], "steps": 0})).sensitive.layers == ()
+
+
+def test_repeated_fields_of_a_file_are_reported_with_all_else(tmp_path: Path) -> None:
+    path = tmp_path / "twice.yaml"
+    phase = "{layers: all, steps: 1, steps: -1}"
+    bits = "weight_bits: 4\nweight_bits: 8\nactivation_bits: 3\n"
+    path.write_text(f"{bits}temporal: {phase}\nsensitive: {{layers: all, steps: 1}}\n")
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(str(path))
+    for problem in (
+        "weight_bits is in lines 1 and 2, expected once",
+        "steps is in lines 4 and 4, expected once",
+        "activation_bits is 3",
+        "steps is -1",
+    ):
+        assert problem in str(caught.value)
+
+
+def test_a_key_of_a_merged_mapping_may_be_given_again(tmp_path: Path) -> None:
+    path = tmp_path / "merged.yaml"
+    path.write_text(
+        "weight_bits: 4\nactivation_bits: 8\ntemporal: &phase {layers: temporal, steps: 3}\n"
+        "sensitive:\n  <<: *phase\n  layers: all\n"
+    )
+    recipe = load_recipe(str(path))
+    assert (recipe.sensitive.layers, recipe.sensitive.steps) == ("all", 3)
+
+
 def test_all_prompts_cannot_be_kept_for_validation() -> None:
     with pytest.raises(
         ConfigError, match="validation_prompts is 4, expected fewer than calibration_prompts, 4"
@@ -166,9 +250,10 @@ def test_an_unknown_name_is_refused_with_the_packaged_ones() -> None:
         (b"", "got NoneType, expected a mapping of fields"),
         (b"\xff\xfe\x00", "cannot be read"),
         (b"1: 2\n", "1 is unknown"),
+        (b"name: 2020-13-45\n", "is not valid YAML"),
         (b"a: !!python/object/apply:os.getcwd []\n", "is not valid YAML"),
     ],
-    ids=["unclosed", "list", "empty", "not text", "number as a field", "code"],
+    ids=["unclosed", "list", "empty", "not text", "number as a field", "no date", "code"],
 )
 def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "broken.yaml"
@@ -213,7 +298,7 @@ def test_a_wrong_quantizer_is_refused(given: dict, message: str) -> None:
     "given",
     [
         {"migration_exponent": 0.5, "vae_decoder": "w8a8"},
-        {"attention_bits": 8, "softmax_bits": 8},
+        {"attention_bits": 8, "softmax_bits": 8, "precision": "bfloat16"},
         {"temporal_path": "table"},
     ],
     ids=str,

@@ -68,7 +68,7 @@ def test_a_preset_stands_for_its_layers(preset: str, expected: set[str]) -> None
 def test_an_unknown_preset_is_refused_with_the_known_ones() -> None:
     with pytest.raises(
         ConfigError,
-        match="'sensitiv' stands for no layer of this model; give a preset .none, temporal, paper-sd",
+        match="'sensitiv' stands for no layer of this model; give a preset .none, temporal, time-pro",
     ):
         select(ROLES, "sensitiv")
 
@@ -83,6 +83,10 @@ def test_a_preset_finds_layers_in_a_stable_diffusion_unet(preset: str, traced: T
     assert select(traced.roles, preset)
 
 
+def test_time_projections_are_those_of_a_unet_s_residual_blocks(traced: Trace) -> None:
+    assert select(traced.roles, "time-projections") == select(traced.roles, "*.time_emb_proj")
+
+
 def test_patterns_and_names_choose_layers_together() -> None:
     assert select(ROLES, ("mid_block.*", "conv_in")) == {"mid_block.attention.qkv", "conv_in"}
 
@@ -90,6 +94,13 @@ def test_patterns_and_names_choose_layers_together() -> None:
 def test_a_pattern_that_finds_no_layer_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"'up_blocks\.9\.\*' stands for no layer"):
         select(ROLES, ("conv_in", "up_blocks.9.*"))
+
+
+def test_all_names_that_find_no_layer_are_reported_at_once() -> None:
+    with pytest.raises(ConfigError, match="layers 'attn9', 'ff9' stand for no layer"):
+        select(ROLES, ("attn9", "conv_in", "ff9"))
+    with pytest.raises(ConfigError, match="layers 'attn9', 'ff9' stand for no layer"):
+        overridden(BitsOverride(layers="attn9", weight_bits=8), BitsOverride(layers="ff9", weight_bits=8))
 
 
 def overridden(*overrides: BitsOverride) -> dict[str, tuple[int, int]]:
