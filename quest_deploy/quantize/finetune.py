@@ -45,6 +45,7 @@ from quest_deploy.quantize.parallel import Workers, device_of, find_workers, pla
 from quest_deploy.quantize.parts import Progress, find_scales, record, reporter, round_weights
 from quest_deploy.quantize.phases import Inputs, train_phases
 from quest_deploy.quantize.resume import WorkDirectory, machine
+from quest_deploy.quantize.schedule import recording_config
 from quest_deploy.quantize.select import AUTO, layer_bits, patterns, select
 from quest_deploy.quantize.split import find_concatenations, split_layers
 from quest_deploy.quantize.static import quantize_companions
@@ -142,6 +143,7 @@ def prepare(model: str | Path, config: FinetuneConfig) -> tuple[LoadedModel, Tra
     check_auto(loaded.denoiser, trace.roles, bits, config.recipe)
     for phase in (config.recipe.temporal, config.recipe.sensitive):
         select(trace.roles, [pattern for pattern in patterns(phase.layers) if pattern != AUTO])
+    recording_config(loaded, config.recipe.calibration_steps, tell=True)
     return loaded, trace, config
 
 
@@ -227,6 +229,7 @@ def _quantize(
             model.denoiser, trace.roles, data, qparams, rounded, config, work, progress
         )
     history |= chosen
+    history["scheduler"] = str(recording_config(model, recipe.calibration_steps)["_class_name"])
     context = make_context(data.boundaries(), data.timesteps, recipe)
     student = make_student(model, qparams, rounded, context)
     trace = insert_tables(student, model.denoiser, trace, context, data.device)

@@ -30,7 +30,7 @@ from quest_deploy.model.components import (
 from quest_deploy.model.families import TextPart
 from quest_deploy.model.load import LoadedModel
 from quest_deploy.quantize import affine
-from quest_deploy.quantize.calibrate import flow_of, told_to
+from quest_deploy.quantize.calibrate import told_to
 from quest_deploy.quantize.initialize import initialize_layer
 from quest_deploy.quantize.insert import (
     LayerQParams,
@@ -40,6 +40,7 @@ from quest_deploy.quantize.insert import (
     replace_layers,
 )
 from quest_deploy.quantize.layers import TimestepContext
+from quest_deploy.quantize.schedule import flow_of, recording_config
 
 BITS = 8
 BATCH_PROMPTS = 8
@@ -182,6 +183,7 @@ def _decoding(vae: Any, latents: Tensor) -> Iterator[Run]:
 def final_latents(model: LoadedModel, prompts: Sequence[str], config: FinetuneConfig) -> Tensor:
     """What the autoencoder is given for `prompts`, [n, c, h, w]: drawn as the trajectories are recorded."""
     device = first_device(model.denoiser)
+    schedule = recording_config(model, config.recipe.calibration_steps)
 
     def told(conditioning: Conditioning, count: int) -> dict[str, Tensor]:
         return {
@@ -198,7 +200,7 @@ def final_latents(model: LoadedModel, prompts: Sequence[str], config: FinetuneCo
                 lambda sample, timestep, conditioning: predict(
                     model.denoiser, sample, model.denoiser_time(timestep), conditioning
                 ),
-                sampling.make_scheduler(None, model.scheduler.config),
+                sampling.make_scheduler(None, schedule),
                 sampling.draw_noise(generators, model.latent_shape).to(device),
                 told(positive, len(chunk)),
                 None if negative is None else told(negative, len(chunk)),
