@@ -66,18 +66,29 @@ def select(roles: Mapping[str, Role], layers: str | Sequence[str]) -> set[str]:
         layers: A preset, a shell pattern (``up_blocks.2.*``) or a layer's name; or several of them.
 
     Raises:
-        ConfigError: one of them stands for no layer of this model.
+        ConfigError: lists those that stand for no layer of this model.
     """
-    chosen: set[str] = set()
-    for wanted in patterns(layers):
-        found = matching(roles, wanted)
-        if not found and wanted != "none":
-            raise ConfigError(
-                f"layers {wanted!r} stands for no layer of this model; give a preset ({', '.join(PRESETS)}), "
-                "or a pattern of layer names such as 'mid_block.*'"
-            )
-        chosen |= found
-    return chosen
+    found = {wanted: matching(roles, wanted) for wanted in patterns(layers)}
+    missing = [repr(wanted) for wanted, names in found.items() if not names and wanted != "none"]
+    if missing:
+        raise ConfigError(
+            f"layers {', '.join(missing)} {'stands' if len(missing) == 1 else 'stand'} for no layer of this model; "
+            f"give a preset ({', '.join(PRESETS)}), or a pattern of layer names such as 'mid_block.*'"
+        )
+    return set().union(*found.values())
+
+
+def check_layers(roles: Mapping[str, Role], recipe: Recipe) -> None:
+    """See that all patterns of a recipe's overrides and phases stand for some layer.
+
+    Raises:
+        ConfigError: lists those that do not.
+    """
+    # A preset of an override may stand for nothing: see `layer_bits`.
+    named = [override.layers for override in recipe.overrides if override.layers not in PRESETS]
+    for phase in (recipe.temporal, recipe.sensitive):
+        named += [pattern for pattern in patterns(phase.layers) if pattern != AUTO]
+    select(roles, named)
 
 
 def matching(roles: Mapping[str, Role], wanted: str) -> set[str]:
