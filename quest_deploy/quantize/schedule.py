@@ -47,7 +47,7 @@ def recording_config(
     size = (latent_shape or model.latent_shape)[-2:]
     visited = sampling.timesteps(own, steps, flow=flow_of(model), size=size)
     if (visited.diff() < 0).all():
-        return model.scheduler.config  # type: ignore[no-any-return]
+        return model.scheduler.config
     name, flow = type(own).__name__, sampling.is_flow(type(own).__name__)
     prediction = own.config.get("prediction_type", "epsilon")
     if not flow and prediction not in PREDICTIONS:
@@ -67,4 +67,4 @@ def recording_config(
             name,
             type(other).__name__,
         )
-    return other.config  # type: ignore[no-any-return]
+    return other.config
