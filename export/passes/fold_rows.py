@@ -146,7 +146,7 @@ def _add(node: ir.Node, value: ir.Value, row: _Row) -> list[_Scaled] | None:
         if not is_constant(bias):
             continue
         shape = sizes_of(bias.const_value)  # type: ignore[union-attr, arg-type]
-        axis = len(shape) - 1 if row.last else 1
+        axis = max(0, len(shape) - 1) if row.last else 1
         if len(shape) <= axis or shape[axis] != row.values.size or math.prod(shape) != row.values.size:
             return None
         changes = _operand(node.inputs[1 - index], row)

@@ -95,7 +95,8 @@ def _gemm_to_matmul(graph: ir.Graph, gemm: ir.Node) -> None:
     matmul = ir.node("MatMul", [x, weight])
     matmul.metadata_props.update(gemm.metadata_props)
     output = matmul.outputs[0]
-    output.shape, output.type = gemm.outputs[0].shape, gemm.outputs[0].type
+    # The name too: it may be that of an output of the graph.
+    output.name, output.shape, output.type = gemm.outputs[0].name, gemm.outputs[0].shape, gemm.outputs[0].type
     graph.insert_before(gemm, matmul)
     gemm.outputs[0].replace_all_uses_with(output, replace_graph_outputs=True)
     graph.remove(gemm, safe=True)

@@ -73,21 +73,24 @@ def check_auto(
         recipe: Whose phases may choose.
 
     Raises:
-        ConfigError: a phase has no layers to choose among, or all are larger than its share.
+        ConfigError: lists the phases that have no layers to choose among, or none as small as their share.
     """
+    problems = []
     layers = quantizable_layers(denoiser)
     total = sum(layers[name].weight.numel() for name in names)
     for which, phase in asked(recipe).items():
         sizes = [layers[name].weight.numel() for name in candidates(roles, names, which)]
         if not sizes:
-            raise ConfigError(
+            problems.append(
                 f"{which}.layers is auto, and there are no quantized layers of that kind; leave auto out"
             )
-        if min(sizes) > phase.auto_share * total:
-            raise ConfigError(
+        elif min(sizes) > phase.auto_share * total:
+            problems.append(
                 f"{which}.auto_share is {phase.auto_share:g}, expected at least {min(sizes) / total:.2g}, which the "
                 "smallest layer has; raise it"
             )
+    if problems:
+        raise ConfigError("; ".join(problems))
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ No training images: the model's own trajectories are the data (QuEST, arXiv 2402
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ from quest_deploy.quantize.recomputed import (
 from quest_deploy.quantize.resume import GENERATOR, Throttle, WorkDirectory
 from quest_deploy.quantize.rows import EXTREME_ROWS as EXTREME_ROWS
 from quest_deploy.quantize.rows import RowChoice, by_group
+from quest_deploy.quantize.schedule import flow_of, recording_config
 
 BRANCHES = ("positive", "negative")
 PIECES = "inputs-"
@@ -144,11 +145,6 @@ def from_tensors(
     return CalibrationSet(**kept, targets=Recomputed(teacher=teacher, **kept))
 
 
-def flow_of(model: LoadedModel) -> sampling.Flow:
-    """How a flow's noise levels are made for the model."""
-    return sampling.Flow(patch=model.patch, even_sigmas=model.family.even_sigmas)
-
-
 def told_to(
     model: LoadedModel,
     prompts: Sequence[str],
@@ -190,6 +186,7 @@ def record_trajectories(
     seed: int,
     batch_size: int,
     latent_shape: tuple[int, int, int] | None = None,
+    schedule: Mapping[str, Any] | None = None,
     report: Report = lambda completed, total: None,
 ) -> CalibrationSet:
     """Run the full-precision loop and keep what the denoiser was given and what it answered.
@@ -197,18 +194,20 @@ def record_trajectories(
     Args:
         model: The full-precision model.
         prompts: P prompts; of an unconditional model only their number counts.
-        steps: T, denoising steps of the model's own scheduler.
+        steps: T, denoising steps.
         guidance_scale: At least 1; both branches are recorded in any case, where the model has two.
         seed: Prompt `i` starts from the noise of seed `seed + i`.
         batch_size: Prompts at a time.
         latent_shape: Channels, height and width of the latents; None for those of the model's own size.
+        schedule: The scheduler's configuration; None takes that of `recording_config`, and tells which if it must.
         report: Called after each batch.
 
     Raises:
-        CalibrationError: the scheduler visits a timestep twice, or a NaN or infinity appears.
+        CalibrationError: no scheduler visits every timestep once, or a NaN or infinity appears.
         ConfigError: a prompt is no class of a class-conditional model.
     """
     device, control = first_device(model.denoiser), model.control
+    config = schedule or recording_config(model, steps, latent_shape=latent_shape, tell=True)
     parts = []
     for start in range(0, len(prompts), batch_size):
         chunk = prompts[start : start + batch_size]
@@ -236,7 +235,7 @@ def record_trajectories(
             either = {name: value.chunk(branches) for name, value in told.items()}  # noqa: B023
             return sampling.denoise(
                 denoise,
-                sampling.make_scheduler(None, model.scheduler.config),
+                sampling.make_scheduler(None, config),
                 sampling.draw_noise(generators, latent_shape or model.latent_shape).to(device),
                 {name: value[-1] for name, value in either.items()},
                 {name: value[0] for name, value in either.items()} if branches == 2 else None,  # noqa: B023
@@ -287,11 +286,6 @@ def join(parts: Sequence[CalibrationSet]) -> CalibrationSet:
 
 
 def _check(data: CalibrationSet) -> None:
-    if (data.timesteps.diff() >= 0).any():
-        raise CalibrationError(
-            "the model's scheduler visits a timestep twice, so timestep groups are not defined; "
-            "set a first-order scheduler (for example DDIM) in the model's scheduler_config.json"
-        )
     for name, values in data.tensors().items():
         if not torch.isfinite(values).all():
             raise CalibrationError(

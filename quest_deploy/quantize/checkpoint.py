@@ -3,8 +3,8 @@
 ``quest.json`` says what each layer is, and each operand of a quantized attention; ``quest.safetensors`` in the
 denoiser's folder holds, by layer name, ``codes`` (two to a byte for 4 bits), ``weight_scale`` [c_out],
 ``bias`` [c_out], ``group_scale`` [G] and ``row`` [c_in], by operand ``group_scale``, and under ``rest.`` every tensor
-of the denoiser that is not quantized. Time-embedding tables are among those; ``quest.json`` has their ``knots``. A text
-encoder or autoencoder that is quantized is stored in the same way.
+of the denoiser that is not quantized. Time-embedding tables are among those; ``quest.json`` has their ``knots``, and
+``ties`` of tensors to others that are the same. A quantized text encoder or autoencoder is stored in the same way.
 """
 
 from __future__ import annotations
@@ -144,6 +144,7 @@ def save_checkpoint(
             "boundaries": context.boundaries.tolist(),
             "layers": {name: describe_layer(layer, activation_bits[name]) for name, layer in layers.items()},
             "splits": split_channels(denoiser),
+            "ties": tied(denoiser),
             **_describe_tables(denoiser, context),
             "attention": {name: describe_operand(operand) for name, operand in operands.items()},
             "companions": {name: _describe_companion(module) for name, module in companions.items()},
@@ -153,17 +154,28 @@ def save_checkpoint(
     copy_notices(model.path, folder)
 
 
+def other_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a module that belong to no quantized layer or operand, by name."""
+    inside = tuple(f"{name}." for name in (*quantized_layers(module), *operand_quantizers(module)))
+    return {name: value for name, value in module.state_dict().items() if not name.startswith(inside)}
+
+
+def tied(module: nn.Module) -> dict[str, str]:
+    """Which of :func:`other_tensors` is another one before it, as T5's embeddings are: that one's name, by its own."""
+    first: dict[int, str] = {}
+    names = {name: first.setdefault(value.data_ptr(), name) for name, value in other_tensors(module).items()}
+    return {name: known for name, known in names.items() if known != name}
+
+
 def write_component(folder: Path, module: nn.Module) -> None:
     """Write the configuration of a component whose quantized layers are frozen, and all of its tensors."""
-    layers, operands = quantized_layers(module), operand_quantizers(module)
     tensors: dict[str, Tensor] = {}
-    for name, layer in layers.items():
+    for name, layer in quantized_layers(module).items():
         tensors.update({f"{name}.{key}": value for key, value in layer_tensors(layer).items()})
+    operands = operand_quantizers(module)
     tensors.update({f"{name}.group_scale": operand.group_scale() for name, operand in operands.items()})
-    inside = tuple(f"{name}." for name in (*layers, *operands))
-    for name, value in module.state_dict().items():
-        if not name.startswith(inside):
-            tensors[f"{REST}{name}"] = value
+    ties = tied(module)
+    tensors |= {f"{REST}{name}": value for name, value in other_tensors(module).items() if name not in ties}
     settings: Any = module.config
     config = settings.to_dict() if hasattr(settings, "to_dict") else settings
     folder.mkdir()
@@ -176,7 +188,7 @@ def write_component(folder: Path, module: nn.Module) -> None:
 
 def _describe_companion(module: nn.Module) -> dict[str, Any]:
     layers = quantized_layers(module).items()
-    return {"layers": {name: describe_layer(layer, BITS) for name, layer in layers}}
+    return {"layers": {name: describe_layer(layer, BITS) for name, layer in layers}, "ties": tied(module)}
 
 
 def _describe_tables(denoiser: nn.Module, context: TimestepContext) -> dict[str, Any]:
@@ -260,7 +272,7 @@ def load_checkpoint(path: str | Path, *, deferred: bool = False) -> LoadedModel:
         home = folder / family_of(folder).denoiser
         components = {home.name: _denoiser(home, summary, deferred)}
         for name, part in summary.get("companions", {}).items():
-            components[name] = _companion(folder, name, part["layers"], deferred)
+            components[name] = _companion(folder, name, part, deferred)
     except (OSError, SafetensorError, CalibrationError, KeyError, *MALFORMED) as error:
         raise ArtifactError(
             f"{folder}: is not a complete checkpoint ({type(error).__name__}: {error}); finetune the model again"
@@ -289,10 +301,10 @@ def _denoiser(home: Path, summary: dict[str, Any], deferred: bool) -> nn.Module:
     insert_attention(
         denoiser, {name: _operand(entry, tensors, name) for name, entry in operands.items()}, context
     )
-    return _filled(denoiser, entries, tensors)
+    return _filled(denoiser, summary, tensors)
 
 
-def _companion(folder: Path, name: str, entries: dict[str, Any], deferred: bool) -> nn.Module:
+def _companion(folder: Path, name: str, part: dict[str, Any], deferred: bool) -> nn.Module:
     """A quantized text encoder or autoencoder."""
     from accelerate import init_empty_weights
 
@@ -307,34 +319,37 @@ def _companion(folder: Path, name: str, entries: dict[str, Any], deferred: bool)
         else:
             module = kind.from_config(config)
     tensors = _stored(folder / name, deferred)
-    qparams = {layer: _qparams(entry, tensors, layer) for layer, entry in entries.items()}
+    qparams = {layer: _qparams(entry, tensors, layer) for layer, entry in part["layers"].items()}
     replace_layers(module, qparams, static_context())
-    return _filled(module, entries, tensors)
+    return _filled(module, part, tensors)
 
 
-def _filled(module: nn.Module, entries: dict[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
+def _filled(module: nn.Module, part: dict[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
     """`module`, whose quantizers are in place, with the stored codes, scales and other tensors.
 
     Args:
         module: Its float tensors are on "meta".
-        entries: By layer name, from ``quest.json``.
+        part: What ``quest.json`` says of it: its layers, and its ties, if any.
         tensors: Of the component; of a :class:`StoredFile`, large ones stay in it.
     """
-    layers, operands = quantized_layers(module), operand_quantizers(module)
-    inside = tuple(f"{name}." for name in (*layers, *operands))
-    state = {name: value for name, value in module.state_dict().items() if not name.startswith(inside)}
-    rest = {name.removeprefix(REST) for name in tensors if name.startswith(REST)}
-    missing, unexpected = sorted(state.keys() - rest), sorted(rest - state.keys())
+    ties = part.get("ties", {})
+    state = {name: ties.get(name, name) for name in other_tensors(module)}
+    rest, needed = {name.removeprefix(REST) for name in tensors if name.startswith(REST)}, {*state.values()}
+    missing, unexpected = sorted(needed - rest), sorted(rest - needed)
     if missing or unexpected:
         raise KeyError(f"tensors missing: {missing[:3]}, unexpected: {unexpected[:3]}")
-    for name, layer in layers.items():
-        _fill_layer(layer, name, entries[name]["shape"], tensors)
-    for name, quantizer in operands.items():
+    for name, layer in quantized_layers(module).items():
+        _fill_layer(layer, name, part["layers"][name]["shape"], tensors)
+    for name, quantizer in operand_quantizers(module).items():
         quantizer.freeze(tensors[f"{name}.group_scale"])
     if isinstance(tensors, StoredFile):
-        fill(module, {name: tensors.stored(f"{REST}{name}") for name in state})
+        fill(module, {name: tensors.stored(f"{REST}{stored}") for name, stored in state.items()})
     else:
-        module.load_state_dict({name: tensors[f"{REST}{name}"] for name in state}, strict=False, assign=True)
+        found = {name: tensors[f"{REST}{stored}"] for name, stored in state.items()}
+        module.load_state_dict(found, strict=False, assign=True)
+        for name, stored in ties.items():
+            parent, _, child = name.rpartition(".")
+            setattr(module.get_submodule(parent), child, module.get_parameter(stored))
     return parameters_frozen(module)
 
 

@@ -34,9 +34,10 @@ from quest_deploy.model.products import Products, float32_products
 from quest_deploy.model.spec import classes_of, family_of
 from quest_deploy.prompts import load_prompts
 from quest_deploy.quantize.attention import insert_attention
-from quest_deploy.quantize.auto_layers import check_auto, choose_layers
+from quest_deploy.quantize.auto_layers import choose_layers
 from quest_deploy.quantize.checkpoint import freeze, save_checkpoint
 from quest_deploy.quantize.collapse import collapse_groups
+from quest_deploy.quantize.fit import check_fit
 from quest_deploy.quantize.insert import LayerQParams, insert, quantizable_layers, share_quantizers
 from quest_deploy.quantize.layers import TimestepContext
 from quest_deploy.quantize.memory import prompts_at_once
@@ -45,10 +46,11 @@ from quest_deploy.quantize.parallel import Workers, device_of, find_workers, pla
 from quest_deploy.quantize.parts import Progress, find_scales, record, reporter, round_weights
 from quest_deploy.quantize.phases import Inputs, train_phases
 from quest_deploy.quantize.resume import WorkDirectory, machine
-from quest_deploy.quantize.select import AUTO, layer_bits, patterns, select
+from quest_deploy.quantize.schedule import recording_config
+from quest_deploy.quantize.select import layer_bits
 from quest_deploy.quantize.split import find_concatenations, split_layers
 from quest_deploy.quantize.static import quantize_companions
-from quest_deploy.quantize.tables import check_tables, insert_tables, make_context
+from quest_deploy.quantize.tables import insert_tables, make_context
 from quest_deploy.quantize.trace import Trace
 from quest_deploy.quantize.trace import trace as trace_model
 
@@ -135,13 +137,9 @@ def prepare(model: str | Path, config: FinetuneConfig) -> tuple[LoadedModel, Tra
     merge_loras(loaded, config.loras)
     if config.recipe.split:
         split_layers(loaded.denoiser, find_concatenations(loaded.denoiser, loaded.denoiser_spec))
-    # Before the minutes that come first: layers that stand for nothing are an error in the recipe.
     trace = trace_model(loaded)
-    bits = layer_bits(trace.roles, config.recipe)
-    check_tables(trace, config.recipe)
-    check_auto(loaded.denoiser, trace.roles, bits, config.recipe)
-    for phase in (config.recipe.temporal, config.recipe.sensitive):
-        select(trace.roles, [pattern for pattern in patterns(phase.layers) if pattern != AUTO])
+    check_fit(loaded, trace, config.recipe)
+    recording_config(loaded, config.recipe.calibration_steps, tell=True)
     return loaded, trace, config
 
 
@@ -227,6 +225,7 @@ def _quantize(
             model.denoiser, trace.roles, data, qparams, rounded, config, work, progress
         )
     history |= chosen
+    history["scheduler"] = str(recording_config(model, recipe.calibration_steps)["_class_name"])
     context = make_context(data.boundaries(), data.timesteps, recipe)
     student = make_student(model, qparams, rounded, context)
     trace = insert_tables(student, model.denoiser, trace, context, data.device)

@@ -278,6 +278,8 @@ class QuantizedLayer(nn.Module):
         codes = self.weight_codes() if codes is None else codes
         scale = self.weight_scale().detach() if weight_scale is None else weight_scale
         del self.weight, self.weight_log_scale
+        # T5 asks whether a layer's weight is a tensor of another type than the layer is given.
+        self.register_parameter("weight", None)
         self.low_rank_a = self.low_rank_b = self.rounding = self.shared = self._cached = None
         self.register_buffer("codes", codes.clone())
         self.register_buffer("stored_weight_scale", scale.clone())

@@ -52,6 +52,18 @@ class AttentionBits:
     max_keys: int
 
 
+def check_operands(denoiser: nn.Module, recipe: Recipe) -> None:
+    """See that the denoiser has attentions whose operands can be quantized, if the recipe asks for it.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    if recipe.attention_bits is not None and not attentions(denoiser):
+        raise ConfigError(
+            "the denoiser has no attention of a supported kind; set attention_bits to null in the recipe"
+        )
+
+
 def find_operands(
     denoiser: nn.Module,
     data: CalibrationSet,
@@ -72,9 +84,13 @@ def find_operands(
         seed: For the choice of prompts and values.
         report: Called after each timestep.
         at_once: The most prompts that are run together; None means all.
+
+    Raises:
+        ConfigError: the denoiser has no attention whose products can be quantized.
     """
     if recipe.attention_bits is None:
         return {}
+    check_operands(denoiser, recipe)
     saved = work.load("operands")
     if saved is None:
         samples = collect_operands(
@@ -167,17 +183,12 @@ def collect_operands(
         timestep.
 
     Raises:
-        ConfigError: the denoiser has no attention whose products can be quantized.
         CalibrationError: an attention was not run exactly once in each call of the denoiser.
     """
     generator = torch.Generator().manual_seed(seed)
     steps = data.timesteps.numel()
     choice = RowChoice(torch.Generator().manual_seed(seed), data.targets.shape[2])
     with _observed(denoiser, values, choice) as observers:
-        if not observers:
-            raise ConfigError(
-                "the denoiser has no attention of a supported kind; set attention_bits to null in the recipe"
-            )
         for step in range(steps):
             prompt = torch.randperm(data.num_prompts, generator=generator)[:prompts_per_step]
             for chunk in choice.chunks(prompt, at_once or prompts_per_step):

@@ -27,6 +27,7 @@ from quest_deploy.quantize.memory import (
     prompts_at_once,
 )
 from quest_deploy.quantize.resume import Throttle, WorkDirectory, flatten_qparams, unflatten_qparams
+from quest_deploy.quantize.schedule import recording_config
 from quest_deploy.quantize.select import for_layer
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ def record(
     batch = at_once = batch_prompts(device)
     if recipe.memory_limit_gb is not None:
         at_once = prompts_at_once(model, placeholder(model, config), recipe, batch)
-    done = work.load(TRAJECTORIES)
+    done, schedule = work.load(TRAJECTORIES), recording_config(model, recipe.calibration_steps)
     for start in range(0, total if done is None else 0, batch):
         names.append(f"{TRAJECTORIES}-{start:06d}")
         saved = work.load(names[-1])
@@ -62,6 +63,7 @@ def record(
                 guidance_scale=recipe.guidance_scale,
                 seed=config.seed + start,
                 batch_size=at_once,
+                schedule=schedule,
             )
             tensors = part.tensors()
             if recipe.targets == "recompute":

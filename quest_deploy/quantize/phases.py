@@ -100,6 +100,7 @@ def make_task(inputs: Inputs) -> train.Task:
     if recipe.memory_limit_gb is not None:
         max_pairs, max_walks = _slices(inputs, recipe.memory_limit_gb, steps)
         logger.info("at most %d pairs or %d walks at once", max_pairs, max_walks)
+    last = torch.tensor(inputs.model.scheduler.config.num_train_timesteps - 1)
     with train.autocast(data.device, recipe.precision):
         objective = make_objective(
             inputs.student,
@@ -123,7 +124,7 @@ def make_task(inputs: Inputs) -> train.Task:
         objective=objective,
         context=inputs.context,
         seed=inputs.config.seed,
-        num_train_timesteps=inputs.model.scheduler.config.num_train_timesteps,
+        last_time=float(inputs.model.denoiser_time(last)),
         precision=recipe.precision,
         workers=inputs.workers,
     )

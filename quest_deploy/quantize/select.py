@@ -81,6 +81,23 @@ def select(roles: Mapping[str, Role], layers: str | Sequence[str]) -> set[str]:
     return set[str]().union(*found.values())
 
 
+def check_layers(roles: Mapping[str, Role], recipe: Recipe) -> None:
+    """See that all patterns of a recipe's overrides and phases stand for some layer.
+
+    Raises:
+        ConfigError: lists those that do not.
+    """
+    named = _named_by_overrides(recipe)
+    for phase in (recipe.temporal, recipe.sensitive):
+        named += [pattern for pattern in patterns(phase.layers) if pattern != AUTO]
+    select(roles, named)
+
+
+def _named_by_overrides(recipe: Recipe) -> list[str]:
+    """But for presets, which may stand for nothing: a packaged recipe serves models that do not have such layers."""
+    return [override.layers for override in recipe.overrides if override.layers not in PRESETS]
+
+
 def matching(roles: Mapping[str, Role], wanted: str) -> set[str]:
     """The layers that one preset, pattern or name stands for; perhaps none."""
     preset = PRESETS.get(wanted)
@@ -102,8 +119,7 @@ def layer_bits(roles: Mapping[str, Role], recipe: Recipe) -> dict[str, tuple[int
         for name, role in roles.items()
         if role != "temporal" or recipe.temporal_path == "quantized"
     }
-    # A preset may stand for nothing: a packaged recipe serves models that do not have such layers.
-    select(roles, [override.layers for override in recipe.overrides if override.layers not in PRESETS])
+    select(roles, _named_by_overrides(recipe))
     for override in recipe.overrides:
         for name in matching(roles, override.layers) & bits.keys():
             weight, activation = bits[name]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from quest_deploy import sampling
-from quest_deploy.config import FinetuneConfig, StaticMode
+from quest_deploy.config import FinetuneConfig, Recipe, StaticMode
 from quest_deploy.errors import ConfigError
 from quest_deploy.model.components import (
     Conditioning,
@@ -30,7 +30,7 @@ from quest_deploy.model.components import (
 from quest_deploy.model.families import TextPart
 from quest_deploy.model.load import LoadedModel
 from quest_deploy.quantize import affine
-from quest_deploy.quantize.calibrate import flow_of, told_to
+from quest_deploy.quantize.calibrate import told_to
 from quest_deploy.quantize.initialize import initialize_layer
 from quest_deploy.quantize.insert import (
     LayerQParams,
@@ -40,6 +40,7 @@ from quest_deploy.quantize.insert import (
     replace_layers,
 )
 from quest_deploy.quantize.layers import TimestepContext
+from quest_deploy.quantize.schedule import flow_of, recording_config
 
 BITS = 8
 BATCH_PROMPTS = 8
@@ -54,6 +55,21 @@ def static_context() -> TimestepContext:
     return TimestepContext(torch.empty(0))
 
 
+def check_companions(model: LoadedModel, recipe: Recipe) -> None:
+    """See that the model has the components that the recipe wants quantized.
+
+    Raises:
+        ConfigError: lists those that it does not have.
+    """
+    problems = []
+    if recipe.text_encoder is not None and not model.text_encoders:
+        problems.append("the model has no text encoder; set text_encoder to null in the recipe")
+    if recipe.vae_decoder is not None and model.vae is None:
+        problems.append("the model has no autoencoder; set vae_decoder to null in the recipe")
+    if problems:
+        raise ConfigError("; ".join(problems))
+
+
 def quantize_companions(model: LoadedModel, config: FinetuneConfig) -> dict[str, nn.Module]:
     """The text encoders and the autoencoder as the recipe wants them, by folder; without those that stay in float.
 
@@ -65,11 +81,10 @@ def quantize_companions(model: LoadedModel, config: FinetuneConfig) -> dict[str,
         ConfigError: the recipe asks for a component that the model does not have.
     """
     recipe = config.recipe
+    check_companions(model, recipe)
     prompts = config.prompts[: recipe.calibration_prompts]
     result: dict[str, nn.Module] = {}
     if recipe.text_encoder is not None:
-        if not model.text_encoders:
-            raise ConfigError("the model has no text encoder; set text_encoder to null in the recipe")
         for part in model.family.text:
             encoder = copy.deepcopy(model.text_encoders[part.name]).to("cpu")
             runs = _encoding(encoder, part, model, prompts)
@@ -77,8 +92,7 @@ def quantize_companions(model: LoadedModel, config: FinetuneConfig) -> dict[str,
                 encoder, list(quantizable_layers(encoder)), recipe.text_encoder, runs, config
             )
     if recipe.vae_decoder is not None:
-        if model.vae is None or model.family.autoencoder is None:
-            raise ConfigError("the model has no autoencoder; set vae_decoder to null in the recipe")
+        assert model.vae is not None and model.family.autoencoder is not None
         vae = copy.deepcopy(model.vae).to("cpu")
         names = [name for name in quantizable_layers(vae) if name.split(".")[0] in DECODED]
         runs = _decoding(vae, final_latents(model, prompts[:MAX_IMAGES], config))
@@ -182,6 +196,7 @@ def _decoding(vae: Any, latents: Tensor) -> Iterator[Run]:
 def final_latents(model: LoadedModel, prompts: Sequence[str], config: FinetuneConfig) -> Tensor:
     """What the autoencoder is given for `prompts`, [n, c, h, w]: drawn as the trajectories are recorded."""
     device = first_device(model.denoiser)
+    schedule = recording_config(model, config.recipe.calibration_steps)
 
     def told(conditioning: Conditioning, count: int) -> dict[str, Tensor]:
         return {
@@ -198,7 +213,7 @@ def final_latents(model: LoadedModel, prompts: Sequence[str], config: FinetuneCo
                 lambda sample, timestep, conditioning: predict(
                     model.denoiser, sample, model.denoiser_time(timestep), conditioning
                 ),
-                sampling.make_scheduler(None, model.scheduler.config),
+                sampling.make_scheduler(None, schedule),
                 sampling.draw_noise(generators, model.latent_shape).to(device),
                 told(positive, len(chunk)),
                 None if negative is None else told(negative, len(chunk)),

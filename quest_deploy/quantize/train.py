@@ -123,7 +123,7 @@ class Task:
         objective: How errors are weighed.
         context: The student's timestep groups.
         seed: For the order of samples.
-        num_train_timesteps: Of the noise schedule.
+        last_time: The largest timestep of the noise schedule, as the denoiser is told it.
         precision: Of the float operations; grids are float32 in any case.
         workers: The processes that share every update.
     """
@@ -137,7 +137,7 @@ class Task:
     objective: Objective
     context: TimestepContext
     seed: int
-    num_train_timesteps: int
+    last_time: float
     precision: Precision = "float32"
     workers: Workers = ALONE
 
@@ -291,7 +291,7 @@ def _backpropagate(task: Task, phase: PhaseConfig, step: int, *, temporal: bool)
 
 
 def _temporal_term(task: Task, generator: torch.Generator) -> Callable[[], Tensor]:
-    timestep = torch.rand(TIMESTEPS_PER_LOCAL_BATCH, generator=generator) * (task.num_train_timesteps - 1)
+    timestep = torch.rand(TIMESTEPS_PER_LOCAL_BATCH, generator=generator) * task.last_time
     conditioning = losses.temporal_conditioning(task.trace, task.data, timestep.numel(), generator)
     timestep = timestep.to(task.data.device)
 

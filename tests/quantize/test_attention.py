@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
 from unittest import mock
 
@@ -29,8 +30,14 @@ from quest_deploy.quantize.calibrate import CalibrationSet
 from quest_deploy.quantize.checkpoint import freeze, load_checkpoint, save_checkpoint
 from quest_deploy.quantize.insert import insert, quantized_layers
 from quest_deploy.quantize.layers import ActivationQuantizer, TimestepContext
-from quest_deploy.quantize.operands import AttentionBits, collect_operands, initialize_operands
+from quest_deploy.quantize.operands import (
+    AttentionBits,
+    collect_operands,
+    find_operands,
+    initialize_operands,
+)
 from quest_deploy.quantize.recipe import load_recipe
+from quest_deploy.quantize.resume import WorkDirectory
 from quest_deploy.quantize.trace import Trace
 
 BITS = AttentionBits(operands=8, probabilities=True, max_keys=256)
@@ -232,9 +239,10 @@ def test_extremes_are_collected(samples: dict[str, Tensor], recorded: Calibratio
     assert int(samples[f"{SELF}.processor.probabilities.keys"]) == 64
 
 
-def test_a_denoiser_without_attention_is_refused(float_model: LoadedModel, recorded: CalibrationSet) -> None:
+def test_a_denoiser_without_attention_is_refused(recorded: CalibrationSet, work: WorkDirectory) -> None:
+    recipe = dataclasses.replace(load_recipe("w8a8"), attention_bits=8)
     with pytest.raises(ConfigError, match="attention_bits to null"):
-        collect_operands(nn.Linear(2, 2), recorded, prompts_per_step=1, values=4, seed=0)
+        find_operands(nn.Linear(2, 2), recorded, recipe, work, seed=0)
 
 
 def test_unknown_operands_are_refused(float_model: LoadedModel) -> None:

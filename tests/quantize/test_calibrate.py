@@ -7,7 +7,6 @@ import dataclasses
 
 import pytest
 import torch
-from diffusers import HeunDiscreteScheduler
 from torch import nn
 
 from quest_deploy import sampling
@@ -104,14 +103,6 @@ def test_boundaries_lie_midway_between_the_calibrated_timesteps() -> None:
         negative={},
     )
     assert data.boundaries().tolist() == [250.5, 700.0]
-
-
-def test_a_scheduler_that_visits_a_timestep_twice_is_refused(float_model: LoadedModel) -> None:
-    heun = HeunDiscreteScheduler.from_config(float_model.scheduler.config)
-    with pytest.raises(CalibrationError, match="visits a timestep twice, .* set a first-order scheduler"):
-        record_trajectories(
-            dataclasses.replace(float_model, scheduler=heun), ["a"], seed=0, batch_size=1, **SETTINGS
-        )
 
 
 def test_a_model_that_answers_nan_is_refused(float_model: LoadedModel) -> None:

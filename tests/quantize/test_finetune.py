@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import PNDMScheduler
 
 from quest_deploy.artifacts import read_artifact
 from quest_deploy.config import FinetuneConfig, PhaseConfig, ProgressEvent, Recipe
@@ -162,6 +163,25 @@ def test_the_manifest_tells_recipe_and_source(checkpoint: Path, tiny_model: Path
     manifest = read_artifact(checkpoint, stage="checkpoint").manifest
     assert manifest.config["recipe"]["name"] == "tiny"
     assert manifest.inputs == {"source": hash_directory(tiny_model)}
+
+
+def test_stable_diffusion_1_is_finetuned_as_it_is_published(
+    tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    PNDMScheduler(beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1).save_pretrained(
+        model / "scheduler"
+    )
+    index = json.loads((model / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", "PNDMScheduler"]
+    (model / "model_index.json").write_text(json.dumps(index))
+    with caplog.at_level("INFO", logger="quest_deploy"):
+        made = finetune(model, tmp_path / "out", config(calibration_steps=4))
+    told = [entry.message for entry in caplog.records if "recorded with" in entry.message]
+    assert len(told) == 1 and "DDIMScheduler" in told[0]
+    assert made.manifest.details["scheduler"] == "DDIMScheduler"
+    # Images are drawn with the model's own.
+    assert type(load_checkpoint(made.path).scheduler) is PNDMScheduler
 
 
 def test_progress_names_every_part_and_completes_it(checkpoint: Path, events: list[ProgressEvent]) -> None:

@@ -91,9 +91,9 @@ def test_patterns_and_names_choose_layers_together() -> None:
     assert select(ROLES, ("mid_block.*", "conv_in")) == {"mid_block.attention.qkv", "conv_in"}
 
 
-def test_a_pattern_that_finds_no_layer_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"'up_blocks\.9\.\*' stands for no layer"):
-        select(ROLES, ("conv_in", "up_blocks.9.*"))
+def test_patterns_that_find_no_layer_are_refused_together() -> None:
+    with pytest.raises(ConfigError, match=r"'up_blocks\.9\.\*', 'qkv' stand for no layer"):
+        select(ROLES, ("up_blocks.9.*", "conv_in", "qkv"))
 
 
 def test_all_names_that_find_no_layer_are_reported_at_once() -> None:

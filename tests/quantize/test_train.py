@@ -48,7 +48,7 @@ def task(
         objective=objective,
         context=context,
         seed=0,
-        num_train_timesteps=1000,
+        last_time=999.0,
     )
 
 

@@ -163,6 +163,7 @@ UNFOLDABLE = {
         GROUPS.replace("GroupNormalization<num_groups = 2>", "LayerNormalization"),
         {**GROUPS_PARTS, "scale": floats(3), "bias": floats(3)},
     ),
+    "one-number-is-added-to-all-channels": (GEGLU, {**GEGLU_PARTS, "bias": np.array(1, dtype=np.float32)}),
     "the-weight-is-float": (
         GEGLU.replace("w = DequantizeLinear<axis = 1>(codes, steps)", "w = Neg(float_w)"),
         {**GEGLU_PARTS, "float_w": floats(4, 6)},

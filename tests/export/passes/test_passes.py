@@ -68,6 +68,7 @@ class TestFoldWeightTranspose:
         before = run(model, q=np.ones((2, 4), dtype=np.int8))[0]
         assert FoldWeightTranspose()(model).modified
         assert operators(model) == ["DequantizeLinear", "DequantizeLinear", "MatMul"]
+        assert [output.name for output in model.graph.outputs] == ["y"]
         np.testing.assert_array_equal(run(model, q=np.ones((2, 4), dtype=np.int8))[0], before)
 
     @pytest.mark.parametrize(
