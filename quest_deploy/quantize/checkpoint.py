@@ -162,8 +162,9 @@ def other_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 def tied(module: nn.Module) -> dict[str, str]:
     """Which of :func:`other_tensors` is another one before it, as T5's embeddings are: that one's name, by its own."""
-    first: dict[int, str] = {}
-    names = {name: first.setdefault(value.data_ptr(), name) for name, value in other_tensors(module).items()}
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    others, first = parameters.keys() & other_tensors(module).keys(), dict[int, str]()
+    names = {name: first.setdefault(id(one), name) for name, one in parameters.items() if name in others}
     return {name: known for name, known in names.items() if known != name}
 
 
@@ -180,9 +181,8 @@ def write_component(folder: Path, module: nn.Module) -> None:
     config = settings.to_dict() if hasattr(settings, "to_dict") else settings
     folder.mkdir()
     # Both libraries add where the model was loaded from, which would make the bytes depend on it.
-    write_json(
-        folder / "config.json", {key: value for key, value in config.items() if key != "_name_or_path"}
-    )
+    config = {key: value for key, value in config.items() if key != "_name_or_path"}
+    write_json(folder / "config.json", config)
     save_file({name: value.contiguous().cpu() for name, value in tensors.items()}, folder / WEIGHTS)
 
 
