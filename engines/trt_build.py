@@ -35,6 +35,7 @@ from quest_deploy.engines.up_to_date import (
 )
 from quest_deploy.errors import ArtifactError, EngineBuildError, MissingDependencyError
 from quest_deploy.lock import locked
+from quest_deploy.model.merged import merged_details
 
 logger = logging.getLogger(__name__)
 
@@ -358,6 +359,7 @@ def make_details(
         "dtype": source.manifest.config.get("dtype", "fp32"),
         "lowering": source.manifest.config.get("mode", "none"),
         **target_of(config),
+        **merged_details(source.manifest),
         "driver": driver_version(),
         "companions_digest": companions_digest(source.manifest),
         "verified": all(report["verified"] for report in reports.values()),

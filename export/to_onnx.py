@@ -30,6 +30,7 @@ from quest_deploy.export.graph import component_graph
 from quest_deploy.model.carried import copy_notices, copy_safety, index_of_carried
 from quest_deploy.model.families import VAE_DECODER
 from quest_deploy.model.load import LoadedModel, load_model, wrap_components
+from quest_deploy.model.merged import merged_details
 from quest_deploy.model.spec import (
     ComponentSpec,
     config_paths,
@@ -75,7 +76,8 @@ def export(
     """
     source, output = Path(source), Path(output)
     stage = check_mode(source, config)
-    digest = hash_directory(source) if stage == "model" else read_artifact(source, stage=stage).digest
+    checkpoint = None if stage == "model" else read_artifact(source, stage=stage)
+    digest = hash_directory(source) if checkpoint is None else checkpoint.digest
     with write_artifact(
         output, stage=STAGE, config=to_dict(config), inputs={"source": digest}, overwrite=overwrite
     ) as writer:
@@ -115,6 +117,7 @@ def export(
                 "float32_nodes": {node: known(snr) for node, snr in fragile.items()},
             }
         copy_configuration(model.path, writer.path)
+        writer.details.update({} if checkpoint is None else merged_details(checkpoint.manifest))
         writer.details.update(
             components=components,
             opset=config.opset,

@@ -127,6 +127,34 @@ def table_checkpoint(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path,
     return path
 
 
+@pytest.fixture(scope="session")
+def lora_checkpoint(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_recipe: Path) -> Path:
+    """The tiny model, quantized with a LoRA whose change of the noise prediction is larger than the prediction."""
+    pytest.importorskip("peft", reason="needs the extra lora")
+    from safetensors.torch import save_file
+
+    from quest_deploy.config import FinetuneConfig, LoraConfig
+    from quest_deploy.model.load import load_model
+    from quest_deploy.quantize.finetune import finetune
+    from quest_deploy.quantize.recipe import load_recipe
+
+    folder = tmp_path_factory.mktemp("lora")
+    torch.manual_seed(0)
+    tensors = {}
+    for name, layer in load_model(tiny_model).denoiser.named_modules():
+        if name.endswith(("to_v", "to_out.0")):
+            tensors[f"unet.{name}.lora_A.weight"] = torch.randn(2, layer.in_features)
+            tensors[f"unet.{name}.lora_B.weight"] = torch.randn(layer.out_features, 2)
+    save_file(tensors, folder / "style.safetensors")
+    config = FinetuneConfig(
+        recipe=load_recipe(str(tiny_recipe)),
+        prompts=("rocket", "pizza"),
+        loras=(LoraConfig(file=str(folder / "style.safetensors"), scale=0.7),),
+    )
+    finetune(tiny_model, folder / "checkpoint", config)
+    return folder / "checkpoint"
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     """Start every test from the same random state, whichever tests ran before it."""

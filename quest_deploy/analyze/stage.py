@@ -5,7 +5,7 @@
 =================  =================================================================================================
 ``schema_version``  1
 ``config``          the analysis' configuration
-``model``           ``path``, ``digest``; ``checkpoint`` the same, or null
+``model``           ``path``, ``digest``, ``loras`` merged into it; ``checkpoint`` ``path``, ``digest``, or null
 ``timesteps``       of the recorded trajectories, as the scheduler visits them
 ``run_order``       names of the layers as they run
 ``activations``     ``before`` and ``after`` (null without a checkpoint): by layer what
@@ -37,14 +37,17 @@ from quest_deploy.artifacts import (
     hash_directory,
     hash_file,
     read_artifact,
+    read_manifest,
     stage_of,
     write_artifact,
     write_json,
 )
-from quest_deploy.config import to_dict
+from quest_deploy.config import LoraConfig, to_dict
 from quest_deploy.errors import ArtifactError, StaleArtifactError
 from quest_deploy.model.families import Classes, Family, choose_prompts
 from quest_deploy.model.load import load_model
+from quest_deploy.model.lora import merge_loras
+from quest_deploy.model.merged import check_files, merged_loras
 from quest_deploy.model.spec import classes_of, family_of
 from quest_deploy.prompts import load_prompts
 from quest_deploy.quantize import calibrate
@@ -74,7 +77,7 @@ def analyze(
         model: Full precision: diffusers directory, single .safetensors file, or hub id.
         output: Directory to make.
         config: Recipe, prompts and how much is measured.
-        checkpoint: What `finetune` made of the model, to be compared with it.
+        checkpoint: What `finetune` made of the model, to be compared with it; its LoRAs are merged into the model.
         progress: Told how far each part is.
         resume: Go on with the interrupted analysis of the same settings, if there is one.
         overwrite: Replace an existing analysis, throw away an interrupted one.
@@ -91,7 +94,9 @@ def analyze(
         if resume and not overwrite and (finished := _finished(output, config, inputs)) is not None:
             return finished
         check_output(output, stage="analysis", overwrite=overwrite)
+        loras = _loras(checkpoint)
         loaded = load_model(model)
+        merge_loras(loaded, loras)
         if not Path(model).is_dir():
             config = with_prompts(config, loaded.family, loaded.classes)
         inputs.setdefault("source", _digest(loaded.path))
@@ -119,7 +124,11 @@ def analyze(
         document = {
             "schema_version": SCHEMA_VERSION,
             "config": to_dict(config),
-            "model": {"path": str(model), "digest": inputs["source"]},
+            "model": {
+                "path": str(model),
+                "digest": inputs["source"],
+                "loras": [to_dict(lora) for lora in loras],
+            },
             "checkpoint": None
             if checkpoint is None
             else {"path": str(checkpoint), "digest": inputs["checkpoint"]},
@@ -183,6 +192,19 @@ def _inputs(model: str | Path, checkpoint: Path | None) -> dict[str, str]:
             )
         inputs["checkpoint"] = artifact.digest
     return inputs
+
+
+def _loras(checkpoint: Path | None) -> tuple[LoraConfig, ...]:
+    """What was merged into the model that a checkpoint was made from.
+
+    Raises:
+        StaleArtifactError: it cannot be merged again.
+    """
+    merged = None if checkpoint is None else merged_loras(read_manifest(checkpoint))
+    if checkpoint is None or merged is None:
+        return ()
+    check_files(merged, checkpoint)
+    return merged.loras
 
 
 def _digest(path: Path) -> str:

@@ -108,7 +108,7 @@ def _estimated(model: str, config: FinetuneConfig) -> Result:
         (part.part, _format_time(part.seconds), format_size(part.memory_bytes), format_size(part.disk_bytes))
         for part in parts
     ]
-    total_s = sum(part.seconds or 0.0 for part in parts)
+    total_s = sum(part.seconds for part in parts)
     memory = max(part.memory_bytes for part in parts)
     disk = sum(part.disk_bytes for part in parts)
     rows.append(("all", _format_time(total_s), format_size(memory), format_size(disk)))
@@ -127,9 +127,7 @@ def _estimated(model: str, config: FinetuneConfig) -> Result:
     return Result(data=data, text=f"{format_table(rows)}\n{note}")
 
 
-def _format_time(seconds: float | None) -> str:
-    if seconds is None:
-        return "not known"
+def _format_time(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from quest_deploy.artifacts import hash_directory, read_artifact, read_json, stage_of
+from quest_deploy.config import LoraConfig
 from quest_deploy.errors import ParityError
 from quest_deploy.files import hash_mapping, list_files
+from quest_deploy.model.merged import MergedLoras, check_files, in_words, merged_loras
 from quest_deploy.model.spec import component_specs, family_of
 
 RUNG_STAGES = ("model", "checkpoint", "onnx", "engines")
@@ -39,6 +41,8 @@ class Rung:
         size_bytes: All of its files.
         denoiser_bytes: The files of its denoiser.
         backend: What runs it; None chooses by what it is.
+        merged: The LoRAs that it was made with, as far as its manifest tells.
+        loras: Those that a full-precision model is given, to be what the rungs below were made from.
     """
 
     name: str
@@ -53,6 +57,8 @@ class Rung:
     dtype: str = "fp32"
     weights_only: bool = False
     backend: str | None = None
+    merged: MergedLoras | None = None
+    loras: tuple[LoraConfig, ...] = ()
 
     @property
     def has_codes(self) -> bool:
@@ -94,13 +100,14 @@ def read_rung(path: Path) -> Rung:
         )
     inputs: Mapping[str, str] = {}
     details: Mapping[str, Any] = {}
+    merged = None
     if stage == "model":
         digest = hash_directory(path)
         files = {name: (path / name).stat().st_size for name in list_files(path)} if path.is_dir() else {}
     else:
         artifact = read_artifact(path)
         digest, inputs = artifact.digest, artifact.manifest.inputs
-        details = artifact.manifest.details
+        details, merged = artifact.manifest.details, merged_loras(artifact.manifest)
         files = {name: entry.size_bytes for name, entry in artifact.manifest.files.items()}
     quest = path / QUANTIZATION_FILE
     content = read_json(quest) if quest.is_file() else None
@@ -116,6 +123,7 @@ def read_rung(path: Path) -> Rung:
         denoiser_bytes=_denoiser_bytes(path, files),
         dtype=details.get("dtype", "fp32"),
         weights_only=details.get("lowering") == WEIGHT_ONLY,
+        merged=merged,
     )
 
 
@@ -140,10 +148,13 @@ def make_ladder(
     """Read all rungs and name what each step between them costs.
 
     Raises:
-        ParityError: a quantized rung lies above a full-precision one, or the rungs are of different architectures.
+        ParityError: a quantized rung lies above a full-precision one, or the rungs are of different architectures, or
+            made with different LoRAs.
+        StaleArtifactError: a LoRA that a rung was made with is not there to be merged into the full-precision model.
     """
     rungs = _name_apart(_twins([read_rung(Path(path)) for path in (reference, *via, candidate)]))
     _check_architecture(rungs)
+    rungs = _with_loras(rungs)
     edges: list[Edge] = []
     anchor = 0
     for lower in range(1, len(rungs)):
@@ -170,7 +181,7 @@ def make_ladder(
 
 def notes(rungs: Sequence[Rung], edges: Sequence[Edge]) -> list[str]:
     """What a reader of the comparison must know about how its rungs hang together."""
-    found = []
+    found = _lora_notes(rungs)
     for edge in edges:
         above, below = rungs[edge.upper], rungs[edge.lower]
         if not edge.lineage and above.digest != below.digest:
@@ -186,6 +197,24 @@ def notes(rungs: Sequence[Rung], edges: Sequence[Edge]) -> list[str]:
     return found
 
 
+def _lora_notes(rungs: Sequence[Rung]) -> list[str]:
+    made = next((rung for rung in rungs if rung.merged is not None), None)
+    if made is None or made.merged is None:
+        return []
+    named = in_words(made.merged.loras)
+    if rungs[0].grid is not None:
+        differ = {rung.merged and rung.merged.identity for rung in rungs if rung.stage == "checkpoint"}
+        return ["The checkpoints were not made with the same LoRAs."] if len(differ) > 1 else []
+    return [
+        f"{made.name} was made with LoRAs ({named}); they were merged into {rung.name} too."
+        if rung.loras
+        else f"{made.name} was made with LoRAs ({named}) from another model than {rung.name}, into which they were not "
+        "merged: what they change is measured together with quantization."
+        for rung in rungs
+        if rung.grid is None
+    ]
+
+
 def _twins(rungs: Sequence[Rung]) -> list[Rung]:
     """The rungs, a checkpoint without its activation quantizers where the rung below was exported so."""
     found = list(rungs)
@@ -194,6 +223,32 @@ def _twins(rungs: Sequence[Rung]) -> list[Rung]:
         if above.stage == "checkpoint" and below.weights_only and above.grid == below.grid:
             found[index] = replace(above, name="checkpoint-weights", weights_only=True)
     return found
+
+
+def _with_loras(rungs: Sequence[Rung]) -> tuple[Rung, ...]:
+    """The rungs, every full-precision model that others were made from with LoRAs given these."""
+    named = [rung for rung in rungs if rung.merged is not None]
+    if rungs[0].grid is not None or not named:
+        return tuple(rungs)
+    first, merged = named[0], named[0].merged
+    assert merged is not None
+    for rung in rungs:
+        # Other stages of an older quest-deploy do not tell.
+        tells = rung.merged is not None or rung.stage == "checkpoint"
+        if tells and (rung.merged is None or rung.merged.identity != merged.identity):
+            raise ParityError(
+                f"'{first.path}' and '{rung.path}' were not made with the same LoRAs; compare each with the model "
+                "on its own"
+            )
+        if rung.grid is None and merged.source in rung.inputs.values():
+            raise ParityError(
+                f"'{rung.path}' was made without the LoRAs of '{first.path}' ({in_words(merged.loras)}); give the "
+                "model in its place, into which they are merged"
+            )
+    lacking = [rung for rung in rungs if rung.stage == "model" and rung.digest == merged.source]
+    if lacking:
+        check_files(merged, first.path)
+    return tuple(replace(rung, loras=merged.loras) if rung in lacking else rung for rung in rungs)
 
 
 def _check_architecture(rungs: Sequence[Rung]) -> None:

@@ -82,7 +82,10 @@ def _open(rung: Rung) -> Pipeline | str:
     """The rung ready to run, or why this machine cannot run it."""
     try:
         return load_pipeline(
-            rung.path, backend=rung.backend, weights_only=rung.weights_only and rung.stage == "checkpoint"
+            rung.path,
+            backend=rung.backend,
+            weights_only=rung.weights_only and rung.stage == "checkpoint",
+            loras=rung.loras,
         )
     except MissingDependencyError as error:
         if rung.stage != "engines":

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from quest_deploy import sampling
 from quest_deploy.artifacts import stage_of
-from quest_deploy.config import DEFAULT_RUN, RunConfig
+from quest_deploy.config import DEFAULT_RUN, LoraConfig, RunConfig
 from quest_deploy.engines import check_run, load_engines, resolve_backend
 from quest_deploy.engines.base import device_of
 from quest_deploy.engines.torch_runtime import TorchEngine, load_torch_model, torch_engines
 from quest_deploy.errors import ArtifactError, ConfigError
 from quest_deploy.model.families import TextKind, TextPart
 from quest_deploy.model.load import LoadedModel
+from quest_deploy.model.lora import merge_loras
 from quest_deploy.model.spec import classes_of, component_configs, component_specs, family_of, read_config
 from quest_deploy.pipeline.text_to_image import Pipeline
 
@@ -33,6 +35,7 @@ def load_pipeline(
     threads: int | None = None,
     run: RunConfig = DEFAULT_RUN,
     weights_only: bool = False,
+    loras: Sequence[LoraConfig] = (),
 ) -> Pipeline:
     """Open whatever lies at `path`, ready to draw.
 
@@ -43,6 +46,7 @@ def load_pipeline(
         run: What else some runtimes can be told.
         weights_only: Leave the activations of a checkpoint's denoiser in float, as `export --mode int4-weight-only`
             does.
+        loras: Merged into a full-precision model that torch runs.
 
     Raises:
         ArtifactError: the directory cannot be trusted or cannot be run.
@@ -57,6 +61,7 @@ def load_pipeline(
     check_run(chosen, run)
     if chosen == "torch":
         model = load_torch_model(path)
+        merge_loras(model, loras)
         if weights_only:
             from quest_deploy.quantize.weight_only import drop_activation_quantizers
 

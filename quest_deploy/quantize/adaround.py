@@ -29,10 +29,7 @@ from quest_deploy.quantize.blocks import (
     Samples,
     chosen_pairs,
     collect,
-    in_chunks,
-    order,
-    parts,
-    passes,
+    shapes_of,
     tensors,
 )
 from quest_deploy.quantize.calibrate import CalibrationSet
@@ -229,18 +226,87 @@ def part_memory(part: nn.Module, samples: Samples, context: TimestepContext) -> 
     """What gradients of the logits of a part's weights take, for each sample. No value is read."""
     before, shapes = context.now, samples.to(META)
     bare = without_values(part, context)
+    rounding = []
     for layer in quantized_layers(bare).values():
-        layer.rounding = start_rounding(layer).soft
+        rounding.append(start_rounding(layer))
+        layer.rounding = rounding[-1].soft
 
     def peak(count: int) -> int:
         with PeakMemory() as memory:
-            few = shapes.batch(torch.zeros(count, dtype=torch.int64, device=META))
-            _error(bare, few, context).backward()
+            few = torch.zeros(count, dtype=torch.int64, device=META)
+            _update(bare, shapes, context, rounding, 1.0, count, few, BETA_START)
+        for one in rounding:
+            one.logits.grad = None
         return memory.peak
 
     found = PassMemory.measured(peak, BATCH_SIZE)
     context.now = before
     return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How one part is gone about.
+
+    Attributes:
+        prompts: The most that are run together while its samples are collected.
+        at_once: The most samples that go through it together.
+        memory_bytes: The most at once, what is held all the time included.
+    """
+
+    prompts: int
+    at_once: int
+    memory_bytes: int
+
+
+def plan(
+    part: nn.Module,
+    shapes: Samples,
+    samples: int,
+    context: TimestepContext,
+    *,
+    held_bytes: int,
+    forward: PassMemory,
+    limit_gb: float | None,
+) -> Plan:
+    """How a part's rounding is learned within the limit.
+
+    Args:
+        part: With quantized layers.
+        shapes: Of its samples, as `shapes_of` gives them.
+        samples: How many it has.
+        context: Its layers'.
+        held_bytes: What is in memory all the time.
+        forward: Of a pass through the whole network.
+        limit_gb: What may be, at most; None means no limit.
+
+    Raises:
+        ConfigError: not even one sample fits.
+    """
+    kept = shapes.size_bytes * samples // shapes.timestep.numel()
+    # The place below, logits, their gradients and Adam's two moments.
+    beside = kept + 5 * size_bytes(list(part.parameters()))
+    memory = part_memory(part, shapes, context)
+    prompts = limit_count(PROMPTS_PER_STEP, held_bytes + kept, limit_gb, forward)
+    at_once = limit_count(min(BATCH_SIZE, samples), held_bytes + beside, limit_gb, memory)
+    # Samples are there twice while those of all passes are joined.
+    most = max(
+        2 * kept,
+        kept + forward.fixed + forward.each * prompts,
+        beside + memory.fixed + memory.each * at_once,
+    )
+    return Plan(prompts=prompts, at_once=at_once, memory_bytes=held_bytes + most)
+
+
+def own_bytes(student: nn.Module) -> int:
+    """Of the copy of the denoiser that is rounded, what its layers keep of their weights, and what is given back."""
+    weights = [layer.weight for layer in quantized_layers(student).values()]
+    return size_bytes([*student.parameters(), *student.buffers()]) + 2 * size_bytes(weights)
+
+
+def count_samples(data: CalibrationSet) -> int:
+    """How many samples each part has."""
+    return data.timesteps.numel() * min(PROMPTS_PER_STEP, data.num_prompts) * data.targets.shape[2]
 
 
 def reconstruct(
@@ -275,26 +341,29 @@ def reconstruct(
     student.requires_grad_(False)
     layers = quantized_layers(student)
     limit = config.recipe.memory_limit_gb
-    held = held_bytes + size_bytes([*student.parameters(), *student.buffers()])
-    prompts = PROMPTS_PER_STEP
-    if limit is not None:
-        prompts = limit_count(prompts, held, limit, forward_memory(student, data, context))
+    held = held_bytes + own_bytes(student)
     pairs = chosen_pairs(data, PROMPTS_PER_STEP, config.seed)
-    with torch.no_grad():
-        run, _ = next(passes(student, data, in_chunks(pairs[:1], 1, prompts)[0]))
-        names = order(student, parts(student), run)
+    shapes = shapes_of(student, data, context)
+    forward = None if limit is None else forward_memory(student, data, context)
     weights: dict[str, Tensor] = {}
     errors: dict[str, tuple[float, float]] = {}
-    for index, name in enumerate(names):
+    for index, (name, given) in enumerate(shapes.items()):
         key = f"adaround-{index:04d}"
         saved = None if work is None else work.load(key)
         if saved is None:
+            part, prompts, at_once = student.get_submodule(name), PROMPTS_PER_STEP, BATCH_SIZE
+            if forward is not None:
+                own = plan(
+                    part,
+                    given,
+                    count_samples(data),
+                    context,
+                    held_bytes=held,
+                    forward=forward,
+                    limit_gb=limit,
+                )
+                prompts, at_once = own.prompts, own.at_once
             samples = collect(student, denoiser, name, data, pairs, prompts)
-            part, at_once = student.get_submodule(name), BATCH_SIZE
-            if limit is not None:
-                # The place below, logits, their gradients and Adam's two moments.
-                beside = samples.size_bytes + 5 * size_bytes(list(part.parameters()))
-                at_once = limit_count(at_once, held + beside, limit, part_memory(part, samples, context))
             generator = torch.Generator().manual_seed(config.seed + index)
             found, before, after = learn_rounding(
                 part,
@@ -314,5 +383,5 @@ def reconstruct(
                     layers[layer].weight.copy_(weight)
         weights |= done
         errors[name] = (before, after)
-        report(index + 1, len(names))
+        report(index + 1, len(shapes))
     return weights, errors

@@ -12,7 +12,10 @@ from torch import Tensor, nn
 from quest_deploy.model.components import predict
 from quest_deploy.quantize.calibrate import CalibrationSet
 from quest_deploy.quantize.insert import quantized_layers
+from quest_deploy.quantize.layers import TimestepContext
+from quest_deploy.quantize.memory import without_trajectories, without_values
 
+SHAPE_PROMPTS = 8
 ATTENTION_AND_RESNETS = ("Attention", "ResnetBlock2D", "ResnetBlockCondNorm2D")
 
 
@@ -114,25 +117,6 @@ def _until_reached(handle: Any, run: Callable[[], object]) -> None:
         handle.remove()
 
 
-def order(denoiser: nn.Module, names: Sequence[str], run: Callable[[], object]) -> list[str]:
-    """`names` in the order in which `run` reaches them; those that it does not reach are left out."""
-    reached: dict[str, None] = {}
-
-    def note(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            reached[name] = None
-
-        return hook
-
-    handles = [denoiser.get_submodule(name).register_forward_pre_hook(note(name)) for name in names]
-    try:
-        run()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return list(reached)
-
-
 def chosen_pairs(data: CalibrationSet, prompts_per_step: int, seed: int) -> list[tuple[Tensor, int]]:
     """For each step, the prompts [n] whose trajectories are used there."""
     generator = torch.Generator().manual_seed(seed)
@@ -206,6 +190,29 @@ def collect(
         tuple(torch.cat(parts) for parts in zip(*targets, strict=True)),
     )
     return samples if order is None else samples.batch(order)
+
+
+@torch.no_grad()
+def shapes_of(student: nn.Module, data: CalibrationSet, context: TimestepContext) -> dict[str, Samples]:
+    """What every part of `student` is given and answers, in the order in which they run; no value is computed."""
+    before = context.now
+    bare, shapes = without_values(student, context), without_trajectories(data)
+    found: dict[str, Samples] = {}
+    # So many that no other axis of a tensor is taken for the samples'.
+    at = torch.zeros(SHAPE_PROMPTS, dtype=torch.int64)
+    sample, timestep, conditioning, _ = shapes.batch(at, at)
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            found[name] = Samples(args, kwargs, timestep, tensors(output))
+
+        return hook
+
+    for name in parts(bare):
+        bare.get_submodule(name).register_forward_hook(note(name), with_kwargs=True)
+    predict(bare, sample, timestep, conditioning)
+    context.now = before
+    return found
 
 
 def tensors(output: Any) -> tuple[Tensor, ...]:

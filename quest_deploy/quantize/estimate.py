@@ -7,11 +7,8 @@ and divided by the speed of a matrix product. Memory is found without computing 
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -22,23 +19,37 @@ from quest_deploy.model.components import predict
 from quest_deploy.model.load import LoadedModel
 from quest_deploy.model.products import float32_products
 from quest_deploy.model.spec import classes_of, family_of
-from quest_deploy.quantize import auto_layers, calibrate, gptq, losses, parts, train
+from quest_deploy.quantize import auto_layers, calibrate, losses, parts, train
+from quest_deploy.quantize.attention import insert_attention
 from quest_deploy.quantize.calibrate import CalibrationSet
+from quest_deploy.quantize.estimate_parts import (
+    PartEstimate,
+    Run,
+    Speed,
+    attention_operands,
+    collapsed,
+    companions,
+    layer_choice,
+    products_per_second,
+    rounding,
+    seconds_of,
+)
 from quest_deploy.quantize.finetune import make_student, prepare, with_prompts
 from quest_deploy.quantize.insert import LayerQParams, quantizable_layers
-from quest_deploy.quantize.layers import TimestepContext
+from quest_deploy.quantize.layers import Quantizable, TimestepContext
 from quest_deploy.quantize.memory import (
     GIGABYTE,
     enable_checkpointing,
     forward_memory,
+    held_bytes,
     kept_bytes,
     placeholder,
-    prompts_at_once,
     size_bytes,
     weight_bytes,
     without_trajectories,
     without_values,
 )
+from quest_deploy.quantize.operands import any_operands
 from quest_deploy.quantize.parallel import ALONE, device_of, place
 from quest_deploy.quantize.phases import Inputs, phase_memory, phases
 from quest_deploy.quantize.select import layer_bits
@@ -47,39 +58,6 @@ from quest_deploy.quantize.walk import Steps
 
 LONGEST_MEASUREMENT_S = 20.0
 BACKWARD_COST = 3.0
-PRODUCT_SIZE = 512
-
-
-@dataclass(frozen=True, kw_only=True)
-class PartEstimate:
-    """What one part will take.
-
-    Attributes:
-        part: As progress names it.
-        seconds: On this machine; None where it cannot be told beforehand.
-        memory_bytes: The most at once, of tensors.
-        disk_bytes: What is kept until the checkpoint is written; of the checkpoint, what it has at last.
-    """
-
-    part: str
-    seconds: float | None
-    memory_bytes: int
-    disk_bytes: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Speed:
-    """Seconds of one pair of a prompt and a timestep, both branches.
-
-    Attributes:
-        forward_s: Without gradients.
-        update_s: With them.
-        measured: Whether they were timed, or follow from the number of operations.
-    """
-
-    forward_s: float
-    update_s: float
-    measured: bool
 
 
 def estimate(model: str | Path, config: FinetuneConfig) -> tuple[list[PartEstimate], Speed]:
@@ -97,7 +75,9 @@ def estimate(model: str | Path, config: FinetuneConfig) -> tuple[list[PartEstima
     context = make_context(data.boundaries(), data.timesteps, recipe)
     bits = layer_bits(trace.roles, recipe)
     student = make_student(loaded, _any_scales(loaded.denoiser, bits, data), {}, context)
+    rounded = without_values(student, context)
     trace = insert_tables(student, loaded.denoiser, trace, context, data.device)
+    insert_attention(student, any_operands(loaded.denoiser, data, recipe), context)
     student.requires_grad_(False)
     if recipe.gradient_checkpointing:
         enable_checkpointing(student, context)
@@ -105,68 +85,55 @@ def estimate(model: str | Path, config: FinetuneConfig) -> tuple[list[PartEstima
     student.to(device)
     speed = measure_speed(loaded, student, data, context, recipe.precision)
     weights = weight_bytes(loaded)
-    pairs = data.num_prompts * data.timesteps.numel()
-    shown = data.timesteps.numel() * min(parts.PROMPTS_PER_STEP, data.num_prompts)
-    kept = kept_bytes(data, recipe.targets)
-    in_memory = kept if recipe.targets != "disk" else 0
-    forward = forward_memory(loaded.denoiser, data)
-
-    def passes(most: int, beside: int = 0) -> int:
-        prompts = min(prompts_at_once(loaded, data, recipe, most, beside), data.num_prompts)
-        return weights + in_memory + beside + forward.fixed + forward.each * prompts
-
     layers = {name: layer for name, layer in quantizable_layers(loaded.denoiser).items() if name in bits}
+    kept = kept_bytes(data, recipe.targets)
+    held = held_bytes(loaded, data, recipe)
+    run = Run(
+        model=loaded,
+        student=student,
+        rounded=rounded,
+        data=data,
+        context=context,
+        config=config,
+        layers=layers,
+        speed=speed,
+        held=held,
+        forward=forward_memory(loaded.denoiser, data),
+    )
     width = parts.POSITIONS_PER_STEP + calibrate.EXTREME_ROWS
     seen = sum(4 * data.timesteps.numel() * width * layer.weight.shape[1] for layer in layers.values())
     result = [
         PartEstimate(
             part="record trajectories",
-            seconds=pairs * speed.forward_s,
-            memory_bytes=passes(parts.batch_prompts(device)),
+            seconds=data.num_prompts * data.timesteps.numel() * speed.forward_s,
+            memory_bytes=run.passes(parts.batch_prompts(device)),
             disk_bytes=kept,
         ),
         PartEstimate(
             part="collect activations",
-            seconds=shown * speed.forward_s,
-            memory_bytes=passes(parts.PROMPTS_PER_STEP, seen),
+            seconds=run.shown * speed.forward_s,
+            memory_bytes=run.passes(parts.PROMPTS_PER_STEP, seen),
             disk_bytes=seen,
         ),
         PartEstimate(
             part="search scales",
-            seconds=_search_seconds(loaded, data, config, bits),
-            memory_bytes=weights + in_memory + seen,
+            seconds=_search_seconds(layers, data, config, bits),
+            memory_bytes=held + seen,
             disk_bytes=0,
         ),
     ]
+    if recipe.attention_bits is not None:
+        result.append(attention_operands(run))
     if recipe.initializer != "nearest":
-        chunks = list(gptq.chunks(loaded.denoiser, list(bits)))
-        room = parts.hessian_room(loaded, data, recipe)
-        own = [some for names in chunks for some in gptq.chunks(loaded.denoiser, names, room)]
-        hessians = max((_hessian_bytes(layers, names) for names in own), default=0)
-        rounding: float | None = None
-        if recipe.initializer == "gptq":
-            rounding = len(own) * shown * speed.forward_s + _rounding_seconds(layers, chunks)
-        result.append(
-            PartEstimate(
-                part="round weights",
-                seconds=rounding,
-                memory_bytes=passes(parts.PROMPTS_PER_STEP, hessians),
-                disk_bytes=size_bytes([layer.weight for layer in layers.values()]),
-            )
-        )
+        result.append(rounding(run))
     if auto_layers.asked(recipe):
-        measured = min(auto_layers.STEPS, data.timesteps.numel()) * min(auto_layers.PROMPTS, data.num_prompts)
-        result.append(
-            PartEstimate(
-                part="choose layers",
-                seconds=(len(bits) + 1) * measured * speed.forward_s,
-                memory_bytes=passes(auto_layers.PROMPTS),
-                disk_bytes=0,
-            )
-        )
+        result.append(layer_choice(run))
         config = auto_layers.any_layers(loaded.denoiser, trace.roles, bits, config)
     inputs = Inputs(model=loaded, student=student, trace=trace, data=data, context=context, config=config)
     result += [_phase(inputs, name, phase, speed) for name, phase in phases(config.recipe)]
+    if recipe.collapse_loss_db:
+        result.append(collapsed(run))
+    result += companions(run)
     others = (
         sum(f.stat().st_size for f in loaded.path.rglob("*.safetensors")) if loaded.path.is_dir() else weights
     )
@@ -212,7 +179,7 @@ def measure_speed(
     one = torch.zeros(1, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         predict(bare, *shapes.inputs(one, one))
-    expected = counter.get_total_flops() / _products_per_second(data.device)
+    expected = counter.get_total_flops() / products_per_second(data.device)
     if expected * (1 + BACKWARD_COST) > LONGEST_MEASUREMENT_S:
         return Speed(forward_s=expected, update_s=expected * BACKWARD_COST, measured=False)
 
@@ -235,70 +202,28 @@ def measure_speed(
 
 
 def _timed(run: Callable[[], object], device: torch.device) -> float:
-    run()
-    wait(device)
-    started = time.perf_counter()
-    run()
-    wait(device)
-    return time.perf_counter() - started
-
-
-def wait(device: torch.device) -> None:
-    """Until a GPU has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _products_per_second(device: torch.device) -> float:
-    a = torch.ones(PRODUCT_SIZE, PRODUCT_SIZE, device=device)
-    return 2 * PRODUCT_SIZE**3 / _timed(lambda: a @ a, device)
+    """Once it is warm."""
+    seconds_of(run, device)
+    return seconds_of(run, device)
 
 
 def _search_seconds(
-    model: LoadedModel, data: CalibrationSet, config: FinetuneConfig, bits: Mapping[str, tuple[int, int]]
+    layers: Mapping[str, Quantizable],
+    data: CalibrationSet,
+    config: FinetuneConfig,
+    bits: Mapping[str, tuple[int, int]],
 ) -> float:
     """Of all layers, from that of the median size."""
-    layers = {name: layer for name, layer in quantizable_layers(model.denoiser).items() if name in bits}
     by_size = sorted(layers, key=lambda name: layers[name].weight.numel())
     name = by_size[len(by_size) // 2]
     layer = layers[name]
     width = parts.POSITIONS_PER_STEP + calibrate.EXTREME_ROWS
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(data.timesteps.numel(), width, layer.weight.shape[1], generator=generator)
-    started = time.perf_counter()
-    parts.initialize_one(layer, rows, bits[name], config.recipe)
-    spent = time.perf_counter() - started
+    spent = seconds_of(
+        lambda: parts.initialize_one(layer, rows, bits[name], config.recipe), layer.weight.device
+    )
     return spent * sum(other.weight.numel() for other in layers.values()) / layer.weight.numel()
-
-
-def _hessian_bytes(layers: Mapping[str, nn.Module], names: list[str]) -> int:
-    return sum(4 * columns(layers[name]) ** 2 for name in names)
-
-
-def columns(layer: nn.Module) -> int:
-    """How many inputs each output of a layer is a sum over."""
-    weight = layer.weight
-    assert isinstance(weight, torch.Tensor)
-    return weight[0].numel()
-
-
-def _rounding_seconds(layers: Mapping[str, Any], chunks: list[list[str]]) -> float:
-    names = [name for chunk in chunks for name in chunk]
-    if not names:
-        return 0.0
-
-    def cost(name: str) -> int:
-        rows, columns = layers[name].weight.flatten(1).shape
-        return columns**2 * (columns + rows)
-
-    name = sorted(names, key=cost)[len(names) // 2]
-    weight = layers[name].weight.detach().flatten(1)
-    started = time.perf_counter()
-    with weight.device:
-        scale, hessian = torch.full([weight.shape[0]], 0.01), torch.eye(weight.shape[1])
-    gptq.round_with_compensation(weight, scale, hessian, 8)
-    wait(weight.device)
-    return (time.perf_counter() - started) * sum(map(cost, names)) / cost(name)
 
 
 def _phase(inputs: Inputs, name: str, phase: PhaseConfig, speed: Speed) -> PartEstimate:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +15,10 @@ from quest_deploy.errors import CalibrationError, ConfigError
 from quest_deploy.model.components import predict
 from quest_deploy.quantize import affine
 from quest_deploy.quantize.attention import (
+    KEY,
     OPERANDS,
     PROBABILITIES,
+    QUERY,
     SOFTMAX_QMAX,
     SOFTMAX_QMIN,
     VALUE,
@@ -27,6 +30,7 @@ from quest_deploy.quantize.attention import (
 from quest_deploy.quantize.calibrate import CalibrationSet, Report
 from quest_deploy.quantize.initialize import activation_grid
 from quest_deploy.quantize.layers import TimestepContext
+from quest_deploy.quantize.memory import without_trajectories, without_values
 from quest_deploy.quantize.resume import WorkDirectory
 from quest_deploy.quantize.rows import RowChoice
 
@@ -105,12 +109,59 @@ def find_operands(
         work.save("operands", samples)
     else:
         samples = saved[0]
-    bits = AttentionBits(
+    return initialize_operands(samples, _bits(recipe), time_aware=recipe.time_aware)
+
+
+def _bits(recipe: Recipe) -> AttentionBits:
+    assert recipe.attention_bits is not None
+    return AttentionBits(
         operands=recipe.attention_bits,
         probabilities=recipe.softmax_bits is not None,
         max_keys=recipe.softmax_max_keys,
     )
-    return initialize_operands(samples, bits, time_aware=recipe.time_aware)
+
+
+def attentions_of(denoiser: nn.Module) -> dict[str, Any]:
+    """The attentions whose products are quantized, by name.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    found = attentions(denoiser)
+    if not found:
+        raise ConfigError(
+            "the denoiser has no attention of a supported kind; set attention_bits to null in the recipe"
+        )
+    return found
+
+
+def any_operands(denoiser: nn.Module, data: CalibrationSet, recipe: Recipe) -> dict[str, OperandQParams]:
+    """As `find_operands` gives them but for their values, none of which is computed: for estimates.
+
+    Raises:
+        ConfigError: the denoiser has no attention whose products can be quantized.
+    """
+    if recipe.attention_bits is None:
+        return {}
+    keys: dict[str, int] = {}
+    bare, shapes = without_values(denoiser, TimestepContext(torch.empty(0))), without_trajectories(data)
+    for name, attention in attentions_of(bare).items():
+
+        def hook(module: nn.Module, args: Any, output: Tensor, name: str = name) -> None:
+            keys[name] = output.shape[1]
+
+        attention.to_k.register_forward_hook(hook)
+    one = torch.zeros(1, dtype=torch.int64)
+    with torch.no_grad():
+        predict(bare, *shapes.inputs(one, one))
+    bits = _bits(recipe)
+    scale = torch.full([data.timesteps.numel() if recipe.time_aware else 1], 0.1)
+    return {
+        operand_name(name, operand): OperandQParams(group_scale=scale, qmin=SOFTMAX_QMIN, qmax=SOFTMAX_QMAX)
+        for name, count in keys.items()
+        for operand in OPERANDS
+        if operand in (QUERY, KEY) or _has_codes(torch.tensor(count), bits)
+    }
 
 
 class Observer(nn.Module):
@@ -188,6 +239,7 @@ def collect_operands(
     generator = torch.Generator().manual_seed(seed)
     steps = data.timesteps.numel()
     choice = RowChoice(torch.Generator().manual_seed(seed), data.targets.shape[2])
+    attentions_of(denoiser)
     with _observed(denoiser, values, choice) as observers:
         for step in range(steps):
             prompt = torch.randperm(data.num_prompts, generator=generator)[:prompts_per_step]

@@ -10,7 +10,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from quest_deploy.model.components import (
     predict,
     unscaled,
 )
+from quest_deploy.model.conditioning import Conditioner
 from quest_deploy.model.families import TextPart
 from quest_deploy.model.load import LoadedModel
 from quest_deploy.quantize import affine
@@ -39,7 +41,19 @@ from quest_deploy.quantize.insert import (
     quantized_layers,
     replace_layers,
 )
-from quest_deploy.quantize.layers import TimestepContext
+from quest_deploy.quantize.layers import Quantizable, TimestepContext
+from quest_deploy.quantize.memory import (
+    META,
+    PassMemory,
+    PeakMemory,
+    forward_memory,
+    limit_count,
+    placeholder,
+    size_bytes,
+    weight_bytes,
+    without_values,
+)
+from quest_deploy.quantize.rows import RowChoice
 from quest_deploy.quantize.schedule import flow_of, recording_config
 
 BITS = 8
@@ -47,7 +61,21 @@ BATCH_PROMPTS = 8
 MAX_IMAGES = 16
 POSITIONS_PER_BATCH = 128
 DECODED = ("decoder", "post_quant_conv")
-Run = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples that calibrate a component.
+
+    Attributes:
+        count: How many.
+        at_once: The most that are run together; which rows of them are looked at does not depend on it.
+        run: Runs the component on some, int64 [n].
+    """
+
+    count: int
+    at_once: int
+    run: Callable[[Tensor], object]
 
 
 def static_context() -> TimestepContext:
@@ -94,15 +122,62 @@ def quantize_companions(model: LoadedModel, config: FinetuneConfig) -> dict[str,
     if recipe.vae_decoder is not None:
         assert model.vae is not None and model.family.autoencoder is not None
         vae = copy.deepcopy(model.vae).to("cpu")
-        names = [name for name in quantizable_layers(vae) if name.split(".")[0] in DECODED]
-        runs = _decoding(vae, final_latents(model, prompts[:MAX_IMAGES], config))
+        names = list(decoder_layers(vae))
+        latents = final_latents(model, prompts[:MAX_IMAGES], config)
+        runs = _decoding(vae, latents, latents_at_once(model, recipe))
         result[model.family.autoencoder] = quantize_static(vae, names, recipe.vae_decoder, runs, config)
     return result
 
 
+def decoder_layers(vae: nn.Module) -> dict[str, Quantizable]:
+    """The layers of an autoencoder that decode, by name."""
+    return {name: layer for name, layer in quantizable_layers(vae).items() if name.split(".")[0] in DECODED}
+
+
+def latents_at_once(model: LoadedModel, recipe: Recipe) -> int:
+    """How many latents are decoded together.
+
+    Raises:
+        ConfigError: not even one fits into the recipe's limit.
+    """
+    limit = recipe.memory_limit_gb
+    if limit is None:
+        return BATCH_PROMPTS
+    return limit_count(BATCH_PROMPTS, held_bytes(model, model.vae), limit, decode_memory(model))
+
+
+def held_bytes(model: LoadedModel, component: nn.Module) -> int:
+    """Of the model, its quantized denoiser, and a copy of `component`, which is quantized in its turn."""
+    copies = (model.denoiser, component)
+    copied = size_bytes([x for module in copies for x in (*module.parameters(), *module.buffers())])
+    return weight_bytes(model) + copied
+
+
+def decode_memory(model: LoadedModel) -> PassMemory:
+    """What decoding takes for each latent, beside the parameters."""
+
+    def peak(count: int) -> int:
+        with PeakMemory() as memory:
+            decode_shapes(model, count)
+        return memory.peak
+
+    return PassMemory.measured(peak, BATCH_PROMPTS)
+
+
+@torch.no_grad()
+def decode_shapes(model: LoadedModel, count: int) -> None:
+    """Decode `count` latents without values."""
+    bare = without_values(model.vae, static_context())
+    VaeDecoder(bare)(torch.empty(count, *model.latent_shape, device=META))
+
+
 @torch.no_grad()
 def quantize_static(
-    component: nn.Module, names: Sequence[str], mode: StaticMode, runs: Iterator[Run], config: FinetuneConfig
+    component: nn.Module,
+    names: Sequence[str],
+    mode: StaticMode,
+    runs: Iterable[Batch],
+    config: FinetuneConfig,
 ) -> nn.Module:
     """Quantize the layers `names` of `component` in place, and freeze them.
 
@@ -110,7 +185,7 @@ def quantize_static(
         component: Full precision.
         names: Of its layers.
         mode: Whether activations are quantized.
-        runs: Each runs the component on one calibration batch.
+        runs: The calibration batches.
         config: Channel rows, and the seed.
 
     Returns:
@@ -142,19 +217,26 @@ def _weight_only(weight: Tensor) -> LayerQParams:
     return LayerQParams(weight_bits=BITS, weight_scale=scale, activation_bits=None, group_scale=None)
 
 
-def _collect(layers: Mapping[str, nn.Module], runs: Iterator[Run], seed: int) -> dict[str, Tensor]:
+def _collect(layers: Mapping[str, nn.Module], runs: Iterable[Batch], seed: int) -> dict[str, Tensor]:
     """Samples of every layer's input over all runs, float32 [s + 2, c_in], the last two each channel's extremes.
 
     Layers that are not run are left out.
     """
-    generator = torch.Generator().manual_seed(seed)
+    choice = RowChoice(torch.Generator().manual_seed(seed), branches=1)
     kept: dict[str, list[Tensor]] = {name: [] for name in layers}
 
     def keep(name: str, axis: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             rows = args[0].movedim(axis, -1).flatten(0, -2).cpu()
-            chosen = torch.randint(rows.shape[0], (POSITIONS_PER_BATCH,), generator=generator)
-            kept[name].append(torch.cat([rows[chosen], rows.amin(dim=0)[None], rows.amax(dim=0)[None]]))
+            run, places, chosen = choice.of(name, rows.shape[0], POSITIONS_PER_BATCH)
+            low, high = rows.amin(dim=0), rows.amax(dim=0)
+            if choice.first == 0:
+                kept[name].append(
+                    torch.cat([rows.new_empty(POSITIONS_PER_BATCH, len(low)), low[None], high[None]])
+                )
+            seen = kept[name][choice.place(name, run)]
+            seen[places] = rows[chosen]
+            seen[-2], seen[-1] = torch.minimum(seen[-2], low), torch.maximum(seen[-1], high)
 
         return hook
 
@@ -162,8 +244,9 @@ def _collect(layers: Mapping[str, nn.Module], runs: Iterator[Run], seed: int) ->
         layer.register_forward_pre_hook(keep(name, channel_axis(layer))) for name, layer in layers.items()
     ]
     try:
-        for run in runs:
-            run()
+        for batch in runs:
+            for chunk in choice.chunks(torch.arange(batch.count), batch.at_once):
+                batch.run(chunk)
     finally:
         for handle in handles:
             handle.remove()
@@ -178,18 +261,27 @@ def _collect(layers: Mapping[str, nn.Module], runs: Iterator[Run], seed: int) ->
 
 def _encoding(
     encoder: nn.Module, part: TextPart, model: LoadedModel, prompts: Sequence[str]
-) -> Iterator[Run]:
+) -> Iterator[Batch]:
     encoders = {**model.text_encoders, part.name: encoder}
     conditioner = dataclasses.replace(model, text_encoders=encoders).conditioner
     everything = ["", *prompts]
     for start in range(0, len(everything), BATCH_PROMPTS):
-        yield functools.partial(conditioner.encode, everything[start : start + BATCH_PROMPTS])
+        texts = everything[start : start + BATCH_PROMPTS]
+        yield Batch(len(texts), len(texts), functools.partial(_encode, conditioner, texts))
 
 
-def _decoding(vae: Any, latents: Tensor) -> Iterator[Run]:
+def _encode(conditioner: Conditioner, texts: Sequence[str], chosen: Tensor) -> None:
+    conditioner.encode([texts[index] for index in chosen])
+
+
+def _decoding(vae: Any, latents: Tensor, at_once: int) -> Iterator[Batch]:
     module = VaeDecoder(vae)
-    for chunk in unscaled(vae.config, latents).split(BATCH_PROMPTS):
-        yield functools.partial(module, chunk)
+    for batch in unscaled(vae.config, latents).split(BATCH_PROMPTS):
+        yield Batch(len(batch), at_once, functools.partial(_decode, module, batch))
+
+
+def _decode(module: VaeDecoder, latents: Tensor, chosen: Tensor) -> None:
+    module(latents[chosen])
 
 
 @torch.no_grad()
@@ -203,9 +295,15 @@ def final_latents(model: LoadedModel, prompts: Sequence[str], config: FinetuneCo
             name: value.expand(count, *value.shape[1:]).to(device) for name, value in conditioning.items()
         }
 
-    parts = []
-    for start in range(0, len(prompts), BATCH_PROMPTS):
-        chunk = prompts[start : start + BATCH_PROMPTS]
+    parts, at_once = [], BATCH_PROMPTS
+    if config.recipe.memory_limit_gb is not None:
+        forward, held = (
+            forward_memory(model.denoiser, placeholder(model, config)),
+            held_bytes(model, model.vae),
+        )
+        at_once = limit_count(at_once, held, config.recipe.memory_limit_gb, forward)
+    for start in range(0, len(prompts), at_once):
+        chunk = prompts[start : start + at_once]
         positive, negative = told_to(model, chunk, config.recipe.guidance_scale)
         generators = sampling.generators_of(range(config.seed + start, config.seed + start + len(chunk)))
         parts.append(

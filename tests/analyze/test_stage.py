@@ -15,6 +15,7 @@ from quest_deploy.artifacts import read_artifact
 from quest_deploy.config import ProgressEvent
 from quest_deploy.errors import ArtifactError, ConfigError, StaleArtifactError
 from quest_deploy.files import read_json
+from quest_deploy.model import merged
 
 
 def test_every_layer_is_analyzed_before_and_after(document: dict[str, Any], tiny_checkpoint: Path) -> None:
@@ -119,6 +120,31 @@ def test_checkpoint_of_another_model_is_refused(
 ) -> None:
     with pytest.raises(StaleArtifactError, match="was not made from"):
         analyze(reference_model, tmp_path / "out", analyze_config, checkpoint=tiny_checkpoint)
+
+
+def test_loras_of_the_checkpoint_are_merged_into_the_model(
+    tmp_path: Path, tiny_model: Path, lora_checkpoint: Path, analyze_config: AnalyzeConfig, quick_plots: None
+) -> None:
+    """Without them in the model, their change of the noise prediction leaves less than 0 dB."""
+    config = dataclasses.replace(analyze_config, bits=("w8",))
+    path = analyze(tiny_model, tmp_path / "out", config, checkpoint=lora_checkpoint).path
+    document = read_json(path / "analysis.json")
+    assert document["network"]["checkpoint"]["snr_db"] > 10
+    (lora,) = document["model"]["loras"]
+    assert Path(lora["file"]).name == "style.safetensors" and lora["scale"] == 0.7
+    assert "style.safetensors times 0.7" in (path / "analysis.html").read_text()
+
+
+def test_a_lora_that_changed_since_is_an_error(
+    tmp_path: Path,
+    tiny_model: Path,
+    lora_checkpoint: Path,
+    analyze_config: AnalyzeConfig,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(merged, "hash_file", lambda path: "0" * 64)
+    with pytest.raises(StaleArtifactError, match=r"style\.safetensors', which is another file by now"):
+        analyze(tiny_model, tmp_path / "out", analyze_config, checkpoint=lora_checkpoint)
 
 
 def test_every_problem_of_a_configuration_is_named(analyze_config: AnalyzeConfig) -> None:

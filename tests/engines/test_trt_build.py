@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import signal
@@ -18,7 +19,7 @@ from quest_deploy.artifacts import Artifact, read_artifact
 from quest_deploy.config import BuildConfig, ProfileConfig, ProgressEvent, ShapeRange
 from quest_deploy.engines import trt_build
 from quest_deploy.engines.libraries import gpus
-from quest_deploy.engines.trt_build import build_engine
+from quest_deploy.engines.trt_build import build_engine, make_details
 from quest_deploy.errors import ArtifactError, ConfigError, EngineBuildError, MissingDependencyError
 
 pytest.importorskip("tensorrt_rtx")
@@ -72,6 +73,15 @@ def test_manifest_says_with_what_and_for_what(built: tuple[Artifact, list[Progre
     assert details["library_version"] == tensorrt_rtx.__version__
     assert details["target_gpu"] == "any (ahead of time)"
     assert details["precision"] == "int8 (Q/DQ), fp32 elsewhere"
+
+
+def test_manifest_passes_on_what_the_export_tells_of_loras(tiny_onnx: Path) -> None:
+    told = {"source": "0" * 64, "loras": [{"file": "style.safetensors", "scale": 0.5, "sha256": "1" * 64}]}
+    source = read_artifact(tiny_onnx)
+    assert "merged" not in make_details(source, {}, BuildConfig(), {})
+    manifest = dataclasses.replace(source.manifest, details={**source.manifest.details, "merged": told})
+    details = make_details(dataclasses.replace(source, manifest=manifest), {}, BuildConfig(), {})
+    assert details["merged"] == told
 
 
 def test_manifest_ties_each_plan_to_its_onnx_file(
@@ -287,7 +297,7 @@ BUILD = """
 import json, sys
 from pathlib import Path
 from quest_deploy.config import BuildConfig
-from quest_deploy.engines.trt_build import build_engine
+from quest_deploy.engines.trt_build import build_engine, make_details
 
 def report(event):
     print(event.completed, flush=True)

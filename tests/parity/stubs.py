@@ -9,11 +9,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from quest_deploy.artifacts import write_artifact
+from quest_deploy.artifacts import hash_file, write_artifact
+from quest_deploy.config import LoraConfig, to_dict
 from quest_deploy.errors import MissingDependencyError
 from quest_deploy.parity.ladder import make_ladder
 from quest_deploy.sampling import Step
@@ -113,6 +115,7 @@ class Rungs:
         self.root = root
         self.damage: dict[Path, Damage] = {}
         self.weights_only: set[str] = set()
+        self.merged: dict[str, tuple[LoraConfig, ...]] = {}
 
     def add(
         self,
@@ -122,7 +125,8 @@ class Rungs:
         stage: str = "model",
         recipe: str | None = None,
         made_from: Path | None = None,
-        **details: str,
+        loras: Sequence[LoraConfig] = (),
+        **details: Any,
     ) -> Path:
         path = self.root / name
         self.damage[path] = damage
@@ -130,7 +134,9 @@ class Rungs:
             self._fill(path)
             return path
         inputs = {} if made_from is None else {"source": self.digest(made_from)}
-        with write_artifact(path, stage=stage, config={"name": name}, inputs=inputs) as writer:
+        config = {"name": name, "loras": [to_dict(lora) for lora in loras]}
+        inputs |= {f"lora-{index}": hash_file(lora.path) for index, lora in enumerate(loras)}
+        with write_artifact(path, stage=stage, config=config, inputs=inputs) as writer:
             self._fill(writer.path)
             writer.details.update(details)
             if recipe is not None:
@@ -140,7 +146,10 @@ class Rungs:
     def digest(self, path: Path) -> str:
         return make_ladder(path, [], path)[0][0].digest
 
-    def load(self, path: Path, *, backend: str | None, weights_only: bool) -> StubPipeline:
+    def load(
+        self, path: Path, *, backend: str | None, weights_only: bool, loras: tuple[LoraConfig, ...]
+    ) -> StubPipeline:
+        self.merged[path.name] = loras
         self.weights_only |= {path.name} if weights_only else set()
         assert backend is None
         damage = self.damage[Path(path)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -48,20 +49,34 @@ def test_residual_and_transformer_blocks_are_parts_and_what_is_left_is_single(st
     assert not any(".attn1" in name or ".conv1" in name for name in names)
 
 
-@torch.no_grad()
 def test_parts_come_in_the_order_in_which_the_network_runs(
-    student: nn.Module, run: Callable[[], object]
+    quantize_tiny: Make, recorded: CalibrationSet
 ) -> None:
-    names = blocks.order(student, blocks.parts(student), run)
+    student, context = quantize_tiny(4, 4)
+    names = list(blocks.shapes_of(student, recorded, context))
     assert set(names) == set(blocks.parts(student))
     assert names[0] == "time_embedding.linear_1"
     assert names[-1] == "conv_out"
     assert names.index("conv_in") < names.index("down_blocks.0.resnets.0") < names.index(RESNET)
 
 
-def test_parts_that_are_not_run_are_left_out() -> None:
-    model = nn.ModuleDict({"used": nn.Linear(2, 2), "idle": nn.Linear(2, 2)})
-    assert blocks.order(model, ["idle", "used"], lambda: model["used"](torch.ones(1, 2))) == ["used"]
+def test_parts_that_are_not_run_are_left_out(quantize_tiny: Make, recorded: CalibrationSet) -> None:
+    student, context = quantize_tiny(4, 4)
+    student.idle = copy.deepcopy(student.get_submodule("conv_out"))
+    assert "idle" in blocks.parts(student)
+    assert "idle" not in blocks.shapes_of(student, recorded, context)
+
+
+@pytest.mark.parametrize("name", [RESNET, TRANSFORMER, "conv_out"])
+def test_shapes_are_those_of_the_samples(
+    quantize_tiny: Make, float_model: LoadedModel, recorded: CalibrationSet, name: str
+) -> None:
+    student, context = quantize_tiny(4, 4)
+    shapes = blocks.shapes_of(student, recorded, context)[name]
+    pairs = blocks.chosen_pairs(recorded, 4, 0)
+    samples = blocks.collect(student, float_model.denoiser, name, recorded, pairs)
+    per_sample = samples.size_bytes / samples.timestep.numel()
+    assert shapes.size_bytes / shapes.timestep.numel() == pytest.approx(per_sample)
 
 
 @pytest.mark.parametrize("name", [RESNET, TRANSFORMER, "conv_out"])

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from quest_deploy.config import FinetuneConfig
+from quest_deploy.model.load import LoadedModel
 from quest_deploy.quantize import estimate as module
+from quest_deploy.quantize.calibrate import CalibrationSet
 from quest_deploy.quantize.estimate import PartEstimate, Speed, estimate
+from quest_deploy.quantize.operands import (
+    AttentionBits,
+    any_operands,
+    collect_operands,
+    initialize_operands,
+)
 from quest_deploy.quantize.recipe import load_recipe
 
 
@@ -46,12 +55,72 @@ def test_the_checkpoint_has_the_size_that_was_told(
     assert found[0][-1].disk_bytes == pytest.approx(size, rel=0.25)
 
 
-@pytest.mark.thorough
-def test_what_would_take_long_is_counted(
-    tiny_model: Path, config: FinetuneConfig, monkeypatch: pytest.MonkeyPatch
+def test_attention_that_is_quantized_takes_more(
+    tiny_model: Path, config: FinetuneConfig, found: tuple[list[PartEstimate], Speed]
 ) -> None:
+    """Scores and probabilities that pass quantizers are kept for the gradients."""
+    recipe = dataclasses.replace(config.recipe, attention_bits=8)
+    both = dataclasses.replace(recipe, softmax_bits=8)
+    plain, scores, all_of_it = (
+        {part.part: part for part in parts}
+        for parts in (
+            found[0],
+            *(estimate(tiny_model, dataclasses.replace(config, recipe=one))[0] for one in (recipe, both)),
+        )
+    )
+    training = [name for name in plain if name.startswith("finetune")]
+    for name in training:
+        sizes = [parts[name].memory_bytes for parts in (plain, scores, all_of_it)]
+        assert sizes[0] < sizes[1] < sizes[2]
+    assert "collect attention operands" in scores and "collect attention operands" not in plain
+
+
+def test_operands_are_those_that_a_run_finds(
+    float_model: LoadedModel, recorded: CalibrationSet, config: FinetuneConfig
+) -> None:
+    recipe = dataclasses.replace(config.recipe, attention_bits=8, softmax_bits=8, softmax_max_keys=20)
+    samples = collect_operands(float_model.denoiser, recorded, prompts_per_step=1, values=64, seed=0)
+    bits = AttentionBits(operands=8, probabilities=True, max_keys=20)
+    wanted = set(initialize_operands(samples, bits, time_aware=True))
+    # Attentions over more keys have no codes in their second product.
+    count = Counter(name.rpartition(".")[2] for name in wanted)
+    assert 0 < count["value"] < count["query"]
+    assert set(any_operands(float_model.denoiser, recorded, recipe)) == wanted
+
+
+def test_parts_that_a_recipe_asks_for_are_told_of(tiny_model: Path, config: FinetuneConfig) -> None:
+    recipe = dataclasses.replace(
+        config.recipe, collapse_loss_db=0.1, text_encoder="w8a8", vae_decoder="int8-weight-only"
+    )
+    parts = {part.part: part for part in estimate(tiny_model, dataclasses.replace(config, recipe=recipe))[0]}
+    names = ("collapse timestep groups", "quantize text encoder", "quantize decoder")
+    assert list(parts)[-4:-1] == list(names)
+    assert all(parts[name].seconds > 0 and parts[name].memory_bytes > 0 for name in names)
+
+
+@pytest.fixture
+def no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Passes are counted, at so many operations a second."""
     monkeypatch.setattr(module, "LONGEST_MEASUREMENT_S", 0.0)
-    monkeypatch.setattr(module, "_products_per_second", lambda device: 1e6)
+    monkeypatch.setattr(module, "products_per_second", lambda device: 1e6)
+
+
+def test_adaround_takes_its_updates_and_its_own_memory(
+    tiny_model: Path, config: FinetuneConfig, no_clock: None
+) -> None:
+    found = []
+    for iterations in (10, 1010):
+        recipe = dataclasses.replace(config.recipe, initializer="adaround", adaround_iterations=iterations)
+        parts, speed = estimate(tiny_model, dataclasses.replace(config, recipe=recipe))
+        found.append({part.part: part for part in parts}["round weights"])
+    # Two steps of two prompts are eight samples, each of them half a pair.
+    assert found[1].seconds - found[0].seconds == pytest.approx(1000 * 4 * speed.update_s)
+    gptq = {part.part: part for part in estimate(tiny_model, config)[0]}["round weights"]
+    assert found[0].memory_bytes == found[1].memory_bytes > gptq.memory_bytes
+
+
+@pytest.mark.thorough
+def test_what_would_take_long_is_counted(tiny_model: Path, config: FinetuneConfig, no_clock: None) -> None:
     recipe = dataclasses.replace(config.recipe, memory_limit_gb=0.5, initializer="nearest")
     parts, speed = estimate(tiny_model, dataclasses.replace(config, recipe=recipe))
     assert not speed.measured

@@ -188,7 +188,9 @@ def test_the_memory_of_a_block_s_rounding_is_what_it_takes(
         layer.rounding = one.soft
     for count in (1, 12, 24):
         with PeakMemory() as memory:
-            adaround._error(part, given.batch(torch.arange(count)), context).backward()
+            adaround._update(part, given, context, rounding, 1.0, count, torch.arange(count), 10.0)
+        for one in rounding:
+            one.logits.grad = None
         assert memory.peak <= told.fixed + count * told.each <= 1.25 * memory.peak
 
 
@@ -240,10 +242,10 @@ def test_recording_keeps_the_limit_and_its_result(
     torch.testing.assert_close(found[1].targets, found[0].targets, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("initializer", ["gptq", "adaround"])
-def test_the_estimate_keeps_the_limit(float_model: LoadedModel, initializer: str) -> None:
+@pytest.mark.parametrize(("initializer", "room"), [("gptq", 4.5), ("adaround", 7.5)])
+def test_the_estimate_keeps_the_limit(float_model: LoadedModel, initializer: str, room: float) -> None:
     recipe = dataclasses.replace(RECIPE, initializer=initializer)
-    limit = limited(float_model, 4.5, recipe).memory_limit_gb
+    limit = limited(float_model, room, recipe).memory_limit_gb
     free, _ = estimate(float_model.path, dataclasses.replace(CONFIG, recipe=recipe))
     recipe = dataclasses.replace(recipe, memory_limit_gb=limit)
     bound, _ = estimate(float_model.path, dataclasses.replace(CONFIG, recipe=recipe))
