@@ -16,6 +16,7 @@ from quest_deploy.model.components import first_device
 from quest_deploy.model.load import LoadedModel
 from quest_deploy.quantize import adaround, auto_layers, blocks, collapse, gptq, operands, parts, static
 from quest_deploy.quantize.affine import search_weight_scale
+from quest_deploy.quantize.attention import OPERANDS
 from quest_deploy.quantize.calibrate import CalibrationSet
 from quest_deploy.quantize.initialize import initialize_layer
 from quest_deploy.quantize.insert import quantizable_layers
@@ -114,7 +115,7 @@ class Run:
 
 def attention_operands(run: Run) -> PartEstimate:
     """Where the scales of quantized attention start."""
-    count = len(operands.OPERANDS) * len(operands.attentions_of(run.model.denoiser))
+    count = len(OPERANDS) * len(operands.attentions_of(run.model.denoiser))
     kept = 4 * count * run.data.timesteps.numel() * (operands.VALUES_PER_STEP + 2)
     return PartEstimate(
         part="collect attention operands",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -315,7 +315,7 @@ def prompts_at_once(
     return limit_count(most, held, recipe.memory_limit_gb, forward_memory(model.denoiser, data))
 
 
-def size_bytes(tensors: Mapping[str, Tensor] | list[Tensor]) -> int:
+def size_bytes(tensors: Mapping[str, Tensor] | Sequence[Tensor]) -> int:
     """Of all of them together."""
     values = tensors.values() if isinstance(tensors, Mapping) else tensors
     return sum(tensor.numel() * tensor.element_size() for tensor in values)
