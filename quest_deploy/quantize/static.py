@@ -143,6 +143,7 @@ def latents_at_once(model: LoadedModel, recipe: Recipe) -> int:
     limit = recipe.memory_limit_gb
     if limit is None:
         return BATCH_PROMPTS
+    assert model.vae is not None
     return limit_count(BATCH_PROMPTS, held_bytes(model, model.vae), limit, decode_memory(model))
 
 
@@ -167,6 +168,7 @@ def decode_memory(model: LoadedModel) -> PassMemory:
 @torch.no_grad()
 def decode_shapes(model: LoadedModel, count: int) -> None:
     """Decode `count` latents without values."""
+    assert model.vae is not None
     bare = without_values(model.vae, static_context())
     VaeDecoder(bare)(torch.empty(count, *model.latent_shape, device=META))
 
@@ -297,10 +299,9 @@ def final_latents(model: LoadedModel, prompts: Sequence[str], config: FinetuneCo
 
     parts, at_once = [], BATCH_PROMPTS
     if config.recipe.memory_limit_gb is not None:
-        forward, held = (
-            forward_memory(model.denoiser, placeholder(model, config)),
-            held_bytes(model, model.vae),
-        )
+        assert model.vae is not None
+        forward = forward_memory(model.denoiser, placeholder(model, config))
+        held = held_bytes(model, model.vae)
         at_once = limit_count(at_once, held, config.recipe.memory_limit_gb, forward)
     for start in range(0, len(prompts), at_once):
         chunk = prompts[start : start + at_once]
