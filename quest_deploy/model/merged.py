@@ -39,6 +39,7 @@ def merged_loras(manifest: Manifest) -> MergedLoras | None:
 
     Exports and engines of an older quest-deploy do not tell.
     """
+    told: dict[str, Any]
     if manifest.stage == "checkpoint":
         inputs = manifest.inputs
         loras = [
