@@ -45,7 +45,7 @@ def merged_loras(manifest: Manifest) -> MergedLoras | None:
             {**lora, "sha256": inputs[f"lora-{index}"]}
             for index, lora in enumerate(manifest.config.get("loras", ()))
         ]
-        told = {"source": inputs.get("source"), "loras": loras}
+        told: dict[str, Any] = {"source": inputs.get("source"), "loras": loras}
     else:
         told = manifest.details.get(MERGED, {"loras": ()})
     if not told["loras"]:

@@ -16,6 +16,7 @@ from quest_deploy.model.components import first_device
 from quest_deploy.model.load import LoadedModel
 from quest_deploy.quantize import adaround, auto_layers, blocks, collapse, gptq, operands, parts, static
 from quest_deploy.quantize.affine import search_weight_scale
+from quest_deploy.quantize.attention import OPERANDS
 from quest_deploy.quantize.calibrate import CalibrationSet
 from quest_deploy.quantize.initialize import initialize_layer
 from quest_deploy.quantize.insert import quantizable_layers
@@ -114,7 +115,7 @@ class Run:
 
 def attention_operands(run: Run) -> PartEstimate:
     """Where the scales of quantized attention start."""
-    count = len(operands.OPERANDS) * len(operands.attentions_of(run.model.denoiser))
+    count = len(OPERANDS) * len(operands.attentions_of(run.model.denoiser))
     kept = 4 * count * run.data.timesteps.numel() * (operands.VALUES_PER_STEP + 2)
     return PartEstimate(
         part="collect attention operands",
@@ -134,15 +135,10 @@ def rounding(run: Run) -> PartEstimate:
 
 def _gptq(run: Run) -> tuple[float, int]:
     chunks = list(gptq.chunks(run.model.denoiser, list(run.layers)))
-    room = parts.hessian_room(run.model, run.data, run.recipe)
-    own = [some for names in chunks for some in gptq.chunks(run.model.denoiser, names, room)]
-    hessians = max((sum(_hessian_bytes(run.layers[name]) for name in names) for names in own), default=0)
+    plan = parts.plan_rounding(run.model, run.data, list(run.layers), run.recipe)
+    own = [some for names in chunks for some in gptq.chunks(run.model.denoiser, names, plan.room)]
     seconds = len(own) * run.shown * run.speed.forward_s + _rounding_seconds(run.layers, chunks)
-    return seconds, run.passes(parts.PROMPTS_PER_STEP, hessians)
-
-
-def _hessian_bytes(layer: Quantizable) -> int:
-    return 4 * int(layer.weight[0].numel()) ** 2
+    return seconds, plan.memory_bytes
 
 
 def _rounding_seconds(layers: Mapping[str, Quantizable], chunks: list[list[str]]) -> float:
@@ -174,7 +170,7 @@ def _adaround(run: Run) -> tuple[float, int]:
         adaround.plan(
             run.rounded.get_submodule(name),
             own,
-            samples,
+            run.data,
             run.context,
             held_bytes=run.held + adaround.own_bytes(run.rounded),
             forward=forward,

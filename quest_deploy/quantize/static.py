@@ -105,7 +105,8 @@ def quantize_companions(model: LoadedModel, config: FinetuneConfig) -> dict[str,
             )
     if recipe.vae_decoder is not None:
         assert model.family.autoencoder is not None
-        vae = copy.deepcopy(model.vae).to("cpu")
+        original: Any = model.vae
+        vae = copy.deepcopy(original).to("cpu")
         names = list(decoder_layers(vae))
         latents = final_latents(model, prompts[:MAX_IMAGES], config)
         runs = _decoding(vae, latents, latents_at_once(model, recipe))
@@ -136,10 +137,10 @@ def latents_at_once(model: LoadedModel, recipe: Recipe) -> int:
     Raises:
         ConfigError: not even one fits into the recipe's limit.
     """
-    limit = recipe.memory_limit_gb
-    if limit is None:
+    limit, vae = recipe.memory_limit_gb, model.vae
+    if limit is None or vae is None:
         return BATCH_PROMPTS
-    return limit_count(BATCH_PROMPTS, held_bytes(model, model.vae), limit, decode_memory(model))
+    return limit_count(BATCH_PROMPTS, held_bytes(model, vae), limit, decode_memory(model))
 
 
 def held_bytes(model: LoadedModel, component: nn.Module) -> int:
@@ -163,8 +164,8 @@ def decode_memory(model: LoadedModel) -> PassMemory:
 @torch.no_grad()
 def decode_shapes(model: LoadedModel, count: int) -> None:
     """Decode `count` latents without values."""
-    bare = without_values(model.vae, static_context())
-    VaeDecoder(bare)(torch.empty(count, *model.latent_shape, device=META))
+    vae: Any = model.vae
+    VaeDecoder(without_values(vae, static_context()))(torch.empty(count, *model.latent_shape, device=META))
 
 
 @torch.no_grad()
@@ -290,13 +291,10 @@ def final_latents(model: LoadedModel, prompts: Sequence[str], config: FinetuneCo
             name: value.expand(count, *value.shape[1:]).to(device) for name, value in conditioning.items()
         }
 
-    parts, at_once = [], BATCH_PROMPTS
-    if config.recipe.memory_limit_gb is not None:
-        forward, held = (
-            forward_memory(model.denoiser, placeholder(model, config)),
-            held_bytes(model, model.vae),
-        )
-        at_once = limit_count(at_once, held, config.recipe.memory_limit_gb, forward)
+    parts, at_once, limit, vae = [], BATCH_PROMPTS, config.recipe.memory_limit_gb, model.vae
+    if limit is not None and vae is not None:
+        forward = forward_memory(model.denoiser, placeholder(model, config))
+        at_once = limit_count(at_once, held_bytes(model, vae), limit, forward)
     for start in range(0, len(prompts), at_once):
         chunk = prompts[start : start + at_once]
         positive, negative = told_to(model, chunk, config.recipe.guidance_scale)
