@@ -39,14 +39,13 @@ def merged_loras(manifest: Manifest) -> MergedLoras | None:
 
     Exports and engines of an older quest-deploy do not tell.
     """
-    told: dict[str, Any]
     if manifest.stage == "checkpoint":
         inputs = manifest.inputs
         loras = [
             {**lora, "sha256": inputs[f"lora-{index}"]}
             for index, lora in enumerate(manifest.config.get("loras", ()))
         ]
-        told = {"source": inputs.get("source"), "loras": loras}
+        told: dict[str, Any] = {"source": inputs.get("source"), "loras": loras}
     else:
         told = manifest.details.get(MERGED, {"loras": ()})
     if not told["loras"]:

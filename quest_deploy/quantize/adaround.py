@@ -262,7 +262,7 @@ class Plan:
 def plan(
     part: nn.Module,
     shapes: Samples,
-    samples: int,
+    data: CalibrationSet,
     context: TimestepContext,
     *,
     held_bytes: int,
@@ -274,7 +274,7 @@ def plan(
     Args:
         part: With quantized layers.
         shapes: Of its samples, as `shapes_of` gives them.
-        samples: How many it has.
+        data: Recorded trajectories, or their shapes.
         context: Its layers'.
         held_bytes: What is in memory all the time.
         forward: Of a pass through the whole network.
@@ -283,11 +283,12 @@ def plan(
     Raises:
         ConfigError: not even one sample fits.
     """
+    samples, shown = count_samples(data), min(PROMPTS_PER_STEP, data.num_prompts)
     kept = shapes.size_bytes * samples // shapes.timestep.numel()
     # The place below, logits, their gradients and Adam's two moments.
     beside = kept + 5 * size_bytes(list(part.parameters()))
     memory = part_memory(part, shapes, context)
-    prompts = limit_count(PROMPTS_PER_STEP, held_bytes + kept, limit_gb, forward)
+    prompts = limit_count(shown, held_bytes + kept, limit_gb, forward)
     at_once = limit_count(min(BATCH_SIZE, samples), held_bytes + beside, limit_gb, memory)
     # Samples are there twice while those of all passes are joined.
     most = max(
@@ -300,7 +301,7 @@ def plan(
 
 def own_bytes(student: nn.Module) -> int:
     """Of the copy of the denoiser that is rounded, what its layers keep of their weights, and what is given back."""
-    weights = [layer.weight for layer in quantized_layers(student).values()]
+    weights: list[Tensor] = [layer.weight for layer in quantized_layers(student).values()]
     return size_bytes([*student.parameters(), *student.buffers()]) + 2 * size_bytes(weights)
 
 
@@ -356,7 +357,7 @@ def reconstruct(
                 own = plan(
                     part,
                     given,
-                    count_samples(data),
+                    data,
                     context,
                     held_bytes=held,
                     forward=forward,

@@ -29,6 +29,7 @@ from quest_deploy.quantize.layers import ActivationQuantizer, TimestepContext
 from quest_deploy.quantize.resume import Throttle, WorkDirectory
 from quest_deploy.quantize.select import AUTO, patterns
 from quest_deploy.quantize.sensitivity import (
+    BATCH_PAIRS,
     Pairs,
     choose_pairs,
     damage_between,
@@ -103,6 +104,7 @@ def measure_damages(
     guidance_scale: float,
     finished: Damages,
     after_layer: Callable[[int], None],
+    at_once: int = BATCH_PAIRS,
 ) -> None:
     """Quantize each layer alone, and add what that does to `finished`.
 
@@ -115,12 +117,13 @@ def measure_damages(
         guidance_scale: Of the noise prediction.
         finished: What was measured before; its layers are not measured again.
         after_layer: Told how many layers are done.
+        at_once: The most pairs that are run together.
     """
     context = TimestepContext(data.boundaries())
     handle = denoiser.register_forward_pre_hook(timestep_hook(context), with_kwargs=True)
     layers = quantizable_layers(denoiser)
     try:
-        reference = predict(denoiser, data, pairs, guidance_scale)
+        reference = predict(denoiser, data, pairs, guidance_scale, at_once)
         for done, (name, found) in enumerate(qparams.items(), start=1):
             if name not in finished:
                 layer = layers[name]
@@ -132,7 +135,7 @@ def measure_damages(
                     found.group_scale, found.qmin, found.qmax, row=found.row, channel_axis=channel_axis(layer)
                 ).to(device)
                 with quantized_alone(layer, weight, quantizer, context):
-                    prediction = predict(denoiser, data, pairs, guidance_scale)
+                    prediction = predict(denoiser, data, pairs, guidance_scale, at_once)
                 by_step = damage_between(reference, prediction, pairs.steps)["relative_error_by_step"]
                 finished[name] = torch.tensor(by_step, dtype=torch.float64)
             after_layer(done)
@@ -183,6 +186,7 @@ def choose_layers(
     config: FinetuneConfig,
     work: WorkDirectory,
     progress: Callable[[ProgressEvent], None],
+    at_once: int = BATCH_PAIRS,
 ) -> tuple[FinetuneConfig, dict[str, Any]]:
     """`config` with the names of layers in place of `auto`, and which they are, for the manifest.
 
@@ -195,6 +199,7 @@ def choose_layers(
         config: Its recipe, of which nothing is changed but the layers of phases.
         work: Where damages are kept, and found when the run is resumed.
         progress: Told how far it is.
+        at_once: The most pairs that are run together.
     """
     wanted = asked(config.recipe)
     if not wanted:
@@ -214,7 +219,7 @@ def choose_layers(
         training = data.num_prompts - config.recipe.validation_prompts
         pairs = dataclasses.replace(pairs, prompt=pairs.prompt % training)
         scale = config.recipe.guidance_scale
-        measure_damages(denoiser, data, qparams, rounded, pairs, scale, damages, after_layer)
+        measure_damages(denoiser, data, qparams, rounded, pairs, scale, damages, after_layer, at_once)
     # In module order, whatever order a file has them in.
     damages = {name: damages[name] for name in qparams}
     layers = quantizable_layers(denoiser)

@@ -67,6 +67,7 @@ def collapse_groups(
     *,
     limit_db: float,
     progress: Callable[[int, int], None] = lambda completed, total: None,
+    at_once: int = BATCH_PAIRS,
 ) -> Collapsed:
     """Give as many quantizers one scale as cost at most `limit_db` together.
 
@@ -77,6 +78,7 @@ def collapse_groups(
         prompts: int64 [p], the trajectories that judge.
         limit_db: How much of the noise SNR may be lost, in dB.
         progress: Told how many of how many measurements are done.
+        at_once: The most pairs that are run together.
     """
     steps = torch.linspace(0, data.timesteps.numel() - 1, min(STEPS, data.timesteps.numel())).round().long()
     pairs = Pairs(
@@ -84,10 +86,10 @@ def collapse_groups(
         step=steps.repeat_interleave(prompts.numel()),
         steps=steps.numel(),
     )
-    reference = _outputs(teacher, data, pairs)
+    reference = _outputs(teacher, data, pairs, at_once)
 
     def measured() -> float:
-        found = snr_db(reference, _outputs(student, data, pairs)).clamp(max=IDENTICAL_DB)
+        found = snr_db(reference, _outputs(student, data, pairs, at_once)).clamp(max=IDENTICAL_DB)
         return float(found.mean())
 
     quantizers = grouped(student)
@@ -128,8 +130,8 @@ def _apply(
         quantizer.set_group_scale(scales.max().reshape(1) if name in chosen else scales)
 
 
-def _outputs(denoiser: nn.Module, data: CalibrationSet, pairs: Pairs) -> Tensor:
+def _outputs(denoiser: nn.Module, data: CalibrationSet, pairs: Pairs, at_once: int) -> Tensor:
     """What the network says to all pairs, rows of guidance branches one after the other."""
-    chunks = zip(pairs.prompt.split(BATCH_PAIRS), pairs.step.split(BATCH_PAIRS), strict=True)
+    chunks = zip(pairs.prompt.split(at_once), pairs.step.split(at_once), strict=True)
     outputs = [run_pairs(denoiser, data, prompt, step) for prompt, step in chunks]
     return torch.cat(outputs, dim=1).flatten(0, 1)

@@ -135,15 +135,10 @@ def rounding(run: Run) -> PartEstimate:
 
 def _gptq(run: Run) -> tuple[float, int]:
     chunks = list(gptq.chunks(run.model.denoiser, list(run.layers)))
-    room = parts.hessian_room(run.model, run.data, run.recipe)
-    own = [some for names in chunks for some in gptq.chunks(run.model.denoiser, names, room)]
-    hessians = max((sum(_hessian_bytes(run.layers[name]) for name in names) for names in own), default=0)
+    plan = parts.plan_rounding(run.model, run.data, list(run.layers), run.recipe)
+    own = [some for names in chunks for some in gptq.chunks(run.model.denoiser, names, plan.room)]
     seconds = len(own) * run.shown * run.speed.forward_s + _rounding_seconds(run.layers, chunks)
-    return seconds, run.passes(parts.PROMPTS_PER_STEP, hessians)
-
-
-def _hessian_bytes(layer: Quantizable) -> int:
-    return 4 * int(layer.weight[0].numel()) ** 2
+    return seconds, plan.memory_bytes
 
 
 def _rounding_seconds(layers: Mapping[str, Quantizable], chunks: list[list[str]]) -> float:
@@ -175,7 +170,7 @@ def _adaround(run: Run) -> tuple[float, int]:
         adaround.plan(
             run.rounded.get_submodule(name),
             own,
-            samples,
+            run.data,
             run.context,
             held_bytes=run.held + adaround.own_bytes(run.rounded),
             forward=forward,

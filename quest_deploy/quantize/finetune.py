@@ -34,13 +34,19 @@ from quest_deploy.model.products import Products, float32_products
 from quest_deploy.model.spec import classes_of, family_of
 from quest_deploy.prompts import load_prompts
 from quest_deploy.quantize.attention import insert_attention
-from quest_deploy.quantize.auto_layers import choose_layers
+from quest_deploy.quantize.auto_layers import asked, choose_layers
 from quest_deploy.quantize.checkpoint import freeze, save_checkpoint
 from quest_deploy.quantize.collapse import collapse_groups
 from quest_deploy.quantize.fit import check_fit
 from quest_deploy.quantize.insert import LayerQParams, insert, quantizable_layers, share_quantizers
 from quest_deploy.quantize.layers import TimestepContext
-from quest_deploy.quantize.memory import prompts_at_once
+from quest_deploy.quantize.memory import (
+    forward_memory,
+    held_bytes,
+    limit_count,
+    prompts_at_once,
+    size_bytes,
+)
 from quest_deploy.quantize.operands import PROMPTS_PER_STEP, find_operands
 from quest_deploy.quantize.parallel import Workers, device_of, find_workers, place
 from quest_deploy.quantize.parts import Progress, find_scales, record, reporter, round_weights
@@ -48,6 +54,7 @@ from quest_deploy.quantize.phases import Inputs, train_phases
 from quest_deploy.quantize.resume import WorkDirectory, machine
 from quest_deploy.quantize.schedule import recording_config
 from quest_deploy.quantize.select import layer_bits
+from quest_deploy.quantize.sensitivity import BATCH_PAIRS
 from quest_deploy.quantize.split import find_concatenations, split_layers
 from quest_deploy.quantize.static import quantize_companions
 from quest_deploy.quantize.tables import insert_tables, make_context
@@ -221,8 +228,11 @@ def _quantize(
             at_once=prompts_at_once(model, data, recipe, PROMPTS_PER_STEP),
         )
         rounded, history = round_weights(model, data, qparams, config, work, progress)
+        pairs = BATCH_PAIRS
+        if asked(recipe):
+            pairs = prompts_at_once(model, data, recipe, pairs, size_bytes(rounded))
         config, chosen = choose_layers(
-            model.denoiser, trace.roles, data, qparams, rounded, config, work, progress
+            model.denoiser, trace.roles, data, qparams, rounded, config, work, progress, pairs
         )
     history |= chosen
     history["scheduler"] = str(recording_config(model, recipe.calibration_steps)["_class_name"])
@@ -252,13 +262,17 @@ def _collapse(inputs: Inputs, progress: Progress) -> dict[str, Any]:
     recipe, data = inputs.recipe, inputs.data
     if not recipe.collapse_loss_db:
         return {}
+    student = inputs.student
+    held = held_bytes(inputs.model, data, recipe) + size_bytes([*student.parameters(), *student.buffers()])
+    forward = forward_memory(student, data, inputs.context)
     found = collapse_groups(
-        inputs.student,
+        student,
         inputs.model.denoiser,
         data,
         torch.arange(data.num_prompts - recipe.validation_prompts, data.num_prompts),
         limit_db=recipe.collapse_loss_db,
         progress=reporter(progress, "collapse timestep groups"),
+        at_once=limit_count(BATCH_PAIRS, held, recipe.memory_limit_gb, forward),
     )
     return {"collapse": found.describe()}
 

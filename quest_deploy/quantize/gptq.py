@@ -44,15 +44,15 @@ def round_with_compensation(weight: Tensor, scale: Tensor, hessian: Tensor, bits
         The weight on its grid, [c_out, k].
     """
     columns = weight.shape[1]
-    given = hessian
-    hessian = hessian.to(torch.float64, copy=True)
-    dead = hessian.diagonal() <= 0
-    hessian.diagonal()[dead] = 1.0
-    hessian.diagonal().add_(DAMPING * hessian.diagonal().mean())
+    diagonal = hessian.diagonal().to(torch.float64, copy=True)
+    diagonal[diagonal <= 0] = 1.0
+    diagonal += DAMPING * diagonal.mean()
     # Columns that matter most are rounded first, while there is most left to compensate with.
-    order = hessian.diagonal().argsort(descending=True)
-    hessian = hessian[order][:, order]
-    factor = inverse_factor(hessian).to(torch.float32)
+    order = diagonal.argsort(descending=True)
+    damped = hessian[order][:, order].to(torch.float64)
+    damped.diagonal().copy_(diagonal[order])
+    factor = inverse_factor(damped).to(torch.float32)
+    del damped
     work = weight[:, order].clone()
     quantized = torch.empty_like(work)
     bounds = weight_bounds(bits)
@@ -71,7 +71,7 @@ def round_with_compensation(weight: Tensor, scale: Tensor, hessian: Tensor, bits
     result = torch.empty_like(quantized)
     result[:, order] = quantized
     nearest = fake_quantize(weight, scale[:, None], *bounds)
-    better = output_error(weight - result, given) < output_error(weight - nearest, given)
+    better = output_error(weight - result, hessian) < output_error(weight - nearest, hessian)
     return torch.where(better[:, None], result, nearest)
 
 
@@ -86,9 +86,20 @@ def inverse_factor(matrix: Tensor) -> Tensor:
     Args:
         matrix: [k, k], symmetric positive definite.
     """
-    lower = torch.linalg.cholesky(matrix.flip(0, 1))
+    upper = torch.linalg.cholesky(matrix.flip(0, 1)).flip(0, 1)
     identity = torch.eye(matrix.shape[0], dtype=matrix.dtype, device=matrix.device)
-    return torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+    return torch.linalg.solve_triangular(upper, identity, upper=True)
+
+
+def hessian_bytes(layer: Quantizable) -> int:
+    """Of X^T X over the layer's inputs."""
+    return 4 * layer.weight[0].numel() ** 2
+
+
+def rounding_bytes(layer: Quantizable) -> int:
+    """What `round_with_compensation` takes beside the layer and its Hessian, of which there are copies by turns."""
+    hessian, weight = hessian_bytes(layer), 4 * layer.weight.numel()
+    return max(9 * hessian + weight, 2 * hessian + 10 * weight)
 
 
 def count_patches(layer: Quantizable, x: Tensor) -> int:
@@ -134,14 +145,13 @@ def chunks(denoiser: nn.Module, names: Sequence[str], most_bytes: float | None =
     used = 0
     for name in names:
         layer = layers[name]
-        columns = layer.weight[0].numel()
-        if columns > MAX_COLUMNS or not has_patches(layer):
+        if layer.weight[0].numel() > MAX_COLUMNS or not has_patches(layer):
             continue
-        if chunk and used + 4 * columns**2 > most_bytes:
+        if chunk and used + hessian_bytes(layer) > most_bytes:
             yield chunk
             chunk, used = [], 0
         chunk.append(name)
-        used += 4 * columns**2
+        used += hessian_bytes(layer)
     if chunk:
         yield chunk
 

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import logging
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,10 +22,13 @@ from quest_deploy.quantize.insert import LayerQParams, quantizable_layers
 from quest_deploy.quantize.layers import Quantizable, TimestepContext
 from quest_deploy.quantize.memory import (
     GIGABYTE,
+    PassMemory,
     forward_memory,
     held_bytes,
+    limit_count,
     placeholder,
     prompts_at_once,
+    size_bytes,
 )
 from quest_deploy.quantize.resume import Throttle, WorkDirectory, flatten_qparams, unflatten_qparams
 from quest_deploy.quantize.schedule import recording_config
@@ -232,12 +236,12 @@ def compensate_errors(
 ) -> dict[str, Tensor]:
     """Weights rounded with error compensation, as many layers at a time as their Hessians leave memory for."""
     rounded: dict[str, Tensor] = {}
-    recipe, room = config.recipe, hessian_room(model, data, config.recipe)
-    at_once = prompts_at_once(model, data, recipe, PROMPTS_PER_STEP, 0 if room is None else int(room))
+    plan = plan_rounding(model, data, list(qparams), config.recipe)
+    at_once = plan.prompts
     together = [
         (f"rounded-{index:04d}" + (f"+{part:04d}" if part else ""), some, names)
         for index, names in enumerate(gptq.chunks(model.denoiser, list(qparams)))
-        for part, some in enumerate(gptq.chunks(model.denoiser, names, room))
+        for part, some in enumerate(gptq.chunks(model.denoiser, names, plan.room))
     ]
     for key, names, beside in together:
         saved = work.load(key)
@@ -269,18 +273,54 @@ def compensate_errors(
     return rounded
 
 
-def hessian_room(model: LoadedModel, data: CalibrationSet, recipe: Recipe) -> float | None:
-    """Bytes of Hessians that are gathered together: half of what the limit leaves beside a pass; None without one.
+@dataclass(frozen=True, kw_only=True)
+class RoundingPlan:
+    """How layers are rounded with error compensation.
 
-    Rounding, which comes after the passes, has the other half. One layer's Hessian is gathered in any case.
+    Attributes:
+        room: Bytes of Hessians that are gathered together; None means what `gptq.chunks` allows.
+        prompts: The most that are run together.
+        memory_bytes: The most at once, the model and what was recorded included.
     """
-    if recipe.memory_limit_gb is None:
-        return None
-    prompts_at_once(model, data, recipe, PROMPTS_PER_STEP)
-    held = held_bytes(model, data, recipe)
+
+    room: float | None
+    prompts: int
+    memory_bytes: int
+
+
+def plan_rounding(
+    model: LoadedModel, data: CalibrationSet, names: Sequence[str], recipe: Recipe
+) -> RoundingPlan:
+    """How the layers `names` are rounded within the limit; one layer's Hessian is gathered in any case.
+
+    Raises:
+        ConfigError: not even one prompt, or one layer, fits.
+    """
+    every = quantizable_layers(model.denoiser)
+    layers = [every[name] for chunk in gptq.chunks(model.denoiser, names) for name in chunk]
+    # The rounded weights of the layers that are done.
+    beside = size_bytes([layer.weight for layer in layers])
+    held = held_bytes(model, data, recipe) + beside
+    largest = max(map(gptq.hessian_bytes, layers), default=0)
+    copies = PassMemory(fixed=0, each=max(map(gptq.rounding_bytes, layers), default=0))
+    limit, room = recipe.memory_limit_gb, None
+    if limit is not None:
+        limit_count(1, held + largest, limit, copies)
+        forward = forward_memory(model.denoiser, data)
+        left = limit * GIGABYTE - held
+        # Half of what a pass leaves, so that several prompts go through it.
+        room = min((left - forward.fixed - forward.each) / 2, left - copies.each, gptq.MAX_HESSIAN_BYTES)
+        room = max(room, largest)
+    chunks = (
+        some
+        for chunk in gptq.chunks(model.denoiser, names)
+        for some in gptq.chunks(model.denoiser, chunk, room)
+    )
+    hessians = max((sum(gptq.hessian_bytes(every[name]) for name in some) for some in chunks), default=0)
+    prompts = prompts_at_once(model, data, recipe, PROMPTS_PER_STEP, beside + hessians)
     forward = forward_memory(model.denoiser, data)
-    left = recipe.memory_limit_gb * GIGABYTE - held - forward.fixed - forward.each
-    return max(0.0, min(left / 2, gptq.MAX_HESSIAN_BYTES))
+    most = max(forward.fixed + forward.each * min(prompts, data.num_prompts), copies.each)
+    return RoundingPlan(room=room, prompts=prompts, memory_bytes=held + hessians + most)
 
 
 def _seen_bytes(model: LoadedModel, data: CalibrationSet, names: Sequence[str]) -> int:

@@ -65,9 +65,15 @@ def run_pairs(denoiser: nn.Module, data: CalibrationSet, prompt: Tensor, step: T
     return output.unflatten(0, (-1, prompt.numel()))
 
 
-def predict(denoiser: nn.Module, data: CalibrationSet, pairs: Pairs, guidance_scale: float) -> Tensor:
-    """The guided noise prediction of all pairs, [s * p, c, h, w]."""
-    chunks = zip(pairs.prompt.split(BATCH_PAIRS), pairs.step.split(BATCH_PAIRS), strict=True)
+def predict(
+    denoiser: nn.Module,
+    data: CalibrationSet,
+    pairs: Pairs,
+    guidance_scale: float,
+    at_once: int = BATCH_PAIRS,
+) -> Tensor:
+    """The guided noise prediction of all pairs, at most `at_once` of them run together, [s * p, c, h, w]."""
+    chunks = zip(pairs.prompt.split(at_once), pairs.step.split(at_once), strict=True)
     outputs = torch.cat([run_pairs(denoiser, data, prompt, step) for prompt, step in chunks], dim=1)
     return sampling.guide(outputs.flatten(0, 1), guidance_scale) if outputs.shape[0] == 2 else outputs[0]
 

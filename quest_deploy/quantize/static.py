@@ -140,11 +140,10 @@ def latents_at_once(model: LoadedModel, recipe: Recipe) -> int:
     Raises:
         ConfigError: not even one fits into the recipe's limit.
     """
-    limit = recipe.memory_limit_gb
-    if limit is None:
+    limit, vae = recipe.memory_limit_gb, model.vae
+    if limit is None or vae is None:
         return BATCH_PROMPTS
-    assert model.vae is not None
-    return limit_count(BATCH_PROMPTS, held_bytes(model, model.vae), limit, decode_memory(model))
+    return limit_count(BATCH_PROMPTS, held_bytes(model, vae), limit, decode_memory(model))
 
 
 def held_bytes(model: LoadedModel, component: nn.Module) -> int:

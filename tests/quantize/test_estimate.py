@@ -105,9 +105,7 @@ def no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "products_per_second", lambda device: 1e6)
 
 
-def test_adaround_takes_its_updates_and_its_own_memory(
-    tiny_model: Path, config: FinetuneConfig, no_clock: None
-) -> None:
+def test_adaround_takes_its_updates(tiny_model: Path, config: FinetuneConfig, no_clock: None) -> None:
     found = []
     for iterations in (10, 1010):
         recipe = dataclasses.replace(config.recipe, initializer="adaround", adaround_iterations=iterations)
@@ -115,8 +113,6 @@ def test_adaround_takes_its_updates_and_its_own_memory(
         found.append({part.part: part for part in parts}["round weights"])
     # Two steps of two prompts are eight samples, each of them half a pair.
     assert found[1].seconds - found[0].seconds == pytest.approx(1000 * 4 * speed.update_s)
-    gptq = {part.part: part for part in estimate(tiny_model, config)[0]}["round weights"]
-    assert found[0].memory_bytes == found[1].memory_bytes > gptq.memory_bytes
 
 
 @pytest.mark.thorough

@@ -18,8 +18,10 @@ from quest_deploy.model.components import TextEncoder, VaeDecoder
 from quest_deploy.model.conditioning import tokenize
 from quest_deploy.model.families import TextPart
 from quest_deploy.model.load import LoadedModel
+from quest_deploy.quantize import static
 from quest_deploy.quantize.checkpoint import freeze, load_checkpoint, save_checkpoint
 from quest_deploy.quantize.insert import quantizable_layers, quantized_layers
+from quest_deploy.quantize.memory import GIGABYTE
 from quest_deploy.quantize.recipe import load_recipe
 from quest_deploy.quantize.static import final_latents, quantize_companions
 
@@ -160,3 +162,27 @@ def test_a_checkpoint_holds_quantized_components(
     loaded = load_checkpoint(path)
     got, expected = answers(loaded.text_encoder, loaded.vae), answers(**companions)
     assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+def test_latents_are_decoded_within_the_limit_with_the_same_scales(
+    float_model: LoadedModel,
+) -> None:
+    vae = float_model.vae
+    assert vae is not None
+    each = static.decode_memory(float_model)
+    needed = static.held_bytes(float_model, vae) + each.fixed + 3.5 * each.each
+    recipe = dataclasses.replace(config().recipe, memory_limit_gb=needed / GIGABYTE)
+    assert static.latents_at_once(float_model, recipe) == 3
+    assert static.latents_at_once(float_model, dataclasses.replace(recipe, memory_limit_gb=None)) == 8
+    latents = torch.randn(5, *float_model.latent_shape)
+    layers = static.decoder_layers(vae)
+    whole, chunked = (
+        static._collect(layers, static._decoding(vae, latents, at_once), 0) for at_once in (8, 3)
+    )
+    counts: list[int] = []
+    handle = vae.decoder.register_forward_pre_hook(lambda module, args: counts.append(len(args[0])))
+    static._collect(layers, static._decoding(vae, latents, 3), 0)
+    handle.remove()
+    assert counts == [3, 2]
+    for name, rows in whole.items():
+        torch.testing.assert_close(chunked[name], rows, rtol=1e-4, atol=1e-5)
