@@ -20,6 +20,7 @@ from typing import Any
 
 from quest_deploy.errors import ArtifactError
 from quest_deploy.files import (
+    check_place,
     check_writable,
     hash_directory,
     hash_file,
@@ -196,8 +197,9 @@ def check_output(output: Path, *, stage: str, overwrite: bool = False) -> None:
 
     Raises:
         ArtifactError: it is a file, holds files that are not of an artifact of this stage, exists without
-            `overwrite`, or lies where nothing can be written.
+            `overwrite`, or lies where no directory can be made.
     """
+    check_place(Path(output))
     check_writable(Path(output))
     with storage_errors(output):
         if not os.path.lexists(output) or (output.is_dir() and not any(output.iterdir())):

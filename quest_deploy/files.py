@@ -75,14 +75,40 @@ def storage_errors(path: Path) -> Iterator[None]:
         raise
 
 
+def check_place(output: Path) -> None:
+    """Find out before hours of work that a directory cannot be renamed to `output`, or not be found there then.
+
+    Raises:
+        ArtifactError: `output` is a mount point, holds the working directory, or a part of it is a link to nothing or
+            no directory.
+    """
+    with storage_errors(output):
+        resolved, working = Path(os.path.realpath(output)), Path.cwd()
+    for part in (output, *output.parents):
+        if os.path.islink(part) and not os.path.exists(part):
+            raise ArtifactError(
+                f"'{part}' is a symbolic link to nothing (or to itself); remove it, or choose another output"
+            )
+        if part.name == ".." and not os.path.isdir(part.parent):
+            raise ArtifactError(
+                f"output '{output}' goes through '{part.parent}', which is no directory; give the path without it"
+            )
+    if os.path.ismount(resolved):
+        raise ArtifactError(f"output '{output}' is a mount point; give a directory inside it")
+    if resolved in (working, *working.parents):
+        raise ArtifactError(
+            f"output '{output}' is or holds the working directory, which would be replaced; give a directory inside it"
+        )
+
+
 def check_writable(output: Path) -> None:
     """Find out before hours of work, and not after, that the result cannot be written.
 
     Raises:
         ArtifactError: `output` lies below a file, on a read-only file system, or where this user may not write.
     """
-    resolved = output.resolve()
-    folder = next(parent for parent in resolved.parents if parent.exists())
+    resolved = Path(os.path.realpath(output))
+    folder = next((parent for parent in resolved.parents if parent.exists()), resolved)
     if not folder.is_dir():
         code = errno.ENOTDIR
     elif os.statvfs(folder).f_flag & os.ST_RDONLY:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -84,6 +85,47 @@ def test_output_below_a_file_is_refused_before_the_body_runs(tmp_path: Path, out
     (tmp_path / "file").write_text("x")
     with pytest.raises(ArtifactError, match=r"file': a part of the path is a file, expected a directory"):
         check_output(tmp_path / output, stage="onnx")
+
+
+def test_mount_point_as_output_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing can be renamed to it, which showed only after the work."""
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path / "volume")
+    (tmp_path / "volume").mkdir()
+    with pytest.raises(ArtifactError, match="volume' is a mount point; give a directory inside it"):
+        check_output(tmp_path / "volume", stage="onnx")
+    check_output(tmp_path / "volume" / "a", stage="onnx")
+
+
+def test_root_directory_as_output_is_refused() -> None:
+    with pytest.raises(ArtifactError, match="output '/' is a mount point"):
+        check_output(Path("/"), stage="onnx")
+
+
+@pytest.mark.parametrize("target", ["link", "missing"], ids=["loop", "dangling"])
+@pytest.mark.parametrize("output", ["link", "link/a"])
+def test_link_to_nothing_as_output_is_refused(tmp_path: Path, target: str, output: str) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / target)
+    with pytest.raises(ArtifactError, match="link' is a symbolic link to nothing"):
+        check_output(tmp_path / output, stage="onnx")
+
+
+@pytest.mark.parametrize("output", [".", ".."])
+def test_working_directory_as_output_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str
+) -> None:
+    """Its replacement would leave the shell in a deleted directory, where '.' is not the result."""
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "a" / "b")
+    with pytest.raises(ArtifactError, match=f"output '{output}' is or holds the working directory"):
+        check_output(Path(output), stage="onnx")
+
+
+def test_output_through_a_missing_directory_is_refused(tmp_path: Path) -> None:
+    """Only resolved it is a place: once written, it is not found by the name that was given."""
+    (tmp_path / "there").mkdir()
+    check_output(tmp_path / "there" / ".." / "x", stage="onnx")
+    with pytest.raises(ArtifactError, match="goes through '.*/missing', which is no directory"):
+        check_output(tmp_path / "missing" / ".." / "x", stage="onnx")
 
 
 def test_output_is_checked_before_the_body_runs(tmp_path: Path) -> None:
