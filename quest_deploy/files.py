@@ -267,6 +267,15 @@ def write_json(path: Path, value: Any) -> None:
             raise
 
 
+def sync(path: Path) -> None:
+    """Return when a file, or the list of a directory's files, has reached the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def read_json(path: Path) -> Any:
     """Parse a JSON file; corrupt or truncated input is an :class:`ArtifactError` that says where."""
     with storage_errors(path):

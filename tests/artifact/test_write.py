@@ -128,6 +128,25 @@ def test_output_through_a_missing_directory_is_refused(tmp_path: Path) -> None:
         check_output(tmp_path / "missing" / ".." / "x", stage="onnx")
 
 
+@pytest.mark.parametrize("output", ["images", "unet/images"])
+def test_output_inside_an_artifact_is_refused(tmp_path: Path, output: str) -> None:
+    """A file that its manifest does not list would make the whole artifact unusable."""
+    path = make(tmp_path / "onnx")
+    with pytest.raises(ArtifactError, match=f"lies in '{path}', which has a manifest.json; choose"):
+        check_output(path / output, stage="images")
+
+
+def test_output_inside_a_model_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text("{}")
+    with pytest.raises(ArtifactError, match=f"lies in '{tmp_path}', which has a model_index.json; choose"):
+        check_output(tmp_path / "unet" / "images", stage="images")
+
+
+def test_output_beside_the_manifest_of_a_web_page_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text('{"name": "page", "icons": []}')
+    check_output(tmp_path / "models" / "onnx", stage="onnx")
+
+
 def test_output_is_checked_before_the_body_runs(tmp_path: Path) -> None:
     make(tmp_path / "a")
     with pytest.raises(ArtifactError), write_artifact(tmp_path / "a", stage="onnx", config=CONFIG):
@@ -204,3 +223,18 @@ def test_killed_between_the_two_renames_gets_the_old_artifact_back(tmp_path: Pat
     with pytest.raises(RuntimeError):
         fail_inside(tmp_path / "a", RuntimeError())
     assert (read_artifact(tmp_path / "a").path / "unet" / "model.onnx").read_text() == "old"
+
+
+@pytest.mark.parametrize("left", ["replaced", "partial"])
+def test_what_another_output_left_is_not_taken_for_a_pattern(tmp_path: Path, left: str) -> None:
+    other = tmp_path / f".a1.{left}-0"
+    make(other)
+    make(tmp_path / "a[12]")
+    make(tmp_path / "a?")
+    assert names(tmp_path) == [other.name, "a?", "a[12]"]
+
+
+def test_what_a_name_like_a_pattern_left_is_removed(tmp_path: Path) -> None:
+    make(tmp_path / ".a[1].partial-0")
+    make(tmp_path / "a[1]")
+    assert names(tmp_path) == ["a[1]"]
