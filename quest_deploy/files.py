@@ -181,10 +181,13 @@ def is_hidden(name: str) -> bool:
     return any(part.startswith(".") for part in name.split("/"))
 
 
-def digest_cache_path() -> Path:
-    """Where digests are remembered, by the XDG base directory specification."""
+def digest_cache_path() -> Path | None:
+    """Where digests are remembered, by the XDG base directory specification; None for a user without a home."""
     root = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(root) if os.path.isabs(root) else Path.home() / ".cache") / "quest-deploy" / "digests.json"
+    if not os.path.isabs(root):
+        root = os.path.expanduser("~/.cache")
+    # A user without a name, as in many containers, leaves the "~" as it is.
+    return Path(root) / "quest-deploy" / "digests.json" if os.path.isabs(root) else None
 
 
 class DigestCache:
@@ -223,13 +226,13 @@ def remembered_digests() -> Iterator[DigestCache]:
     path = digest_cache_path()
     known: dict[str, str] = {}
     try:
-        content = read_json(path)
+        content = {} if path is None else read_json(path)
         known = {key: value for key, value in content.items() if isinstance(value, str) and len(value) == 64}
     except (ArtifactError, AttributeError) as error:
         logger.debug("no remembered digests: %s", error)
     cache = DigestCache(known)
     yield cache
-    if cache.changed:
+    if cache.changed and path is not None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, dict(list(known.items())[-CACHE_ENTRIES:]))
