@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import glob
 import logging
 import os
 import re
@@ -20,6 +21,7 @@ from typing import Any
 
 from quest_deploy.errors import ArtifactError
 from quest_deploy.files import (
+    check_place,
     check_writable,
     hash_directory,
     hash_file,
@@ -30,6 +32,7 @@ from quest_deploy.files import (
     remembered_digests,
     storage_error,
     storage_errors,
+    sync,
     write_json,
 )
 from quest_deploy.foreign import (
@@ -196,9 +199,11 @@ def check_output(output: Path, *, stage: str, overwrite: bool = False) -> None:
 
     Raises:
         ArtifactError: it is a file, holds files that are not of an artifact of this stage, exists without
-            `overwrite`, or lies where nothing can be written.
+            `overwrite`, lies in an artifact or model, or lies where no directory can be made.
     """
+    check_place(Path(output))
     check_writable(Path(output))
+    _check_outside(output)
     with storage_errors(output):
         if not os.path.lexists(output) or (output.is_dir() and not any(output.iterdir())):
             return
@@ -234,6 +239,20 @@ def check_output(output: Path, *, stage: str, overwrite: bool = False) -> None:
             f"output '{output}' also holds '{foreign[0]}', which is not part of the artifact; move it away "
             "first, so that --overwrite deletes nothing of yours"
         )
+
+
+def _check_outside(output: Path) -> None:
+    """Refuse an output inside an artifact or a model, which would no longer be what its hash says."""
+    for parent in Path(output).resolve().parents:
+        found = [name for name in (MANIFEST_NAME, MODEL_INDEX_NAME) if (parent / name).is_file()]
+        kind = None
+        # Web pages and browsers' extensions have a manifest.json, too.
+        with contextlib.suppress(ArtifactError):
+            kind = stage_of(parent) if found else None
+        if kind is not None:
+            raise ArtifactError(
+                f"output '{output}' lies in '{parent}', which has a {found[0]}; choose a directory outside of it"
+            )
 
 
 @contextlib.contextmanager
@@ -285,7 +304,7 @@ def write_artifact(
                 files=_seal(temporary),
             )
             write_json(temporary / MANIFEST_NAME, asdict(manifest))
-            _sync(temporary)
+            sync(temporary)
             check_output(output, stage=stage, overwrite=overwrite)
             _replace(temporary, output)
         except Exception as error:
@@ -318,9 +337,8 @@ def _temporary_sibling(output: Path) -> Iterator[Path]:
         # In here: a Ctrl-C may come as soon as the directory is there.
         temporary.mkdir()
         handle = os.open(temporary, os.O_RDONLY)
-        with contextlib.suppress(
-            OSError
-        ):  # some network file systems lock no directories: nothing sweeps there
+        # Some network file systems lock no directories: nothing sweeps there.
+        with contextlib.suppress(OSError):
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield temporary
     finally:
@@ -331,12 +349,13 @@ def _temporary_sibling(output: Path) -> Iterator[Path]:
 
 def _sweep(output: Path) -> None:
     """Remove what dead processes left beside `output`; what is locked belongs to a living one."""
-    for replaced in output.parent.glob(f".{output.name}.replaced-*"):
+    prefix = f".{glob.escape(output.name)}"
+    for replaced in output.parent.glob(f"{prefix}.replaced-*"):
         if output.exists():
             shutil.rmtree(replaced, ignore_errors=True)
         else:
             os.rename(replaced, output)  # killed between the two renames of _replace: this is the only copy
-    for temporary in output.parent.glob(f".{output.name}.partial-*"):
+    for temporary in output.parent.glob(f"{prefix}.partial-*"):
         handle = os.open(temporary, os.O_RDONLY)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -356,17 +375,9 @@ def _seal(path: Path) -> dict[str, FileEntry]:
         file = path / name
         if file.is_symlink():
             raise ArtifactError(f"'{name}' is a symbolic link; an artifact holds plain files only")
-        _sync(file)
+        sync(file)
         files[name] = FileEntry(sha256=hash_file(file), size_bytes=file.stat().st_size)
     return files
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _replace(temporary: Path, output: Path) -> None:
@@ -382,4 +393,4 @@ def _replace(temporary: Path, output: Path) -> None:
         shutil.rmtree(replaced, ignore_errors=True)
     else:
         os.rename(temporary, output)
-    _sync(output.parent)
+    sync(output.parent)

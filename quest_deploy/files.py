@@ -75,14 +75,40 @@ def storage_errors(path: Path) -> Iterator[None]:
         raise
 
 
+def check_place(output: Path) -> None:
+    """Find out before hours of work that a directory cannot be renamed to `output`, or not be found there then.
+
+    Raises:
+        ArtifactError: `output` is a mount point, holds the working directory, or a part of it is a link to nothing or
+            no directory.
+    """
+    with storage_errors(output):
+        resolved, working = Path(os.path.realpath(output)), Path.cwd()
+    for part in (output, *output.parents):
+        if os.path.islink(part) and not os.path.exists(part):
+            raise ArtifactError(
+                f"'{part}' is a symbolic link to nothing (or to itself); remove it, or choose another output"
+            )
+        if part.name == ".." and not os.path.isdir(part.parent):
+            raise ArtifactError(
+                f"output '{output}' goes through '{part.parent}', which is no directory; give the path without it"
+            )
+    if os.path.ismount(resolved):
+        raise ArtifactError(f"output '{output}' is a mount point; give a directory inside it")
+    if resolved in (working, *working.parents):
+        raise ArtifactError(
+            f"output '{output}' is or holds the working directory, which would be replaced; give a directory inside it"
+        )
+
+
 def check_writable(output: Path) -> None:
     """Find out before hours of work, and not after, that the result cannot be written.
 
     Raises:
         ArtifactError: `output` lies below a file, on a read-only file system, or where this user may not write.
     """
-    resolved = output.resolve()
-    folder = next(parent for parent in resolved.parents if parent.exists())
+    resolved = Path(os.path.realpath(output))
+    folder = next((parent for parent in resolved.parents if parent.exists()), resolved)
     if not folder.is_dir():
         code = errno.ENOTDIR
     elif os.statvfs(folder).f_flag & os.ST_RDONLY:
@@ -155,10 +181,13 @@ def is_hidden(name: str) -> bool:
     return any(part.startswith(".") for part in name.split("/"))
 
 
-def digest_cache_path() -> Path:
-    """Where digests are remembered, by the XDG base directory specification."""
+def digest_cache_path() -> Path | None:
+    """Where digests are remembered, by the XDG base directory specification; None for a user without a home."""
     root = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(root) if os.path.isabs(root) else Path.home() / ".cache") / "quest-deploy" / "digests.json"
+    if not os.path.isabs(root):
+        root = os.path.expanduser("~/.cache")
+    # A user without a name, as in many containers, leaves the "~" as it is.
+    return Path(root) / "quest-deploy" / "digests.json" if os.path.isabs(root) else None
 
 
 class DigestCache:
@@ -197,13 +226,13 @@ def remembered_digests() -> Iterator[DigestCache]:
     path = digest_cache_path()
     known: dict[str, str] = {}
     try:
-        content = read_json(path)
+        content = {} if path is None else read_json(path)
         known = {key: value for key, value in content.items() if isinstance(value, str) and len(value) == 64}
     except (ArtifactError, AttributeError) as error:
         logger.debug("no remembered digests: %s", error)
     cache = DigestCache(known)
     yield cache
-    if cache.changed:
+    if cache.changed and path is not None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, dict(list(known.items())[-CACHE_ENTRIES:]))
@@ -239,6 +268,15 @@ def write_json(path: Path, value: Any) -> None:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
             raise
+
+
+def sync(path: Path) -> None:
+    """Return when a file, or the list of a directory's files, has reached the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def read_json(path: Path) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import json
 import logging
 import os
@@ -17,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 import click
 
@@ -73,6 +74,7 @@ def verb(*, when_interrupted: str = NOTHING_LEFT) -> Callable[[Callable[..., Res
         def command(*, as_json: bool, verbose: bool, **options: Any) -> None:
             started = time.monotonic()
             failure: tuple[str, str, int] | None = None
+            _escape_what_streams_cannot_encode()
             with _standard_output_for_the_result(), _terminated_as_exception(), _logs_on_stderr(verbose):
                 try:
                     result = body(**options)
@@ -81,23 +83,56 @@ def verb(*, when_interrupted: str = NOTHING_LEFT) -> Callable[[Callable[..., Res
                 except (Exception, KeyboardInterrupt, Terminated) as error:
                     failure = _explain(error, when_interrupted)
                     if verbose:
-                        traceback.print_exc()
+                        with contextlib.suppress(OSError):
+                            traceback.print_exc()
             if failure is not None:
                 kind, message, code = failure
-                click.echo(f"Error: {message}" if code == ERROR else message, err=True)
+                _print(f"Error: {message}" if code == ERROR else message, err=True)
                 if as_json:
-                    click.echo(json.dumps({"error": {"type": kind, "message": message}}))
+                    _print(json.dumps({"error": {"type": kind, "message": message}}))
                 sys.exit(code)
             if as_json:
                 seconds = round(time.monotonic() - started, 3)
-                click.echo(json.dumps({**result.data, "seconds": seconds}, ensure_ascii=False))
+                refused = _print(json.dumps({**result.data, "seconds": seconds}, ensure_ascii=False))
             else:
-                click.echo(result.text)
+                refused = _print(result.text)
+            if refused is not None:
+                message = (
+                    f"Error: the result cannot be written to standard output ({refused.strerror}); send it elsewhere. "
+                    "A directory that was to be made is there, whole"
+                )
+                _print(message, err=True)
+                sys.exit(ERROR)
+            _print("", err=True, nl=False)  # what the log left in the buffer
             sys.exit(result.exit_code)
 
         return command
 
     return decorate
+
+
+def _escape_what_streams_cannot_encode() -> None:
+    """Let names and prompts be printed whatever encoding the streams have, as Python does for standard error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _print(text: str, *, err: bool = False, nl: bool = True) -> OSError | None:
+    """Write to standard output or error; what the operating system says where it refuses.
+
+    A reader that closed its end of standard output, such as `head`, is left to click.
+    """
+    try:
+        click.echo(text, err=err, nl=nl)
+    except OSError as error:
+        if isinstance(error, BrokenPipeError) and not err:
+            raise
+        # What is left in the buffer Python would try to write again at the end, and exit with 120.
+        with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), (sys.stderr if err else sys.stdout).fileno())
+        return error
+    return None
 
 
 def _explain(error: BaseException, when_interrupted: str) -> tuple[str, str, int]:
@@ -146,10 +181,16 @@ def _terminated_as_exception() -> Iterator[None]:
 
 
 class _StderrHandler(logging.Handler):
-    """Writes to whatever sys.stderr is at the time: a progress bar puts itself in its place."""
+    """Writes to whatever sys.stderr is at the time: a progress bar puts itself in its place.
+
+    A line that cannot be written, on a full disk for one, ends no work.
+    """
 
     def emit(self, record: logging.LogRecord) -> None:
-        sys.stderr.write(self.format(record) + "\n")
+        stream: TextIO | None = sys.stderr  # None where it was closed before Python started
+        if stream is not None:
+            with contextlib.suppress(OSError):
+                stream.write(self.format(record) + "\n")
 
 
 @contextlib.contextmanager

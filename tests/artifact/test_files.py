@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import pwd
 import subprocess
 import time
 from pathlib import Path
@@ -66,16 +67,16 @@ def test_change_right_after_a_read_is_seen(tmp_path: Path) -> None:
         read_artifact(path)
 
 
-def test_digest_of_a_young_file_is_not_remembered(tmp_path: Path) -> None:
+def test_digest_of_a_young_file_is_not_remembered(tmp_path: Path, cache_home: Path) -> None:
     read_artifact(make(tmp_path / "a"))
-    assert not files.digest_cache_path().exists()
+    assert names(cache_home) == []
 
 
 @pytest.mark.parametrize("content", ["{", "[1]", '{"1:2:3:4:5": 7}', "\x00"])
-def test_corrupt_digest_cache_is_ignored(tmp_path: Path, content: str) -> None:
+def test_corrupt_digest_cache_is_ignored(tmp_path: Path, cache_home: Path, content: str) -> None:
     path = make(tmp_path / "a")
-    files.digest_cache_path().parent.mkdir(parents=True)
-    files.digest_cache_path().write_text(content)
+    (cache_home / "quest-deploy").mkdir()
+    (cache_home / "quest-deploy" / "digests.json").write_text(content)
     read_artifact(path)
 
 
@@ -84,6 +85,22 @@ def test_unusable_cache_directory_is_ignored(tmp_path: Path, cache_home: Path) -
     path = make(tmp_path / "a")
     age(path)
     read_artifact(path)
+
+
+def test_user_without_a_home_has_no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container's user may have neither HOME nor an entry in /etc/passwd."""
+
+    def find_nobody(uid: int) -> pwd.struct_passwd:
+        raise KeyError(uid)
+
+    path = make(tmp_path / "a")
+    age(path)
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", find_nobody)
+    monkeypatch.chdir(tmp_path)
+    read_artifact(path)
+    assert (files.digest_cache_path(), names(tmp_path)) == (None, ["a"])
 
 
 def age(path: Path) -> None:

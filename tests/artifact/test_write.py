@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -86,6 +87,66 @@ def test_output_below_a_file_is_refused_before_the_body_runs(tmp_path: Path, out
         check_output(tmp_path / output, stage="onnx")
 
 
+def test_mount_point_as_output_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing can be renamed to it, which showed only after the work."""
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path / "volume")
+    (tmp_path / "volume").mkdir()
+    with pytest.raises(ArtifactError, match="volume' is a mount point; give a directory inside it"):
+        check_output(tmp_path / "volume", stage="onnx")
+    check_output(tmp_path / "volume" / "a", stage="onnx")
+
+
+def test_root_directory_as_output_is_refused() -> None:
+    with pytest.raises(ArtifactError, match="output '/' is a mount point"):
+        check_output(Path("/"), stage="onnx")
+
+
+@pytest.mark.parametrize("target", ["link", "missing"], ids=["loop", "dangling"])
+@pytest.mark.parametrize("output", ["link", "link/a"])
+def test_link_to_nothing_as_output_is_refused(tmp_path: Path, target: str, output: str) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / target)
+    with pytest.raises(ArtifactError, match="link' is a symbolic link to nothing"):
+        check_output(tmp_path / output, stage="onnx")
+
+
+@pytest.mark.parametrize("output", [".", ".."])
+def test_working_directory_as_output_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str
+) -> None:
+    """Its replacement would leave the shell in a deleted directory, where '.' is not the result."""
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "a" / "b")
+    with pytest.raises(ArtifactError, match=f"output '{output}' is or holds the working directory"):
+        check_output(Path(output), stage="onnx")
+
+
+def test_output_through_a_missing_directory_is_refused(tmp_path: Path) -> None:
+    """Only resolved it is a place: once written, it is not found by the name that was given."""
+    (tmp_path / "there").mkdir()
+    check_output(tmp_path / "there" / ".." / "x", stage="onnx")
+    with pytest.raises(ArtifactError, match="goes through '.*/missing', which is no directory"):
+        check_output(tmp_path / "missing" / ".." / "x", stage="onnx")
+
+
+@pytest.mark.parametrize("output", ["images", "unet/images"])
+def test_output_inside_an_artifact_is_refused(tmp_path: Path, output: str) -> None:
+    """A file that its manifest does not list would make the whole artifact unusable."""
+    path = make(tmp_path / "onnx")
+    with pytest.raises(ArtifactError, match=f"lies in '{path}', which has a manifest.json; choose"):
+        check_output(path / output, stage="images")
+
+
+def test_output_inside_a_model_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text("{}")
+    with pytest.raises(ArtifactError, match=f"lies in '{tmp_path}', which has a model_index.json; choose"):
+        check_output(tmp_path / "unet" / "images", stage="images")
+
+
+def test_output_beside_the_manifest_of_a_web_page_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text('{"name": "page", "icons": []}')
+    check_output(tmp_path / "models" / "onnx", stage="onnx")
+
+
 def test_output_is_checked_before_the_body_runs(tmp_path: Path) -> None:
     make(tmp_path / "a")
     with pytest.raises(ArtifactError), write_artifact(tmp_path / "a", stage="onnx", config=CONFIG):
@@ -162,3 +223,18 @@ def test_killed_between_the_two_renames_gets_the_old_artifact_back(tmp_path: Pat
     with pytest.raises(RuntimeError):
         fail_inside(tmp_path / "a", RuntimeError())
     assert (read_artifact(tmp_path / "a").path / "unet" / "model.onnx").read_text() == "old"
+
+
+@pytest.mark.parametrize("left", ["replaced", "partial"])
+def test_what_another_output_left_is_not_taken_for_a_pattern(tmp_path: Path, left: str) -> None:
+    other = tmp_path / f".a1.{left}-0"
+    make(other)
+    make(tmp_path / "a[12]")
+    make(tmp_path / "a?")
+    assert names(tmp_path) == [other.name, "a?", "a[12]"]
+
+
+def test_what_a_name_like_a_pattern_left_is_removed(tmp_path: Path) -> None:
+    make(tmp_path / ".a[1].partial-0")
+    make(tmp_path / "a[1]")
+    assert names(tmp_path) == ["a[1]"]

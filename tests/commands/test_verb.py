@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+from typing import Any
 
 import click
 import pytest
@@ -110,6 +111,68 @@ def test_log_of_this_package_is_on_standard_error() -> None:
 
     assert run(body).stderr == "exporting unet\n"
     assert "detail" in run(body, "-v").stderr
+
+
+REPORT = """
+import logging, click
+from quest_deploy.commands.verb import Result, verb
+def body():
+    logging.getLogger("quest_deploy.x").info("at work")
+    return Result(data={"prompt": "caf\u00e9 \u2026"}, text="caf\u00e9 \u2026")
+click.command()(verb()(body))()
+"""
+
+
+def run_report(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """A verb that logs a line and has a result, in a process of its own with real streams."""
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
+    return subprocess.run([sys.executable, "-c", REPORT, *arguments], **streams)
+
+
+@pytest.mark.parametrize("arguments", [(), ("--json",)])
+def test_result_that_cannot_be_written_is_one_message(arguments: tuple[str, ...]) -> None:
+    with open("/dev/full", "w") as full:
+        done = run_report(*arguments, stdout=full)
+    assert done.returncode == 1
+    assert done.stderr == (
+        "at work\nError: the result cannot be written to standard output (No space left on device); send it "
+        "elsewhere. A directory that was to be made is there, whole\n"
+    )
+
+
+def test_log_that_cannot_be_written_ends_no_work() -> None:
+    with open("/dev/full", "w") as full:
+        done = run_report(stderr=full)
+    assert (done.returncode, done.stdout) == (0, "café …\n")
+
+
+def test_exit_code_of_an_error_stands_where_its_message_cannot_be_written() -> None:
+    code = REPORT.replace("return Result", "raise KeyboardInterrupt\n    Result")
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", code, "--json", "-v"], stdout=full, stderr=full)
+    assert done.returncode == 130
+
+
+def test_reader_that_left_is_no_error() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as pipe:
+        done = run_report(stdout=pipe)
+    assert (done.returncode, done.stderr) == (1, "at work\n")
+
+
+def test_closed_streams_are_no_error() -> None:
+    closed = ["sh", "-c", 'exec "$@" >&- 2>&-', "sh", sys.executable, "-c", REPORT]
+    assert subprocess.run(closed).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"), [((), "caf\xe9 \\u2026\n"), (("--json",), '"caf\xe9 \\u2026"')]
+)
+def test_what_an_encoding_lacks_is_escaped(arguments: tuple[str, ...], text: str) -> None:
+    done = run_report(*arguments, env={**os.environ, "PYTHONIOENCODING": "latin-1"}, encoding="latin-1")
+    assert done.returncode == 0, done.stderr
+    assert text in done.stdout
 
 
 def test_sigterm_unwinds_the_verb() -> None:
