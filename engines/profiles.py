@@ -18,6 +18,7 @@ from quest_deploy.model.denoisers import SIDE, is_packed
 from quest_deploy.model.families import VAE_DECODER, VAE_ENCODER
 from quest_deploy.model.spec import (
     ComponentSpec,
+    check_multiple,
     classes_of,
     component_configs,
     component_specs,
@@ -153,7 +154,6 @@ def latent_ranges(model_dir: Path, denoiser: ComponentSpec, config: ProfileConfi
     configs = component_configs(model_dir)
     denoiser_config = configs[denoiser.name]
     scale = vae_scale_factor(configs.get(VAE_DECODER))
-    # An exported U-Net doubles what it halved: latents that leave a remainder no longer fit their skip connections.
     step = scale * latent_granularity(denoiser_config)
     resizable = is_resizable(denoiser)
     ranges = {}
@@ -164,7 +164,7 @@ def latent_ranges(model_dir: Path, denoiser: ComponentSpec, config: ProfileConfi
             raise ConfigError(
                 f"{axis}: got {pixels.min}..{pixels.max} pixels, but this model draws {own * scale} only"
             )
-        _check_multiple(axis, pixels, step)
+        check_multiple(axis, (pixels.min, pixels.opt, pixels.max), step)
         ranges[axis] = ShapeRange(min=pixels.min // scale, opt=pixels.opt // scale, max=pixels.max // scale)
     if is_packed(denoiser_config):
         edges = {
@@ -173,17 +173,6 @@ def latent_ranges(model_dir: Path, denoiser: ComponentSpec, config: ProfileConfi
         }
         ranges["image_tokens"] = ShapeRange(**edges)
     return ranges
-
-
-def _check_multiple(axis: str, pixels: ShapeRange, step: int) -> None:
-    bad = sorted({size for size in (pixels.min, pixels.opt, pixels.max) if size % step})
-    if bad:
-        below = bad[0] // step * step
-        near = f"{below} or {below + step}" if below else f"{step}"
-        raise ConfigError(
-            f"{axis}: got {', '.join(map(str, bad))} pixels, expected multiples of {step} (the VAE and the "
-            f"U-Net halve the image {int(math.log2(step))} times); choose {near}"
-        )
 
 
 def profile_of(spec: ComponentSpec, ranges: Mapping[str, ShapeRange]) -> dict[str, InputRange]:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 from quest_deploy.errors import ConfigError
+
+# The largest seed that generators of torch take.
+MAX_SEED = 2**64 - 1
 
 
 def raise_if_any(problems: list[str], what: str) -> None:
@@ -26,3 +30,23 @@ def at_least(problems: list[str], minimum: float, **values: float) -> None:
             problems.append(f"{name} is {value}, expected at least {minimum:g}")
         elif value == math.inf:
             problems.append(f"{name} is {value}, expected a finite number")
+
+
+def seeds_fit(problems: list[str], seed: int, count: int) -> None:
+    """Note a problem where `seed`, or one of the `count` - 1 after it, is none that torch takes."""
+    at_least(problems, 0, seed=seed)
+    last = MAX_SEED + 1 - max(1, count)
+    if seed > last:
+        problems.append(
+            f"seed is {seed}, expected at most {last} (the last of {max(1, count)} may be 2^64 - 1)"
+        )
+
+
+def are_text(problems: list[str], name: str, texts: Iterable[str]) -> None:
+    """Note a problem for the first of `texts` that is not text: a terminal's bytes in another encoding than UTF-8."""
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            problems.append(f"{name} {text!r} is not UTF-8 text, expected it in that encoding")
+            return

@@ -19,9 +19,11 @@ from quest_deploy.build_config import BuildConfig as BuildConfig
 from quest_deploy.build_config import ProfileConfig as ProfileConfig
 from quest_deploy.build_config import ShapeRange as ShapeRange
 from quest_deploy.build_config import TensorRTBackend as TensorRTBackend
+from quest_deploy.checks import are_text as are_text
 from quest_deploy.checks import at_least as at_least
 from quest_deploy.checks import one_of as one_of
 from quest_deploy.checks import raise_if_any as raise_if_any
+from quest_deploy.checks import seeds_fit as seeds_fit
 from quest_deploy.recipe_config import BitsOverride as BitsOverride
 from quest_deploy.recipe_config import PhaseConfig as PhaseConfig
 from quest_deploy.recipe_config import Precision as Precision
@@ -123,7 +125,10 @@ class GenerateConfig:
     def __post_init__(self) -> None:
         problems: list[str] = []
         at_least(problems, 1, steps=self.steps, num_images=self.num_images, batch_size=self.batch_size)
-        at_least(problems, 0, guidance_scale=self.guidance_scale, seed=self.seed)
+        at_least(problems, 0, guidance_scale=self.guidance_scale)
+        seeds_fit(problems, self.seed, max(1, len(self.prompts)) * self.num_images)
+        are_text(problems, "prompt", self.prompts)
+        are_text(problems, "negative_prompt", (self.negative_prompt,))
         for name in ("height", "width"):
             value = getattr(self, name)
             if value is not None and (value < 8 or value % 8):
@@ -152,7 +157,9 @@ class ParityConfig:
     def __post_init__(self) -> None:
         problems: list[str] = []
         at_least(problems, 1, num_prompts=self.num_prompts, steps=self.steps, batch_size=self.batch_size)
-        at_least(problems, 0, guidance_scale=self.guidance_scale, seed=self.seed)
+        at_least(problems, 0, guidance_scale=self.guidance_scale)
+        seeds_fit(problems, self.seed, len(self.prompts) or self.num_prompts)
+        are_text(problems, "prompt", self.prompts)
         raise_if_any(problems, "parity")
 
 
@@ -265,7 +272,8 @@ class FinetuneConfig:
 
     def __post_init__(self) -> None:
         problems: list[str] = []
-        at_least(problems, 0, seed=self.seed)
+        seeds_fit(problems, self.seed, self.recipe.calibration_prompts)
+        are_text(problems, "prompt", self.prompts)
         if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
             problems.append(f"device is {self.device!r}, expected cpu, cuda or cuda:N")
         if 0 < len(self.prompts) < self.recipe.calibration_prompts:

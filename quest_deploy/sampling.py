@@ -147,7 +147,7 @@ def timesteps(
         size: The latents' height and width, which some flows' noise levels depend on.
 
     Raises:
-        ConfigError: the scheduler cannot do that many.
+        ConfigError: the scheduler cannot do that many, or leaves the timesteps that the model was trained on.
     """
     try:
         options = flow.options(scheduler, steps, size)
@@ -158,7 +158,16 @@ def timesteps(
             f"{type(scheduler).__name__} cannot make a schedule of {steps} steps ({str(error).strip()}); "
             "change the number of steps, or take another scheduler"
         ) from error
-    return torch.as_tensor(scheduler.timesteps)
+    visited = torch.as_tensor(scheduler.timesteps)
+    trained = scheduler.config.get("num_train_timesteps")
+    # A flow begins at its last timestep, where there is nothing but noise.
+    flows = is_flow(type(scheduler).__name__) or scheduler.config.get("use_flow_sigmas")
+    if trained and not flows and visited.max() >= trained:
+        raise ConfigError(
+            f"{type(scheduler).__name__} visits timestep {visited.max().item():g} in {steps} steps, expected less than "
+            f"the {trained} that the model was trained on; take fewer steps"
+        )
+    return visited
 
 
 def initial_noise(seeds: Sequence[int], shape: tuple[int, int, int]) -> Tensor:

@@ -205,3 +205,16 @@ def test_a_scheduler_keeps_the_noise_schedule_of_the_model(ours: Pipeline) -> No
 def test_too_few_steps_for_a_scheduler_are_refused(ours: Pipeline) -> None:
     with pytest.raises(ConfigError, match="PNDMScheduler cannot make a schedule of 2 steps"):
         sampling.timesteps(ours.make_scheduler("pndm"), 2)
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "euler"])
+def test_steps_that_leave_the_trained_timesteps_are_refused(ours: Pipeline, scheduler: str) -> None:
+    """The model's timesteps are moved up by one, so that 1000 steps would begin at timestep 1000 of 0..999."""
+    with pytest.raises(ConfigError, match="visits timestep 1000 in 1000 steps, .* take fewer steps"):
+        sampling.timesteps(ours.make_scheduler(scheduler), 1000)
+    assert sampling.timesteps(ours.make_scheduler(scheduler), 999).max() == 999
+
+
+def test_a_flow_begins_at_its_last_timestep() -> None:
+    flow = sampling.make_scheduler(None, {"_class_name": "FlowMatchEulerDiscreteScheduler"})
+    assert sampling.timesteps(flow, 4).max() == 1000

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from quest_deploy.config import Recipe, at_least, raise_if_any
+from quest_deploy.config import Recipe, are_text, at_least, raise_if_any, seeds_fit
 from quest_deploy.errors import ConfigError
 from quest_deploy.quantize.allocate import Bits
 
@@ -41,7 +41,8 @@ class AnalyzeConfig:
         at_least(problems, 1, num_prompts=self.num_prompts, sensitivity_steps=self.sensitivity_steps)
         at_least(problems, 1, sensitivity_prompts=self.sensitivity_prompts)
         at_least(problems, 2, steps=self.steps)
-        at_least(problems, 0, seed=self.seed)
+        seeds_fit(problems, self.seed, self.num_prompts)
+        are_text(problems, "prompt", self.prompts)
         if 0 < len(self.prompts) < self.num_prompts:
             problems.append(f"{len(self.prompts)} prompts were given, num_prompts is {self.num_prompts}")
         if not self.bits:

@@ -24,7 +24,7 @@ from quest_deploy.model.components import (
     first_device,
     parameters_frozen,
 )
-from quest_deploy.model.conditioning import Conditioner, Outputs, TextEncoders
+from quest_deploy.model.conditioning import Conditioner, Outputs, TextEncoders, load_tokenizer
 from quest_deploy.model.deferred import fill, matching, stored_tensors
 from quest_deploy.model.families import FAMILIES, VAE_DECODER, VAE_ENCODER, Classes, Family, read_classes
 from quest_deploy.model.spec import (
@@ -178,15 +178,17 @@ def load_directory(directory: Path, *, deferred: bool = False, **components: Any
             component_class = _component_class(folder, index.get(name))
             component = _load_deferred(folder, component_class) if deferred else None
             components[name] = load_component(folder, component_class) if component is None else component
+        for part in family.text:
+            folder = directory / part.tokenizer
+            tokenizer_class = _component_class(folder, index.get(part.tokenizer))
+            components[part.tokenizer] = load_tokenizer(folder, part, tokenizer_class)
+        components["scheduler"] = _load_scheduler(directory / "scheduler", index.get("scheduler"))
         if family.pipeline == SINGLE_FILE_FAMILY.pipeline:
             # The pipeline of diffusers corrects the schedulers of its first models.
             pipeline = _pipeline_class(family).from_pretrained(
-                str(directory), use_safetensors=True, feature_extractor=None, **_options(), **components
+                str(directory), feature_extractor=None, local_files_only=True, **_options(), **components
             )
         else:
-            for name in family.companions:
-                companion = _component_class(directory / name, index.get(name))
-                components[name] = companion.from_pretrained(directory / name)
             pipeline = SimpleNamespace(**components)
         return _loaded(directory, family, index, pipeline)
 
@@ -207,15 +209,25 @@ def _component_class(folder: Path, entry: object) -> Any:
     return component_class
 
 
+def _load_scheduler(folder: Path, entry: object) -> Any:
+    # Where the file is missing, diffusers would ask the hub for a model with the folder's name.
+    read_config(folder / "scheduler_config.json")
+    return _component_class(folder, entry).from_pretrained(folder, local_files_only=True)
+
+
 def _load_deferred(folder: Path, component_class: Any) -> nn.Module | None:
     """One part with its large weights left in their files; None where that cannot be."""
     from accelerate import init_empty_weights
 
     with init_empty_weights(include_buffers=False):
         if component_class.__module__.startswith("transformers."):
-            component: nn.Module = component_class(component_class.config_class.from_pretrained(folder))
+            component: nn.Module = component_class(
+                component_class.config_class.from_pretrained(folder, local_files_only=True)
+            )
         else:
-            component = component_class.from_config(component_class.load_config(folder))
+            component = component_class.from_config(
+                component_class.load_config(folder, local_files_only=True)
+            )
     # A configuration may ask for the type that its weights are stored in.
     component.float()
     stored = matching(component, stored_tensors(folder))
@@ -242,7 +254,7 @@ def load_component(folder: Path, component_class: Any) -> nn.Module:
     if any(base.__module__.startswith("transformers.") for base in component_class.__mro__):
         options = {"dtype": _dtype(), "ignore_mismatched_sizes": True}
     module, info = component_class.from_pretrained(
-        folder, use_safetensors=True, output_loading_info=True, **options
+        folder, use_safetensors=True, output_loading_info=True, local_files_only=True, **options
     )
     mismatched = {key: (list(got), list(wanted)) for key, got, wanted in info["mismatched_keys"]}
     if mismatched:

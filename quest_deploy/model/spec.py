@@ -7,12 +7,13 @@ Neither torch nor onnx is imported here.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from quest_deploy.errors import ArtifactError, ModelLoadError
+from quest_deploy.errors import ArtifactError, ConfigError, ModelLoadError
 from quest_deploy.model.denoisers import (
     controlnet_spec,
     denoiser_spec,
@@ -45,6 +46,7 @@ __all__ = [
     "TIMESTEP",
     "ComponentSpec",
     "TensorSpec",
+    "check_multiple",
     "classes_of",
     "component_configs",
     "component_specs",
@@ -131,6 +133,24 @@ def vae_scale_factor(vae_config: Config | None) -> int:
     # AutoencoderDC names its encoder's.
     levels = vae_config.get("encoder_block_out_channels") or vae_config["block_out_channels"]
     return int(2 ** (len(levels) - 1))
+
+
+def check_multiple(axis: str, sizes: Iterable[int], step: int) -> None:
+    """Check that sizes in pixels are multiples of `step`.
+
+    An exported U-Net doubles what it halved: latents that leave a remainder no longer fit their skip connections.
+
+    Raises:
+        ConfigError: one is not.
+    """
+    bad = sorted({size for size in sizes if size % step})
+    if bad:
+        below = bad[0] // step * step
+        near = f"{below} or {below + step}" if below else f"{step}"
+        raise ConfigError(
+            f"{axis}: got {', '.join(map(str, bad))} pixels, expected multiples of {step} (the VAE and the "
+            f"U-Net halve the image {int(math.log2(step))} times); choose {near}"
+        )
 
 
 def decoder_granularity(vae_config: Config) -> int:

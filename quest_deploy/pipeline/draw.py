@@ -13,7 +13,7 @@ from torch import Tensor
 
 from quest_deploy import sampling
 from quest_deploy.config import GenerateConfig, ProgressEvent
-from quest_deploy.errors import ConfigError, QuestDeployError
+from quest_deploy.errors import QuestDeployError
 from quest_deploy.pipeline.images import to_pil
 from quest_deploy.pipeline.safety import SafetyChecker
 from quest_deploy.pipeline.text_to_image import Pipeline
@@ -59,27 +59,6 @@ def make_jobs(config: GenerateConfig) -> list[Job]:
         Job(index=index, prompt=prompts[index // config.num_images], seed=config.seed + index)
         for index in range(len(prompts) * config.num_images)
     ]
-
-
-def check_prompts(pipeline: Pipeline, config: GenerateConfig) -> None:
-    """Check that the prompts are what the model takes: texts, classes or none.
-
-    Raises:
-        ConfigError: they are not.
-    """
-    if pipeline.classes is None and not pipeline.family.has_text:
-        if config.prompts:
-            raise ConfigError(
-                "prompts were given, but this model draws without any; "
-                "leave them out, and say how many images with --num-images"
-            )
-        return
-    if not config.prompts:
-        wanted = "a prompt" if pipeline.classes is None else "the name or number of a class"
-        raise ConfigError(f"no prompt was given; give {wanted}")
-    if pipeline.classes is not None:
-        for prompt in config.prompts:
-            pipeline.classes.number(prompt)
 
 
 def draw_images(

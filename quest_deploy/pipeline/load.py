@@ -13,6 +13,7 @@ from quest_deploy.engines import check_run, load_engines, resolve_backend
 from quest_deploy.engines.base import device_of
 from quest_deploy.engines.torch_runtime import TorchEngine, load_torch_model, torch_engines
 from quest_deploy.errors import ArtifactError, ConfigError
+from quest_deploy.model.conditioning import load_tokenizer
 from quest_deploy.model.families import TextKind, TextPart
 from quest_deploy.model.load import LoadedModel
 from quest_deploy.model.lora import merge_loras
@@ -107,7 +108,7 @@ def _load_tokenizer(path: Path, part: TextPart) -> Any:
     if kind not in known:
         raise ArtifactError(f"'{path}': the {part.tokenizer} is a {kind}, expected one of {', '.join(known)}")
     try:
-        return getattr(transformers, kind).from_pretrained(path / part.tokenizer)
+        return load_tokenizer(path / part.tokenizer, part, getattr(transformers, kind))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArtifactError(
             f"'{path / part.tokenizer}' cannot be loaded ({error}); restore the directory from its source"

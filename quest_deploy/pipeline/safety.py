@@ -78,7 +78,8 @@ def load_safety_checker(path: Path, device: torch.device) -> SafetyChecker | Non
     with loading_errors(path / SAFETY_CHECKER):
         module: Any = load_component(path / SAFETY_CHECKER, StableDiffusionSafetyChecker).to(device)
     with loading_errors(path / FEATURE_EXTRACTOR):
-        return SafetyChecker(module=module, processor=processor.from_pretrained(path / FEATURE_EXTRACTOR))
+        prepare = processor.from_pretrained(path / FEATURE_EXTRACTOR, local_files_only=True)
+    return SafetyChecker(module=module, processor=prepare)
 
 
 def _check_class(path: Path, name: str, named: dict[str, Any], expected: Sequence[str]) -> None:

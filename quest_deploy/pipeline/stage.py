@@ -18,11 +18,13 @@ from quest_deploy.artifacts import (
     write_artifact,
 )
 from quest_deploy.config import DEFAULT_RUN, GenerateConfig, RunConfig, to_dict
+from quest_deploy.engines import resolve_backend
 from quest_deploy.model.carried import SAFETY_CHECKER
 from quest_deploy.model.denoisers import takes_guidance
-from quest_deploy.pipeline.draw import Drawn, Progress, check_prompts, draw_images
+from quest_deploy.pipeline.draw import Drawn, Progress, draw_images
 from quest_deploy.pipeline.images import MAX_CELLS, MAX_COLUMNS, Cell, contact_sheet, save_png, thumbnail
 from quest_deploy.pipeline.load import load_pipeline
+from quest_deploy.pipeline.request import check_prompts, check_request
 from quest_deploy.pipeline.safety import SafetyChecker, load_safety_checker
 from quest_deploy.pipeline.text_to_image import Pipeline
 
@@ -63,9 +65,10 @@ def generate(
     """
     path, output = Path(path), Path(output)
     check_output(output, stage=STAGE, overwrite=overwrite)
+    check_request(path, config, resolve_backend(path, backend))
     with load_pipeline(path, backend=backend, threads=threads, run=run) as pipeline:
         digest = hash_directory(path) if pipeline.stage == "model" else read_artifact(path).digest
-        check_prompts(pipeline, config)
+        check_prompts(pipeline.family, pipeline.classes, config)
         pipeline.latent_shape(config.height, config.width)
         guided = pipeline.has_negative or takes_guidance(pipeline.denoiser_spec)
         if config.guidance_scale > 1 and not guided:

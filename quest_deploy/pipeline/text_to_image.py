@@ -21,16 +21,10 @@ from quest_deploy.model.components import Conditioning, denoiser_inputs, like_la
 from quest_deploy.model.conditioning import Conditioner, Outputs, TextEncoders, token_limit
 from quest_deploy.model.denoisers import CONTROL
 from quest_deploy.model.families import REFINER, VAE_DECODER, VAE_ENCODER, Classes, Family
-from quest_deploy.model.spec import (
-    ComponentSpec,
-    is_resizable,
-    latent_channels,
-    latent_granularity,
-    latent_size,
-    vae_scale_factor,
-)
+from quest_deploy.model.spec import ComponentSpec, vae_scale_factor
 from quest_deploy.pipeline.control import black_picture, controlled
 from quest_deploy.pipeline.parts import run_in_parts
+from quest_deploy.pipeline.request import flow_of, latent_shape
 from quest_deploy.sampling import Flow, Step
 
 logger = logging.getLogger(__name__)
@@ -110,30 +104,15 @@ class Pipeline(Closing):
     @property
     def flow(self) -> Flow:
         """How a flow's noise levels are made."""
-        config = self.configs[self.family.denoiser]
-        return Flow(patch=latent_granularity(config), even_sigmas=self.family.even_sigmas)
+        return flow_of(self.family, self.configs)
 
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
         """Channels, height and width of the latents of an image of the given pixels (None: the model's own size).
 
         Raises:
-            ConfigError: the size is not a multiple of the pixels of one latent, or the model has one size only.
+            ConfigError: the size is not a multiple of what the model divides it by, or the model has one size only.
         """
-        config, scale = self.configs[self.family.denoiser], self.pixels_per_latent
-        resizable = is_resizable(self.denoiser_spec)
-        sides = []
-        for name, pixels, side in zip(("height", "width"), (height, width), latent_size(config), strict=True):
-            if pixels is not None and not resizable and pixels != side * scale:
-                raise ConfigError(
-                    f"{name} is {pixels} pixels, but this model draws {side * scale} only; leave it out"
-                )
-            if pixels is not None and (pixels < scale or pixels % scale):
-                raise ConfigError(
-                    f"{name} is {pixels} pixels, expected a multiple of {scale}, the pixels of one latent; "
-                    f"use {max(1, round(pixels / scale)) * scale}"
-                )
-            sides.append(side if pixels is None else pixels // scale)
-        return (latent_channels(config), sides[0], sides[1])
+        return latent_shape(self.configs, self.denoiser_spec, self.backend, height, width)
 
     def encode(self, prompts: str | Sequence[str]) -> dict[str, Tensor]:
         """What the denoiser is told for `prompts`, [n, ...] by input name.

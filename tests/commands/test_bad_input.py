@@ -254,11 +254,19 @@ def test_backend_that_cannot_run_the_artifact(tmp_path: Path, tiny_onnx: Path) -
         ("--steps", "0", "steps is 0, expected at least 1"),
         ("--seed", "-1", "seed is -1, expected at least 0"),
         ("--height", "63", "height is 63, expected a positive multiple of 8"),
+        ("--seed", str(2**64), "seed is 18446744073709551616, expected at most 18446744073709551615"),
         ("--guidance-scale", "nan", "guidance_scale is nan"),
+        ("--guidance-scale", "inf", "guidance_scale is inf, expected a finite number"),
+        ("--negative-prompt", "caf\udce9", r"negative_prompt 'caf\udce9' is not UTF-8 text"),
     ],
 )
 def test_option_out_of_range(option: str, value: str, message: str, tmp_path: Path, tiny_onnx: Path) -> None:
     assert message in refuse(tmp_path / "place", "generate", tiny_onnx, "a prompt", option, value)
+
+
+def test_prompt_of_another_encoding(tmp_path: Path, tiny_onnx: Path) -> None:
+    message = refuse(tmp_path / "place", "generate", tiny_onnx, "tea", "caf\udce9")
+    assert r"prompt 'caf\udce9' is not UTF-8 text" in message
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,14 @@ def change(model: Path, component: str, edit: Callable[[dict[str, torch.Tensor],
     return name
 
 
+def keep_tokenizer_files(model: Path, source: Path, names: tuple[str, ...]) -> None:
+    """Leave the tokenizer these files of the source's alone."""
+    shutil.rmtree(model / "tokenizer")
+    (model / "tokenizer").mkdir()
+    for name in names:
+        shutil.copy(source / "tokenizer" / name, model / "tokenizer" / name)
+
+
 @components
 def test_a_missing_tensor_is_refused_by_name(model: Path, component: str) -> None:
     name = change(model, component, lambda tensors, name: tensors.pop(name))
@@ -92,4 +100,50 @@ def test_a_pickled_component_is_refused(model: Path) -> None:
     file = model / "vae" / WEIGHTS["vae"]
     file.rename(file.with_suffix(".bin"))
     with pytest.raises(ArtifactError, match="is a pickle"):
+        load_model(model)
+
+
+def test_a_part_that_is_missing_is_named_and_not_looked_for_on_the_hub(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`model/scheduler` would also be the id of a model there."""
+    monkeypatch.chdir(model.parent)
+
+    def ask(*args: object, **kwargs: object) -> None:
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr("socket.getaddrinfo", ask)
+    shutil.rmtree(model / "scheduler")
+    with pytest.raises(ArtifactError, match="^model/scheduler/scheduler_config.json: cannot be read"):
+        load_model("model")
+
+
+@pytest.mark.parametrize(
+    ("kept", "missing"),
+    [((), "vocab.json"), (("tokenizer_config.json",), "vocab.json"), (("vocab.json",), "merges.txt")],
+    ids=str,
+)
+def test_a_tokenizer_that_knows_no_word_is_refused(
+    model: Path, reference_model: Path, kept: tuple[str, ...], missing: str
+) -> None:
+    keep_tokenizer_files(model, reference_model, kept)
+    with pytest.raises(ArtifactError, match=f"tokenizer/{missing}' is missing; restore"):
+        load_model(model)
+
+
+@pytest.mark.parametrize("kept", [("tokenizer.json",), ("vocab.json", "merges.txt")], ids=str)
+def test_either_form_of_a_tokenizer_is_enough(
+    model: Path, reference_model: Path, kept: tuple[str, ...]
+) -> None:
+    whole = load_model(model).tokenizer
+    keep_tokenizer_files(model, reference_model, (*kept, "tokenizer_config.json"))
+    assert load_model(model).tokenizer("a red heart").input_ids == whole("a red heart").input_ids
+
+
+def test_a_tokenizer_without_a_length_is_refused(model: Path) -> None:
+    file = model / "tokenizer" / "tokenizer_config.json"
+    config = json.loads(file.read_text())
+    del config["model_max_length"]
+    file.write_text(json.dumps(config))
+    with pytest.raises(ArtifactError, match="the tokenizer has no length"):
         load_model(model)

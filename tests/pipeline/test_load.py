@@ -79,7 +79,7 @@ def test_an_index_without_a_tokenizer_is_refused(model: Path) -> None:
 
 def test_a_damaged_tokenizer_is_refused(model: Path) -> None:
     shutil.rmtree(model / "tokenizer")
-    with pytest.raises(ArtifactError, match="tokenizer' cannot be loaded"):
+    with pytest.raises(ArtifactError, match="tokenizer/vocab.json' is missing; restore"):
         _load_tokenizer(model, TextPart())
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -104,6 +106,23 @@ def test_a_refused_request_leaves_nothing_behind(tiny_model: Path, tmp_path: Pat
 def test_an_existing_output_is_refused_before_the_model_is_loaded(drawn: Artifact, tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="exists already; add --overwrite"):
         generate(tmp_path / "no model", drawn.path, CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompts": ()}, "no prompt was given"),
+        ({"scheduler": "no"}, "scheduler 'no' is unknown"),
+        ({"steps": 2000}, "cannot make a schedule of 2000 steps"),
+    ],
+    ids=["prompt", "scheduler", "steps"],
+)
+def test_what_the_model_cannot_draw_is_refused_before_it_is_loaded(
+    change: dict[str, Any], message: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("quest_deploy.pipeline.stage.load_pipeline")
+    with pytest.raises(ConfigError, match=message):
+        generate(tiny_model, tmp_path / "images", dataclasses.replace(CONFIG, **change))
 
 
 def test_the_manifest_is_plain_json(drawn: Artifact) -> None:

@@ -33,6 +33,15 @@ def test_a_size_that_no_latents_have_is_refused(pipeline: Pipeline, size: dict[s
         pipeline.initial_noise([0], **size)
 
 
+def test_a_size_that_an_exported_unet_cannot_halve_is_refused(pipeline: Pipeline) -> None:
+    exported = dataclasses.replace(pipeline, backend="onnxruntime")
+    assert pipeline.latent_shape(18) == (4, 9, 8)
+    with pytest.raises(
+        ConfigError, match=r"height: got 18 pixels, expected multiples of 4 .* choose 16 or 20"
+    ):
+        exported.latent_shape(18)
+
+
 def test_a_rectangular_sample_size_is_understood(pipeline: Pipeline) -> None:
     configs = {**pipeline.configs, "unet": {**pipeline.configs["unet"], "sample_size": [4, 6]}}
     assert dataclasses.replace(pipeline, configs=configs).latent_shape() == (4, 4, 6)

@@ -4,17 +4,48 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from quest_deploy.errors import ArtifactError
 from quest_deploy.model.families import TextPart
 
 Outputs = Mapping[str, Tensor]
 """What one component gives, by output name."""
 Run = Callable[[str, Mapping[str, Tensor]], Outputs]
 """(name of a component, its inputs by name) -> its outputs by name."""
+
+# What transformers takes for the length of a tokenizer that names none is 10^30.
+MOST_TOKENS = 2**31 - 1
+
+
+def load_tokenizer(folder: Path, part: TextPart, tokenizer_class: Any) -> Any:
+    """Load a tokenizer from its own folder, and from nowhere else.
+
+    Args:
+        folder: Where it lies.
+        part: The text encoder that it goes with.
+        tokenizer_class: Of transformers.
+
+    Raises:
+        ArtifactError: a file is missing, or nothing says how many tokens the encoder reads.
+    """
+    # Without its files, transformers makes up a tokenizer that knows no word.
+    names = dict(getattr(tokenizer_class, "vocab_files_names", {}))
+    whole = names.pop("tokenizer_file", None)
+    missing = [name for name in names.values() or filter(None, [whole]) if not (folder / name).is_file()]
+    if missing and not (whole and (folder / whole).is_file()) and not any(folder.glob("*.model")):
+        raise ArtifactError(f"'{folder / missing[0]}' is missing; restore the directory from its source")
+    tokenizer = tokenizer_class.from_pretrained(folder, local_files_only=True)
+    if token_limit(part, tokenizer) > MOST_TOKENS:
+        raise ArtifactError(
+            f"'{folder}': the tokenizer has no length (model_max_length in tokenizer_config.json); "
+            "restore the directory from its source"
+        )
+    return tokenizer
 
 
 def token_limit(part: TextPart, tokenizer: Any) -> int:

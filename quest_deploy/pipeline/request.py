@@ -1,0 +1,115 @@
+"""Whether a model can draw what is asked for, from its configuration files alone: no weights are read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from quest_deploy import sampling
+from quest_deploy.config import GenerateConfig
+from quest_deploy.errors import ArtifactError, ConfigError, ModelLoadError
+from quest_deploy.model.families import VAE_DECODER, Classes, Family
+from quest_deploy.model.spec import (
+    ComponentSpec,
+    check_multiple,
+    classes_of,
+    component_configs,
+    component_specs,
+    family_of,
+    is_resizable,
+    latent_channels,
+    latent_granularity,
+    latent_size,
+    read_config,
+    vae_scale_factor,
+)
+from quest_deploy.sampling import Flow
+
+
+def check_request(path: Path, config: GenerateConfig, backend: str) -> None:
+    """Check a request before anything heavy is loaded.
+
+    Args:
+        path: A model, checkpoint, ONNX or engine directory; of a single file, nothing is known yet.
+        config: Prompts, schedule and size.
+        backend: What will run it.
+
+    Raises:
+        ConfigError: the prompts, the scheduler, the number of steps or the size does not fit the model.
+    """
+    try:
+        family, classes, specs = family_of(path), classes_of(path), component_specs(path)
+        configs, own = component_configs(path), read_config(path / "scheduler" / "scheduler_config.json")
+    except (ArtifactError, ModelLoadError):
+        # Loading compares the files with their digests first, and says more.
+        return
+    check_prompts(family, classes, config)
+    denoiser = specs[family.denoiser]
+    size = latent_shape(configs, denoiser, backend, config.height, config.width)[-2:]
+    scheduler = sampling.make_scheduler(config.scheduler, own)
+    sampling.timesteps(scheduler, config.steps, flow=flow_of(family, configs), size=size)
+
+
+def check_prompts(family: Family, classes: Classes | None, config: GenerateConfig) -> None:
+    """Check that the prompts are what the model takes: texts, classes or none.
+
+    Raises:
+        ConfigError: they are not.
+    """
+    if classes is None and not family.has_text:
+        if config.prompts:
+            raise ConfigError(
+                "prompts were given, but this model draws without any; "
+                "leave them out, and say how many images with --num-images"
+            )
+        return
+    if not config.prompts:
+        wanted = "a prompt" if classes is None else "the name or number of a class"
+        raise ConfigError(f"no prompt was given; give {wanted}")
+    if classes is not None:
+        for prompt in config.prompts:
+            classes.number(prompt)
+
+
+def flow_of(family: Family, configs: Mapping[str, Mapping[str, Any]]) -> Flow:
+    """How a flow's noise levels are made for a model whose components have these configurations."""
+    return Flow(patch=latent_granularity(configs[family.denoiser]), even_sigmas=family.even_sigmas)
+
+
+def latent_shape(
+    configs: Mapping[str, Mapping[str, Any]],
+    denoiser: ComponentSpec,
+    backend: str,
+    height: int | None,
+    width: int | None,
+) -> tuple[int, int, int]:
+    """Channels, height and width of the latents of an image of the given pixels (None: the model's own size).
+
+    Args:
+        configs: The configuration of each component, by its name.
+        denoiser: Its inputs and outputs.
+        backend: What runs it; torch alone takes latents that a U-Net cannot halve.
+        height: In pixels.
+        width: In pixels.
+
+    Raises:
+        ConfigError: the size is not a multiple of what the model divides it by, or the model has one size only.
+    """
+    config, scale = configs[denoiser.name], vae_scale_factor(configs.get(VAE_DECODER))
+    resizable = is_resizable(denoiser)
+    sides = []
+    for name, pixels, side in zip(("height", "width"), (height, width), latent_size(config), strict=True):
+        if pixels is not None and not resizable and pixels != side * scale:
+            raise ConfigError(
+                f"{name} is {pixels} pixels, but this model draws {side * scale} only; leave it out"
+            )
+        if pixels is not None and (pixels < scale or pixels % scale):
+            raise ConfigError(
+                f"{name} is {pixels} pixels, expected a multiple of {scale}, the pixels of one latent; "
+                f"use {max(1, round(pixels / scale)) * scale}"
+            )
+        if pixels is not None and resizable and backend != "torch":
+            check_multiple(name, (pixels,), scale * latent_granularity(config))
+        sides.append(side if pixels is None else pixels // scale)
+    return (latent_channels(config), sides[0], sides[1])
