@@ -35,8 +35,9 @@ _WIDTH = 110
 def lint(*, path: Path, target: str, dimensions: tuple[str, ...], show_all: bool) -> Result:
     """Say for every Conv, Gemm and MatMul whether it runs in INT8, with INT4 storage, in float, or breaks, and why.
 
-    Nothing is built or run, and no weight but scales and zero-points is read. PATH may come from any exporter. Exit
-    code 3 where the target refuses the graph or would compute other numbers.
+    Nothing is built or run, and no weight but scales and zero-points is read, except to see that an artifact's files
+    are what its manifest says. PATH may come from any exporter. Exit code 3 where the target refuses the graph or would
+    compute other numbers.
     """
     from quest_deploy.export.lint import lint as run
 
