@@ -31,6 +31,8 @@ OVER_BUDGET = 3
 INTERRUPTED = 130
 TERMINATED = 143
 
+_TERMINAL = "quest_deploy.terminal"
+
 NOTHING_LEFT = "nothing half-written was left; run the same command again"
 
 logger = logging.getLogger("quest_deploy")
@@ -73,6 +75,7 @@ def verb(*, when_interrupted: str = NOTHING_LEFT) -> Callable[[Callable[..., Res
         def command(*, as_json: bool, verbose: bool, **options: Any) -> None:
             started = time.monotonic()
             failure: tuple[str, str, int] | None = None
+            click.get_current_context().meta[_TERMINAL] = sys.stdout is not None and sys.stdout.isatty()
             with _standard_output_for_the_result(), _terminated_as_exception(), _logs_on_stderr(verbose):
                 try:
                     result = body(**options)
@@ -98,6 +101,11 @@ def verb(*, when_interrupted: str = NOTHING_LEFT) -> Callable[[Callable[..., Res
         return command
 
     return decorate
+
+
+def result_to_terminal() -> bool:
+    """Whether the result of the verb that runs goes to a terminal; its body sees standard error in that place."""
+    return bool(click.get_current_context().meta[_TERMINAL])
 
 
 def _explain(error: BaseException, when_interrupted: str) -> tuple[str, str, int]:

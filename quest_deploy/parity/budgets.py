@@ -72,7 +72,7 @@ def check_names(path: Path, recipes: Collection[str]) -> None:
         )
 
 
-def _recipes(content: Mapping[str, Any]) -> Mapping[str, Any]:
+def _recipes(content: Mapping[str, Any]) -> Mapping[Any, Any]:
     return content.get("recipes") or {}
 
 
