@@ -136,7 +136,8 @@ def load_ort_engines(
     engines: dict[str, Engine] = {}
     fitted = fitted_components(source)
     for name, spec in component_specs(source.path).items():
-        session = open_session(source.path / name / ONNX_NAME, options, with_options(providers, source))
+        path, dtype = source.path / name / ONNX_NAME, source.manifest.details.get("dtype")
+        session = open_session(path, options, with_options(providers, source), dtype)
         if provider is not None:
             check_started(session, providers[0])
         if name in fitted:
@@ -194,8 +195,8 @@ def check_started(session: Any, wanted: str) -> None:
         )
 
 
-def open_session(path: Path, options: Any, providers: list[Any]) -> Any:
-    """Load and optimise one graph.
+def open_session(path: Path, options: Any, providers: list[Any], dtype: str | None) -> Any:
+    """Load and optimise one graph, whose float operators have the type `dtype`, if that is known.
 
     Raises:
         ArtifactError: ONNX Runtime cannot load it.
@@ -205,9 +206,14 @@ def open_session(path: Path, options: Any, providers: list[Any]) -> Any:
     try:
         return onnxruntime.InferenceSession(str(path), sess_options=options, providers=providers)
     except _runtime_errors() as error:
+        message = f"'{path}': ONNX Runtime {onnxruntime.__version__} cannot load it ({_first_line(error)}); "
+        if dtype == "bf16":
+            raise ArtifactError(
+                f"{message}its float operators are in bf16, which ONNX Runtime does not run on the CPU: "
+                "`--backend openvino` does, and `quest-deploy export --dtype fp32` writes graphs for both"
+            ) from error
         raise ArtifactError(
-            f"'{path}': ONNX Runtime {onnxruntime.__version__} cannot load it ({_first_line(error)}); "
-            f"`quest-deploy lint {path} --target onnxruntime` may say why, and "
+            f"{message}`quest-deploy lint {path} --target onnxruntime` may say why, and "
             "`quest-deploy export --target onnxruntime` writes graphs that it takes"
         ) from error
 

@@ -96,10 +96,14 @@ def read_manifest(path: Path) -> Manifest:
     source = path / MANIFEST_NAME
     if not path.exists():
         raise ArtifactError(
-            f"'{path}' does not exist; expected a directory with a {MANIFEST_NAME}; check the path"
+            f"'{path}' does not exist; expected a directory with a {MANIFEST_NAME} (artifact of quest-deploy) or a "
+            "model_index.json (diffusers model); check the path"
         )
     if not path.is_dir():
-        raise ArtifactError(f"'{path}' is a file, expected a directory with a {MANIFEST_NAME}")
+        raise ArtifactError(
+            f"'{path}' is a file, expected a directory with a {MANIFEST_NAME} (artifact of quest-deploy) or a "
+            "model_index.json (diffusers model)"
+        )
     if not source.is_file():
         raise ArtifactError(
             f"'{path}' has no {MANIFEST_NAME}, so it is no artifact of quest-deploy (an interrupted write "

@@ -190,6 +190,32 @@ def test_a_recipe_without_budget_is_not_gated(rungs: Rungs) -> None:
     checkpoint = rungs.add("checkpoint", Damage(noise=5), stage="checkpoint", recipe="mine", made_from=model)
     result = compare(model, checkpoint, rungs.root / "parity", CONFIG)
     assert result and not [g for g in result.gates if g.kind == "quantization"]
+    (note,) = result.report["notes"]
+    assert (
+        note == "checkpoint: no limits for recipe 'mine': only NaN and infinity were checked; give --budget."
+    )
+    assert note.replace("'", "&#39;") in (rungs.root / "parity" / "report.html").read_text()
+
+
+def test_every_rung_below_a_quantized_reference_is_said_to_have_no_limits(rungs: Rungs) -> None:
+    reference, candidate = (
+        rungs.add(name, stage="checkpoint", recipe=recipe) for name, recipe in (("a", "w8a8"), ("b", "w4a8"))
+    )
+    notes = compare(reference, candidate, rungs.root / "parity", CONFIG).report["notes"]
+    assert any("limits are against full precision" in note for note in notes)
+
+
+def test_a_rung_with_limits_has_no_note_of_none(rungs: Rungs) -> None:
+    assert not [note for note in full_ladder(rungs, SLIGHT).report["notes"] if "only NaN" in note]
+
+
+def test_a_name_in_a_budget_that_stands_for_no_recipe_is_refused_before_any_work(rungs: Rungs) -> None:
+    budget = rungs.root / "budget.yaml"
+    budget.write_text("recipes: {mien: {noise_snr_db_min: 45}}")
+    model = rungs.add("model", Damage(missing="must not be loaded"))
+    checkpoint = rungs.add("checkpoint", stage="checkpoint", recipe="mine", made_from=model)
+    with pytest.raises(ConfigError, match=r"recipes\.mien stands for no recipe here, expected mine"):
+        compare(model, checkpoint, rungs.root / "parity", replace(CONFIG, budget=str(budget)))
 
 
 def test_a_skipped_checkpoint_is_pointed_out(rungs: Rungs) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -37,11 +38,12 @@ def find_files(path: Path) -> dict[str, Path]:
                 f"'{path}' holds no .onnx file, nor do its subdirectories; give the directory that "
                 "`quest-deploy export` made, or an ONNX file"
             )
-        names = [str(file.relative_to(path).with_suffix("")) for file in files]
-        return {name.removesuffix("/model"): file for name, file in zip(names, files, strict=True)}
+        names = [str(file.relative_to(path).with_suffix("")).removesuffix("/model") for file in files]
+        own = Path(os.path.abspath(path)).name
+        return {own if name == "model" else name: file for name, file in zip(names, files, strict=True)}
     if not path.exists():
         raise ArtifactError(f"'{path}' does not exist; give an ONNX file or a directory with one")
-    return {path.parent.name if path.stem == "model" else path.stem: path}
+    return {Path(os.path.abspath(path)).parent.name if path.stem == "model" else path.stem: path}
 
 
 def read_proto(path: Path) -> onnx.ModelProto:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from quest_deploy.artifacts import MANIFEST_NAME, read_artifact
 from quest_deploy.errors import ConfigError
 from quest_deploy.export.lint import read
 from quest_deploy.export.lint.execution import execution_of
@@ -12,8 +14,7 @@ from quest_deploy.export.lint.report import SEVERITIES, Execution, Finding, Laye
 from quest_deploy.export.lint.rules import RULES
 from quest_deploy.export.lint.targets import LINT_TARGETS
 from quest_deploy.export.lint.view import View, look_at
-
-MANIFEST = "manifest.json"
+from quest_deploy.foreign import MODEL_INDEX_NAME
 
 
 def run(path: Path, target: str, dimensions: Mapping[str, int]) -> LintReport:
@@ -24,7 +25,8 @@ def run(path: Path, target: str, dimensions: Mapping[str, int]) -> LintReport:
     if wrong:
         raise ConfigError(f"dimensions: got {wrong}, expected positive sizes")
     files = read.find_files(path)
-    root = path if path.is_dir() else path.parent.parent
+    root = root_of(path)
+    check_unchanged(path, root)
     sizes = {**read.default_dimensions(root), **dimensions}
     layers: list[Layer] = []
     findings: list[Finding] = []
@@ -43,6 +45,30 @@ def run(path: Path, target: str, dimensions: Mapping[str, int]) -> LintReport:
     return LintReport(
         path=str(path), target=target, dimensions=used, layers=tuple(layers), findings=tuple(findings)
     )
+
+
+def root_of(path: Path) -> Path:
+    """The model's directory, which holds ``model_index.json``, of a file or a component's directory in it.
+
+    `path` is made absolute without following links: the stores of some tools link to files that lie elsewhere.
+    """
+    path = Path(os.path.abspath(path))
+    folder = path if path.is_dir() else path.parent
+    for candidate in (folder, folder.parent):
+        if (candidate / MODEL_INDEX_NAME).is_file():
+            return candidate
+    return path if path.is_dir() else folder.parent
+
+
+def check_unchanged(path: Path, root: Path) -> None:
+    """Hash an artifact's files; what has no manifest, or lies below a directory that is no model's, is not hashed.
+
+    Raises:
+        ArtifactError: one is not what the manifest says.
+    """
+    given = path.is_dir() and path.samefile(root)
+    if (root / MANIFEST_NAME).is_file() and (given or (root / MODEL_INDEX_NAME).is_file()):
+        read_artifact(root)
 
 
 def apply_rules(view: View, target: str) -> Iterator[Finding]:
@@ -94,7 +120,7 @@ def nothing_quantized(layers: list[Layer], root: Path) -> Finding | None:
     )
     if not layers or quantized:
         return None
-    config = read.read_json(root / MANIFEST).get("config")
+    config = read.read_json(root / MANIFEST_NAME).get("config")
     wanted = isinstance(config, dict) and config.get("mode") == "none"
     return Finding(
         rule="nothing-quantized",

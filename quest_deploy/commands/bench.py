@@ -20,7 +20,7 @@ from quest_deploy.commands.verb import (
     verb,
 )
 from quest_deploy.config import BenchConfig
-from quest_deploy.errors import BenchError
+from quest_deploy.errors import ArtifactError, BenchError
 
 
 @click.command(short_help="Latency, throughput and memory.")
@@ -69,8 +69,14 @@ def bench(
     from quest_deploy.model.spec import classes_of, family_of
     from quest_deploy.prompts import load_prompts
 
+    paths = [parse_subject(subject).path for subject in subjects]
+    if files := [path for path in paths if path.is_file()]:
+        raise ArtifactError(
+            f"'{files[0]}' is a file, expected a directory; write a single-file model as one with diffusers' "
+            "from_single_file(FILE).save_pretrained(DIR)"
+        )
     if not prompts:
-        first = parse_subject(subjects[0]).path
+        first = paths[0]
         stage_of(first)
         if classes_of(first) is not None:
             prompts = ("0",)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,9 @@ from quest_deploy.build_config import HARDWARE_COMPATIBILITIES, MAX_OPTIMIZATION
 from quest_deploy.commands.progress import show_progress
 from quest_deploy.commands.verb import Result, artifact_result, output_option, overwrite_option, verb
 from quest_deploy.config import PROFILE_RANGES, TENSORRT_BACKENDS, BuildConfig, ProfileConfig, ShapeRange
+from quest_deploy.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 
 @click.command("build-engine", short_help="ONNX to TensorRT engines.")
@@ -125,12 +130,23 @@ def build_engine(
     low = 1 if min_batch is None else min_batch
     best = low if opt_batch is None else opt_batch
     first = ProfileConfig(
-        batch=ShapeRange(min=low, opt=best, max=max(4, best) if max_batch is None else max_batch),
+        batch=shape_range(options_of("batch"), low, best, max(4, best) if max_batch is None else max_batch),
         height=size_range("height", min_height, opt_height, max_height),
         width=size_range("width", min_width, opt_width, max_width),
     )
     profiles = [first, *map(parse_profile, more_profiles)]
     if static:
+        bounds = {
+            "batch": (min_batch, max_batch),
+            "height": (min_height, max_height),
+            "width": (min_width, max_width),
+        }
+        if ignored := ignored_by_static(bounds, profiles, more_profiles):
+            logger.warning(
+                "--static: the denoiser and the autoencoder take the optimal shapes alone (--opt-batch, ...), so "
+                "these are ignored: %s",
+                ", ".join(ignored),
+            )
         profiles = [dataclasses.replace(profile, static=True) for profile in profiles]
     config = BuildConfig(
         backend=backend,  # type: ignore[arg-type]
@@ -175,7 +191,7 @@ def parse_profile(text: str) -> ProfileConfig:
                 "NAME=MIN:OPT:MAX or NAME=SIZE"
             )
         low, best, high = map(int, numbers * 3 if len(numbers) == 1 else numbers)
-        ranges[name] = ShapeRange(min=low, opt=best, max=high)
+        ranges[name] = shape_range(f"--profile: {name}", low, best, high)
     return ProfileConfig(**ranges)
 
 
@@ -185,4 +201,46 @@ def size_range(name: str, low: int | None, best: int | None, high: int | None) -
         return None
     if best is None:
         raise click.UsageError(f"--min-{name} and --max-{name} need --opt-{name}, the size to optimize for")
-    return ShapeRange(min=best if low is None else low, opt=best, max=best if high is None else high)
+    return shape_range(options_of(name), best if low is None else low, best, best if high is None else high)
+
+
+def options_of(name: str) -> str:
+    """The options that make up the range of one dimension."""
+    return f"--min-{name}, --opt-{name}, --max-{name}"
+
+
+def shape_range(source: str, low: int, best: int, high: int) -> ShapeRange:
+    """A range from the options that `source` names.
+
+    Raises:
+        ConfigError: it is none; the message begins with `source`.
+    """
+    try:
+        return ShapeRange(min=low, opt=best, max=high)
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from error
+
+
+def ignored_by_static(
+    bounds: Mapping[str, tuple[int | None, int | None]],
+    profiles: Sequence[ProfileConfig],
+    more_profiles: Sequence[str],
+) -> list[str]:
+    """The options that static shapes ignore, as they were given: bounds of a range other than its optimum.
+
+    Args:
+        bounds: Values of the options for minimum and maximum, by dimension; None where they are not given.
+        profiles: The first, of these options, and then those of `more_profiles`.
+        more_profiles: Values of --profile.
+    """
+    ignored = [
+        f"--{bound}-{name} {size}"
+        for name, sizes in bounds.items()
+        for bound, size in zip(("min", "max"), sizes, strict=True)
+        if size is not None and size != getattr(profiles[0], name).opt
+    ]
+    for text, profile in zip(more_profiles, profiles[1:], strict=True):
+        ranges = [found for name in PROFILE_RANGES if (found := getattr(profile, name)) is not None]
+        if any(one.min != one.max for one in ranges):
+            ignored.append(f"the bounds of --profile {text}")
+    return ignored

@@ -71,6 +71,8 @@ def export(
         artifact = run(source, output, config, progress=progress, overwrite=overwrite)
     build = f"quest-deploy build-engine {output} -o DIR --backend {target}"
     draw = f"quest-deploy generate {output} PROMPT -o DIR"
+    if dtype == "bf16":
+        draw += " --backend openvino (ONNX Runtime runs no bf16 on the CPU)"
     return artifact_result(artifact, draw if target == "onnxruntime" else build)
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from quest_deploy.commands.verb import DONE, OVER_BUDGET, Result, verb
+from quest_deploy.commands.verb import DONE, OVER_BUDGET, Result, result_to_terminal, verb
 from quest_deploy.export.lint.targets import LINT_TARGETS
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _MARKS = {"int8": "green", "int4 storage": "cyan", "float": "yellow", "breaks": "bold red"}
 _SEVERITY = {"error": "bold red", "warning": "yellow", "info": "dim"}
-_WIDTH = 110
+_NO_TERMINAL_WIDTH = 100_000
 
 
 @click.command(short_help="What a runtime will make of an ONNX graph.")
@@ -35,15 +35,16 @@ _WIDTH = 110
 def lint(*, path: Path, target: str, dimensions: tuple[str, ...], show_all: bool) -> Result:
     """Say for every Conv, Gemm and MatMul whether it runs in INT8, with INT4 storage, in float, or breaks, and why.
 
-    Nothing is built or run, and no weight but scales and zero-points is read. PATH may come from any exporter. Exit
-    code 3 where the target refuses the graph or would compute other numbers.
+    Nothing is built or run, and no weight but scales and zero-points is read, except to see that an artifact's files
+    are what its manifest says. PATH may come from any exporter. Exit code 3 where the target refuses the graph or would
+    compute other numbers.
     """
     from quest_deploy.export.lint import lint as run
 
     report = run(path, target, dimensions=parse_dimensions(dimensions))
     return Result(
         data=report.to_json(),
-        text=render(report, show_all=show_all),
+        text=render(report, show_all=show_all, terminal=result_to_terminal()),
         exit_code=DONE if report else OVER_BUDGET,
     )
 
@@ -59,21 +60,22 @@ def parse_dimensions(options: tuple[str, ...]) -> dict[str, int]:
     return sizes
 
 
-def render(report: LintReport, *, show_all: bool) -> str:
-    """The report as tables for a terminal; without colours where there is none."""
+def render(report: LintReport, *, show_all: bool, terminal: bool) -> str:
+    """The report as tables for a terminal; without colours, and one line a row, where there is none."""
     from rich.console import Console, Group
 
     blocks: list[RenderableType] = [*layer_table(report, show_all=show_all), *finding_table(report)]
-    console = Console(width=None if Console().is_terminal else _WIDTH, highlight=False)
+    width = None if terminal else _NO_TERMINAL_WIDTH
+    console = Console(force_terminal=terminal, width=width, highlight=False)
     with console.capture() as capture:
         console.print(Group(*blocks, *summary_lines(report)))
-    return capture.get().rstrip()
+    return "\n".join(line.rstrip() for line in capture.get().splitlines()).rstrip()
 
 
 def layer_table(report: LintReport, *, show_all: bool) -> list[RenderableType]:
     """Products that do not run in INT8, alike ones in one row; with `show_all` every product."""
     from rich.markup import escape
-    from rich.table import Table
+    from rich.table import Column, Table
 
     groups: dict[tuple[str, ...], list[str]] = {}
     for layer in report.layers:
@@ -83,7 +85,8 @@ def layer_table(report: LintReport, *, show_all: bool) -> list[RenderableType]:
             groups.setdefault((*key, "; ".join(layer.reasons), *single), []).append(layer.name)
     if not groups:
         return []
-    table = Table("component", "operator", "operands", "runs as", "layers", "why", box=None, pad_edge=False)
+    headers = ("component", "operator", "operands", "runs as", "layers", "why")
+    table = Table(*(Column(header, overflow="fold") for header in headers), box=None, pad_edge=False)
     for (component, op_type, operands, execution, reasons, *_), names in groups.items():
         count = names[0] if len(names) == 1 else f"{len(names)}, first {names[0]}"
         colour = f"[{_MARKS[execution]}]{execution}[/]"
@@ -94,7 +97,7 @@ def layer_table(report: LintReport, *, show_all: bool) -> list[RenderableType]:
 def finding_table(report: LintReport) -> list[RenderableType]:
     """What rules noticed, alike findings of one component in one row."""
     from rich.markup import escape
-    from rich.table import Table
+    from rich.table import Column, Table
 
     groups: dict[tuple[str, str, str], list[tuple[str, str]]] = {}
     for finding in report.findings:
@@ -102,7 +105,8 @@ def finding_table(report: LintReport) -> list[RenderableType]:
         groups.setdefault(key, []).append((finding.node, finding.message))
     if not groups:
         return []
-    table = Table("", "rule", "component", "where and what", box=None, pad_edge=False)
+    headers = ("", "rule", "component", "where and what")
+    table = Table(*(Column(header, overflow="fold") for header in headers), box=None, pad_edge=False)
     for (severity, rule, component), places in groups.items():
         node, message = places[0]
         more = f" (and {len(places) - 1} more)" if len(places) > 1 else ""

@@ -101,7 +101,11 @@ def parity(
     return Result(
         data={"path": str(result.path), "verdict": result.verdict, "report": result.report},
         text="\n".join(
-            [*(gate.describe() for gate in result.gates), f"parity {result.verdict}; open {report}"]
+            [
+                *(gate.describe() for gate in result.gates),
+                *(f"note: {note}" for note in result.report["notes"]),
+                f"parity {result.verdict}; open {report}",
+            ]
         ),
         exit_code=DONE if result else OVER_BUDGET,
     )

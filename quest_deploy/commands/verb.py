@@ -32,6 +32,8 @@ OVER_BUDGET = 3
 INTERRUPTED = 130
 TERMINATED = 143
 
+_TERMINAL = "quest_deploy.terminal"
+
 NOTHING_LEFT = "nothing half-written was left; run the same command again"
 
 logger = logging.getLogger("quest_deploy")
@@ -75,6 +77,7 @@ def verb(*, when_interrupted: str = NOTHING_LEFT) -> Callable[[Callable[..., Res
             started = time.monotonic()
             failure: tuple[str, str, int] | None = None
             _escape_what_streams_cannot_encode()
+            click.get_current_context().meta[_TERMINAL] = sys.stdout is not None and sys.stdout.isatty()
             with _standard_output_for_the_result(), _terminated_as_exception(), _logs_on_stderr(verbose):
                 try:
                     result = body(**options)
@@ -133,6 +136,11 @@ def _print(text: str, *, err: bool = False, nl: bool = True) -> OSError | None:
             os.dup2(nowhere.fileno(), (sys.stderr if err else sys.stdout).fileno())
         return error
     return None
+
+
+def result_to_terminal() -> bool:
+    """Whether the result of the verb that runs goes to a terminal; its body sees standard error in that place."""
+    return bool(click.get_current_context().meta[_TERMINAL])
 
 
 def _explain(error: BaseException, when_interrupted: str) -> tuple[str, str, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from importlib import resources
 from pathlib import Path
@@ -25,6 +25,11 @@ class Budget:
 _FLOORS = tuple(field.name for field in fields(Budget))
 
 
+def packaged_budget() -> Any:
+    """The file whose floors hold where the user gives none."""
+    return resources.files("quest_deploy") / "data" / "budgets.yaml"
+
+
 def load_budget(path: Path | None, recipe: str | None) -> Budget:
     """The floors for `recipe`.
 
@@ -36,7 +41,47 @@ def load_budget(path: Path | None, recipe: str | None) -> Budget:
     Raises:
         ConfigError: the file cannot be read or holds mistakes (it names all of them).
     """
-    source = path or resources.files("quest_deploy") / "data" / "budgets.yaml"
+    content = _read(path or packaged_budget())
+    floors = {**content, **(_recipes(content).get(recipe) or {})}
+    return Budget(**{name: float(floors[name]) for name in _FLOORS if floors.get(name) is not None})
+
+
+def check_names(path: Path, recipes: Collection[str]) -> None:
+    """Refuse a budget whose names are not those of the recipes that it is given for: such floors would hold nothing.
+
+    Names of other recipes may stand beside the right ones. Where a recipe is not named, floors of the top level hold
+    for it, and then names of packaged recipes may be there too; any other is taken for a mistyped one.
+
+    Args:
+        path: The budget of the user.
+        recipes: Those of all quantized rungs.
+
+    Raises:
+        ConfigError: a name stands for nothing, or the file cannot be used.
+    """
+    content = _read(path)
+    names = [str(name) for name in _recipes(content)]
+    missing = sorted(set(recipes) - set(names))
+    known = {*recipes, *_recipes(_read(packaged_budget()))}
+    general = any(content.get(name) is not None for name in _FLOORS)
+    idle = [name for name in names if name not in (known if general else recipes)]
+    if missing and idle:
+        raise ConfigError(
+            f"budget {path}: recipes.{idle[0]} stands for no recipe here, expected {' or '.join(missing)}; correct "
+            "the name"
+        )
+
+
+def _recipes(content: Mapping[str, Any]) -> Mapping[Any, Any]:
+    return content.get("recipes") or {}
+
+
+def _read(source: Any) -> Mapping[str, Any]:
+    """The content of a budget without mistakes.
+
+    Raises:
+        ConfigError: see :func:`load_budget`.
+    """
     try:
         content = yaml.safe_load(source.read_text(encoding="utf-8"))
     except OSError as error:
@@ -58,9 +103,7 @@ def load_budget(path: Path | None, recipe: str | None) -> Budget:
     problems = _problems(content)
     if problems:
         raise ConfigError(f"budget {source}: " + "; ".join(problems))
-    recipes = content.get("recipes") or {}
-    floors = {**content, **(recipes.get(recipe) or {})}
-    return Budget(**{name: float(floors[name]) for name in _FLOORS if floors.get(name) is not None})
+    return content
 
 
 def _problems(content: Mapping[str, Any]) -> list[str]:

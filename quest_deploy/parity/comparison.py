@@ -14,7 +14,7 @@ from quest_deploy.engines import resolve_backend
 from quest_deploy.model.families import Classes, Family, choose_prompts
 from quest_deploy.model.load import SINGLE_FILE_FAMILY
 from quest_deploy.model.spec import classes_of, family_of
-from quest_deploy.parity.budgets import Budget, load_budget
+from quest_deploy.parity.budgets import Budget, check_names, load_budget
 from quest_deploy.parity.document import make_document
 from quest_deploy.parity.figures import Outcome, deployment_figures, quantization_figures
 from quest_deploy.parity.gates import Gate, deployment_gates, finite_gate, quantization_gates
@@ -29,7 +29,8 @@ class ParityResult:
     """The outcome of a comparison; true when every rung was run and every gate passed.
 
     Attributes:
-        verdict: "passed", "failed", or "incomplete" (no gate failed, but a rung was not run).
+        verdict: "passed", "failed", or "incomplete" (no gate failed, but a rung was not run). A rung without limits,
+            as of a recipe that no budget names, passes where it is finite; the report's notes say so.
         gates: Every requirement and how it came out.
         report: The content of ``report.json``.
         path: The parity artifact.
@@ -81,6 +82,9 @@ def compare(
     budget_path = None if config.budget is None else Path(config.budget)
     # All budgets are read before the work starts: a typing mistake should not cost an hour.
     budgets = {rung.name: load_budget(budget_path, rung.recipe) for rung in rungs}
+    recipes = {rung.recipe for rung in rungs if rung.recipe is not None}
+    if budget_path is not None:
+        check_names(budget_path, recipes)
     family, classes = reference_kind(rungs)
     prompts = choose_prompts(
         family, classes, config.prompts, default=load_prompts(default="heldout"), count=config.num_prompts
@@ -97,6 +101,7 @@ def compare(
         config=to_dict(config),
         prompts=prompts,
     )
+    document["notes"] += without_limits(outcomes, edges, gates)
     inputs = {rung.name: rung.digest for rung in rungs}
     with write_artifact(
         output, stage="parity", config=to_dict(config), inputs=inputs, overwrite=overwrite
@@ -137,6 +142,24 @@ def make_gates(
                 dtype=lower.rung.dtype,
             )
     return gates
+
+
+def without_limits(outcomes: Sequence[Outcome], edges: Sequence[Edge], gates: Sequence[Gate]) -> list[str]:
+    """One note for each rung below the reference that no figure was held to a limit of: "passed" says little of it."""
+    limited = {gate.rung for gate in gates if gate.kind != "finite"}
+    found = []
+    for edge in edges:
+        rung = outcomes[edge.lower].rung
+        if outcomes[edge.lower].trace is None or rung.name in limited:
+            continue
+        why = f"no limits for recipe '{rung.recipe}'"
+        next_step = "; give --budget"
+        if edge.kind == "deployment":
+            why, next_step = f"{outcomes[edge.upper].rung.name}, the rung above, was not run", ""
+        elif outcomes[0].rung.grid is not None:
+            why, next_step = "limits are against full precision", "; compare with the full-precision model"
+        found.append(f"{rung.name}: {why}: only NaN and infinity were checked{next_step}.")
+    return found
 
 
 def judge(gates: Sequence[Gate], outcomes: Sequence[Outcome]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -218,3 +219,10 @@ def test_pickles_are_refused_with_a_conversion_hint(tmp_path: Path, suffix: str)
         refuse_pickle(path)
     with pytest.raises(ArtifactError, match="is a pickle"):
         stage_of(path)
+
+
+@pytest.mark.parametrize("put", [lambda path: None, lambda path: path.write_bytes(b"")], ids=["none", "file"])
+def test_what_is_no_directory_is_told_both_kinds(put: Callable[[Path], object], tmp_path: Path) -> None:
+    put(tmp_path / "place")
+    with pytest.raises(ArtifactError, match=r"a manifest\.json .* or a model_index\.json"):
+        stage_of(tmp_path / "place")

@@ -372,3 +372,13 @@ def test_where_every_row_fails_each_says_why_and_nothing_is_written(
     assert "signal-9: cannot be measured: its process was killed" in done.stderr
     assert "broken: cannot be measured: broken" in done.stderr
     assert not (tmp_path / "bench").exists()
+
+
+@pytest.mark.parametrize("before", [[], ["--prompt", "pizza"]], ids=["no prompt", "a prompt"])
+def test_a_single_file_is_an_ordinary_error(before: list[str], tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"")
+    done = CliRunner().invoke(main, ["bench", str(file), "-o", str(tmp_path / "out"), *before])
+    assert done.exit_code == 1
+    assert done.stderr.startswith(f"Error: '{file}' is a file, expected a directory; ")
+    assert "save_pretrained(DIR)" in done.stderr

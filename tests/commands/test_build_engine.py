@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 import pytest
+from click.testing import CliRunner
 
+from quest_deploy.commands import main
 from quest_deploy.commands.build_engine import parse_profile
 from quest_deploy.config import ProfileConfig, ShapeRange
 
@@ -25,3 +29,45 @@ def test_a_profile_of_another_form_is_refused(text: str) -> None:
         click.UsageError, match="expected each of batch, height, width, sequence at most once"
     ):
         parse_profile(text)
+
+
+def said(folder: Path, *options: str) -> str:
+    """Standard error of a command whose ONNX directory is missing, so that nothing is built."""
+    return (
+        CliRunner()
+        .invoke(main, ["build-engine", str(folder / "none"), "-o", str(folder / "out"), *options])
+        .stderr
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "ignored"),
+    [
+        (["--max-batch", "4"], "--max-batch 4"),
+        (["--min-height", "64", "--opt-height", "96", "--max-height", "96"], "--min-height 64"),
+        (["--profile", "batch=1:2:2"], "the bounds of --profile batch=1:2:2"),
+        (["--profile", "batch=2", "--opt-batch", "4", "--max-batch", "4"], None),
+        ([], None),
+    ],
+    ids=["batch", "height", "profile", "optima alone", "nothing"],
+)
+def test_static_names_what_it_ignores(options: list[str], ignored: str | None, tmp_path: Path) -> None:
+    lines = [line for line in said(tmp_path, "--static", *options).splitlines() if "ignored" in line]
+    assert len(lines) == (ignored is not None)
+    assert ignored is None or lines[0].endswith(f"ignored: {ignored}")
+    assert "ignored" not in said(tmp_path, *options)
+
+
+@pytest.mark.parametrize(
+    ("options", "source"),
+    [
+        (["--min-batch", "5", "--max-batch", "4"], "--min-batch, --opt-batch, --max-batch"),
+        (["--opt-width", "64", "--max-width", "32"], "--min-width, --opt-width, --max-width"),
+        (["--profile", "height=8:4:8"], "--profile: height"),
+    ],
+    ids=["batch", "width", "profile"],
+)
+def test_a_range_that_does_not_rise_is_told_by_its_options(
+    options: list[str], source: str, tmp_path: Path
+) -> None:
+    assert said(tmp_path, *options).startswith(f"Error: {source}: shape range ")

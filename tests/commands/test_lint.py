@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from rich.cells import cell_len
+from rich.text import Text
 
 from quest_deploy.commands import main
+from quest_deploy.commands.lint import render
+from quest_deploy.export.lint import lint as run_lint
 from tests.export.lint.patterns import PATTERNS
 
 
@@ -62,3 +69,44 @@ def test_table_names_layer_and_reason(tmp_path: Path) -> None:
 def test_products_in_int8_are_listed_on_request(tmp_path: Path) -> None:
     assert "conv_3" not in run(tmp_path, "conv_w8a8").output
     assert "conv_3" in run(tmp_path, "conv_w8a8", "--all").output
+
+
+def with_a_long_name(folder: Path) -> tuple[Path, str]:
+    model = PATTERNS["conv_w8a8"]()
+    (node,) = [node for node in model.graph.node if node.op_type == "Conv"]
+    node.name = "/".join(f"block_{index}" for index in range(40))
+    path = folder / "model.onnx"
+    path.write_bytes(model.SerializeToString())
+    return path, node.name
+
+
+def test_a_row_is_one_whole_line_where_output_is_no_terminal(tmp_path: Path) -> None:
+    path, name = with_a_long_name(tmp_path)
+    lines = CliRunner().invoke(main, ["lint", str(path), "--all"]).stdout.splitlines()
+    (line,) = [line for line in lines if name in line]
+    assert "int8" in line
+    assert not any(line.endswith(" ") for line in lines)
+
+
+def test_a_row_is_as_wide_as_the_terminal_and_cuts_no_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, _ = with_a_long_name(tmp_path)
+    monkeypatch.setenv("COLUMNS", "90")
+    lines = render(run_lint(path), show_all=True, terminal=True).splitlines()
+    assert all(cell_len(Text.from_ansi(line).plain) <= 90 for line in lines)
+    assert "…" not in "".join(lines)
+    assert "block_39" in "".join(lines)
+
+
+def test_whether_standard_output_is_a_terminal_decides_and_not_standard_error(tmp_path: Path) -> None:
+    """Rows were as wide as the terminal that logs went to."""
+    path, name = with_a_long_name(tmp_path)
+    leader, follower = os.openpty()
+    try:
+        command = [sys.executable, "-m", "quest_deploy.commands", "lint", str(path), "--all"]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=follower, check=True, text=True)
+    finally:
+        os.close(leader)
+        os.close(follower)
+    assert name in done.stdout

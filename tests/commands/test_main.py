@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import importlib.metadata
+import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
 from quest_deploy import __version__
 from quest_deploy.commands import VERBS, main
+from quest_deploy.commands.verb import DONE, ERROR, INTERRUPTED, OVER_BUDGET, TERMINATED
 
 HEAVY = ("torch", "onnx", "onnxruntime", "numpy", "diffusers", "transformers", "polygraphy", "rich")
 LIGHT = "import sys; from quest_deploy.commands import main; sys.argv[1:] = {arguments!r}\ntry:\n    main()\nfinally:\n"
@@ -38,6 +41,17 @@ def test_version_is_the_installed_one() -> None:
 def test_help_lists_every_verb() -> None:
     output = CliRunner().invoke(main, ["--help"]).output
     assert [name for name in VERBS if f"\n  {name} " in output] == list(VERBS)
+
+
+def test_every_exit_code_is_told(repository: Path) -> None:
+    codes = {DONE, ERROR, 2, OVER_BUDGET, INTERRUPTED, TERMINATED}
+    readme = (repository / "README.md").read_text(encoding="utf-8")
+    for text in (CliRunner().invoke(main, ["--help"]).output, readme):
+        (told,) = re.findall(r"Exit codes: (.*?)\.\n", text, re.DOTALL)
+        assert {int(number) for number in re.findall(r"\d+", told)} == codes
+        assert "rung that could not be run" in " ".join(told.split()) and "lint errors" in " ".join(
+            told.split()
+        )
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], *([verb, "--help"] for verb in VERBS)])

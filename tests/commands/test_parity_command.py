@@ -24,3 +24,12 @@ def test_exit_code_says_whether_the_budget_is_kept(
     assert done.exit_code == code, done.stderr
     assert json.loads(done.stdout)["verdict"] == verdict
     assert (tmp_path / "out" / "report.html").exists()
+
+
+def test_notes_are_printed(tmp_path: Path, tiny_model: Path, tiny_checkpoint: Path) -> None:
+    budget = tmp_path / "budget.yaml"
+    budget.write_text("{}")
+    words = ["parity", tiny_model, tiny_checkpoint, "-o", tmp_path / "out", "--budget", budget]
+    done = CliRunner().invoke(main, [*map(str, words), "--steps", "2", "--num-prompts", "1"])
+    assert done.exit_code == 0, done.stderr
+    assert "only NaN and infinity were checked; give --budget" in done.stdout

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ from onnx import numpy_helper
 from torch import Tensor
 from torch.nn import functional
 
-from quest_deploy.artifacts import read_artifact, write_artifact
+from quest_deploy.artifacts import MANIFEST_NAME, read_artifact, write_artifact
 from quest_deploy.config import Provider, RunConfig
 from quest_deploy.engines import load_engines, ort_runtime
 from quest_deploy.engines.base import Engine
@@ -161,6 +162,23 @@ def test_file_that_is_not_onnx_says_what_to_run(make_onnx: Callable[..., Path]) 
         ArtifactError, match=r"text_encoder/model.onnx': ONNX Runtime .*parsing failed.*`quest-deploy export"
     ):
         load_ort_engines(make_onnx(text_encoder=b"\xff" * 64))
+
+
+def test_a_bf16_export_that_does_not_load_names_the_runtime_that_takes_it(
+    make_onnx: Callable[..., Path], tmp_path: Path
+) -> None:
+    with write_artifact(tmp_path / "bf16", stage="onnx", config={}) as writer:
+        shutil.copytree(
+            make_onnx(text_encoder=b"\xff" * 64),
+            writer.path,
+            dirs_exist_ok=True,
+            ignore=shutil.ignore_patterns(MANIFEST_NAME),
+        )
+        writer.details["dtype"] = "bf16"
+    with pytest.raises(
+        ArtifactError, match=r"parsing failed.*operators are in bf16.*`--backend openvino` does"
+    ):
+        load_ort_engines(tmp_path / "bf16")
 
 
 def test_graph_with_other_names_is_stale(make_onnx: Callable[..., Path], tiny_onnx: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 
 from quest_deploy.errors import ConfigError
-from quest_deploy.parity.budgets import Budget, load_budget
+from quest_deploy.parity.budgets import Budget, check_names, load_budget
 from quest_deploy.parity.gates import Gate
 from quest_deploy.parity.ladder import recipe_name
 
@@ -54,6 +55,31 @@ def test_a_corrupt_budget_is_a_config_error(tmp_path: Path, content: bytes, mess
     path.write_bytes(content)
     with pytest.raises(ConfigError, match=message):
         load_budget(path, "w8a8")
+
+
+NAMES = {
+    "of the recipe": ("recipes: {mine: {image_ssim_min: 0.9}}", True),
+    "of the recipe, and another's": ("recipes: {mine: {image_ssim_min: 0.9}, yours: {}}", True),
+    "none": ("image_ssim_min: 0.9", True),
+    "of a packaged recipe, with floors for all": ("image_ssim_min: 0.9\nrecipes: {w4a4: {}}", True),
+    "of a packaged recipe alone": ("recipes: {w4a4: {image_ssim_min: 0.9}}", False),
+    "mistyped": ("recipes: {mien: {image_ssim_min: 0.9}}", False),
+    "mistyped, with floors for all": ("image_ssim_min: 0.1\nrecipes: {mien: {image_ssim_min: 0.9}}", False),
+}
+
+
+@pytest.mark.parametrize(("content", "accepted"), NAMES.values(), ids=NAMES)
+def test_a_name_must_stand_for_something(content: str, accepted: bool, tmp_path: Path) -> None:
+    path = tmp_path / "budget.yaml"
+    path.write_text(content)
+    with contextlib.nullcontext() if accepted else pytest.raises(ConfigError, match="expected mine"):
+        check_names(path, {"mine"})
+
+
+def test_names_are_no_matter_where_nothing_is_quantized(tmp_path: Path) -> None:
+    path = tmp_path / "budget.yaml"
+    path.write_text("recipes: {mine: {image_ssim_min: 0.9}}")
+    check_names(path, set())
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from quest_deploy.artifacts import write_artifact
 from quest_deploy.errors import ArtifactError, ConfigError
 from quest_deploy.export.lint import lint
 from quest_deploy.export.lint.read import resolve_shapes
@@ -116,6 +117,42 @@ def test_symbolic_dimensions_are_the_models_own_size(tmp_path: Path) -> None:
     assert lint(tmp_path, dimensions={"batch": 2, "width": 8}).layers[0].macs == 4 * 16 * 16 * 8
 
 
+def exported(root: Path) -> Path:
+    """An artifact of one component, whose sizes only its configuration tells."""
+    net = Net()
+    net.input(("batch", 8, "height", "width"))
+    with write_artifact(root / "onnx", stage="onnx", config={}) as writer:
+        write(writer.path / "unet" / "model.onnx", net.finish(net.op("Conv", "x", net.weight((16, 8, 1, 1)))))
+        (writer.path / "unet" / "config.json").write_text(json.dumps({"sample_size": 4}))
+        (writer.path / "model_index.json").write_text("{}")
+    return root / "onnx"
+
+
+@pytest.mark.parametrize("path", ["model.onnx", ".", "..", "../unet", "../unet/model.onnx"])
+def test_the_same_file_counts_alike_however_it_is_named(
+    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = lint(exported(tmp_path)).to_json()
+    monkeypatch.chdir(tmp_path / "onnx" / "unet")
+    assert {**lint(Path(path)).to_json(), "path": expected["path"]} == expected
+
+
+@pytest.mark.parametrize("inner", ["", "unet", "unet/model.onnx"])
+def test_a_changed_artifact_is_refused(inner: str, tmp_path: Path) -> None:
+    root = exported(tmp_path)
+    file = root / "unet" / "model.onnx"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ArtifactError, match=r"not what its manifest says.*unet/model\.onnx"):
+        lint(root / inner)
+
+
+def test_a_manifest_above_a_file_of_another_origin_is_not_its_own(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text("{}")
+    assert lint(write(tmp_path / "models" / "model.onnx", PATTERNS["conv_w8a8"]()))
+
+
 def test_shapes_are_found_behind_group_normalization_and_computed_reshapes() -> None:
     net = Net()
     x = net.input(("batch", 4, "height", "width"))
@@ -188,9 +225,9 @@ def test_nothing_quantized_is_an_error(lint_model: Lint) -> None:
 
 
 def test_nothing_quantized_is_a_hint_where_it_was_asked_for(tmp_path: Path) -> None:
-    write(tmp_path / "unet" / "model.onnx", PATTERNS["conv_float"]())
-    (tmp_path / "manifest.json").write_text(json.dumps({"config": {"mode": "none"}}))
-    report = lint(tmp_path)
+    with write_artifact(tmp_path / "onnx", stage="onnx", config={"mode": "none"}) as writer:
+        write(writer.path / "unet" / "model.onnx", PATTERNS["conv_float"]())
+    report = lint(tmp_path / "onnx")
     assert [(finding.rule, finding.severity) for finding in report.findings] == [
         ("nothing-quantized", "info")
     ]
