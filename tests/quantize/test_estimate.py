@@ -55,6 +55,7 @@ def test_the_checkpoint_has_the_size_that_was_told(
     assert found[0][-1].disk_bytes == pytest.approx(size, rel=0.25)
 
 
+@pytest.mark.thorough
 def test_attention_that_is_quantized_takes_more(
     tiny_model: Path, config: FinetuneConfig, found: tuple[list[PartEstimate], Speed]
 ) -> None:
@@ -105,6 +106,7 @@ def no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "products_per_second", lambda device: 1e6)
 
 
+@pytest.mark.thorough
 def test_adaround_takes_its_updates(tiny_model: Path, config: FinetuneConfig, no_clock: None) -> None:
     found = []
     for iterations in (10, 1010):
