@@ -186,7 +186,12 @@ def load_directory(directory: Path, *, deferred: bool = False, **components: Any
         if family.pipeline == SINGLE_FILE_FAMILY.pipeline:
             # The pipeline of diffusers corrects the schedulers of its first models.
             pipeline = _pipeline_class(family).from_pretrained(
-                str(directory), feature_extractor=None, local_files_only=True, **_options(), **components
+                str(directory),
+                use_safetensors=True,
+                local_files_only=True,
+                feature_extractor=None,
+                **_options(),
+                **components,
             )
         else:
             pipeline = SimpleNamespace(**components)
