@@ -27,6 +27,7 @@ from quest_deploy.artifacts import (
     write_artifact,
 )
 from quest_deploy.config import FinetuneConfig, ProgressEvent, to_dict
+from quest_deploy.errors import ArtifactError
 from quest_deploy.model.families import Classes, Family, choose_prompts
 from quest_deploy.model.load import LoadedModel, load_model
 from quest_deploy.model.lora import merge_loras
@@ -138,6 +139,10 @@ def prepare(model: str | Path, config: FinetuneConfig) -> tuple[LoadedModel, Tra
     Raises:
         QuestDeployError: the model cannot be loaded, or the recipe does not fit it.
     """
+    if (Path(model) / MANIFEST_NAME).is_file() and (stage := stage_of(Path(model))) != "model":
+        raise ArtifactError(
+            f"'{model}' is of stage '{stage}', expected a full-precision model; give the one that it was made from"
+        )
     loaded = load_model(model)
     if not Path(model).is_dir():
         config = with_prompts(config, loaded.family, loaded.classes)

@@ -301,6 +301,15 @@ def test_resuming_into_the_checkpoint_of_another_model_is_refused(
         finetune(other, output, config(initializer="gptq"), resume=True)
 
 
+def test_a_checkpoint_is_no_model_to_finetune(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("quest_deploy.quantize.finetune.load_model", None)  # before anything is loaded
+    with pytest.raises(ArtifactError, match="is of stage 'checkpoint', expected a full-precision model"):
+        finetune(checkpoint, tmp_path / "again", config())
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_pattern_of_no_layers_is_refused_before_any_work(tiny_model: Path, tmp_path: Path) -> None:
     wrong = config()
     recipe = dataclasses.replace(wrong.recipe, sensitive=PhaseConfig(layers="qkv*", steps=1))
