@@ -18,11 +18,11 @@ from quest_deploy.export.passes.pack_int4 import PackInt4
 from quest_deploy.export.to_onnx import quantized_layer_names
 from quest_deploy.model.load import LoadedModel, wrap_components
 from quest_deploy.model.spec import latent_granularity
-from quest_deploy.parity.codes import FlipReport, compare_codes, onnxruntime_codes, torch_codes
 from quest_deploy.quantize import train
 from quest_deploy.quantize.checkpoint import load_checkpoint
 from quest_deploy.quantize.finetune import finetune
 from quest_deploy.quantize.tables import time_tables
+from tests.codes import assert_codes_agree
 from tests.export.conftest import run_onnx, unet_inputs
 from tests.export.tensorrt import build
 
@@ -87,14 +87,7 @@ def test_codes_agree_at_knots_between_and_outside(deployed: Deployed, tmp_path: 
     low, middle, high = knots(deployed.model).tolist()
     places = ([middle], [low, high], [low / 2, (low + middle) / 2], [999.0])
     probes = [{**unet_inputs(2, len(place), 8, 12, 5), "timestep": torch.tensor(place)} for place in places]
-    upper = [torch_codes(deployed.module, probe) for probe in probes]
-    lower = onnxruntime_codes(tmp_path / "model.onnx", probes, [run.codes for run in upper])
-    assert not isinstance(lower, str), lower
-    found = compare_codes(upper, lower)
-    assert isinstance(found, FlipReport) and found.unmatched == ()
-    # Float operators between the products may round differently: DESIGN §7 allows one code in 10^4, by one.
-    assert found.total.differing <= 1e-4 * found.total.places and found.total.max_difference <= 1
-    assert float(found.noise_snr_db.min()) >= 50
+    assert_codes_agree(deployed.module, tmp_path / "model.onnx", probes)
 
 
 def test_lookups_and_blend_are_those_of_torch_to_the_bit(deployed: Deployed) -> None:

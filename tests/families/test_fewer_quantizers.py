@@ -16,9 +16,9 @@ from quest_deploy.config import FinetuneConfig
 from quest_deploy.export.graph import component_graph
 from quest_deploy.model.load import wrap_components
 from quest_deploy.model.spec import latent_granularity
-from quest_deploy.parity.codes import FlipReport, compare_codes, onnxruntime_codes, torch_codes
 from quest_deploy.quantize.checkpoint import load_checkpoint
 from quest_deploy.quantize.finetune import finetune
+from tests.codes import assert_codes_agree
 from tests.families.conftest import RECIPE
 
 BLOCK = "transformer.transformer_blocks.0"
@@ -63,14 +63,7 @@ def test_codes_agree(target: str, quantized: int, checkpoint: Path, tmp_path: Pa
         }
         for timestep in ([3.0, 990.0], [500.0])
     ]
-    upper = [torch_codes(module, probe) for probe in probes]
-    lower = onnxruntime_codes(tmp_path / "model.onnx", probes, [run.codes for run in upper])
-    assert not isinstance(lower, str), lower
-    found = compare_codes(upper, lower)
-    assert isinstance(found, FlipReport) and found.unmatched == ()
-    # Float operators between the products may round differently: DESIGN §7 allows one code in 10^4, by one.
-    assert found.total.differing <= 1e-4 * found.total.places and found.total.max_difference <= 1
-    assert float(found.noise_snr_db.min()) >= 50
+    assert_codes_agree(module, tmp_path / "model.onnx", probes)
     names = [node.name for node in proto.graph.node if node.op_type == "QuantizeLinear"]
     assert (
         sum(name.startswith(f"{BLOCK}.attn1.to_") and ".to_out." not in name for name in names) == quantized
