@@ -8,6 +8,7 @@ alone.
 
 from __future__ import annotations
 
+from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,8 +71,18 @@ def _checkpoints(settings: Settings) -> dict[str, Path]:
             path = found[f"{name}-{row}"] = folder / "checkpoints" / f"{name}-{row}"
             stages.finetune(settings, variant(settings.recipe(name), row, quick=settings.quick), path)
     for name in settings.recipes:
-        found[f"{name}-minmax"] = quality.minmax(settings, name, folder)
+        found[f"{name}-minmax"] = _minmax(settings, name, folder)
     return found
+
+
+def _minmax(settings: Settings, name: str, folder: Path) -> Path:
+    """Made by a process of its own too: it loads torch, and every row is exported after it."""
+    apart = get_context("spawn").Process(target=quality.minmax, args=(settings, name, folder))
+    apart.start()
+    apart.join()
+    if apart.exitcode:
+        raise SystemExit(f"benchmarks: the min-max ranges of {name} failed")
+    return quality.minmax(settings, name, folder)
 
 
 def _versions() -> dict[str, str]:

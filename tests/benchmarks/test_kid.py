@@ -1,5 +1,10 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -7,6 +12,7 @@ from torchmetrics.image.kid import poly_mmd
 
 from benchmarks import ablation, kid
 from benchmarks.encoder import FEATURES, Encoder, features_of, load_encoder
+from benchmarks.settings import ROOT
 from quest_deploy.quantize.recipe import load_recipe
 
 
@@ -87,3 +93,25 @@ def test_a_variant_changes_what_its_name_says_and_has_the_same_bits(name: str) -
     # Softmax is quantized beside the other operands of attention alone.
     assert len(changed - {"name", "softmax_bits"}) == (name != "short")
     assert ("softmax_bits" in changed) == ("softmax" in name)
+
+
+MIN_MAX = """
+import sys
+from benchmarks import kid
+from benchmarks.settings import Settings
+settings = Settings(recipes=("w4a8",), quick=True)
+assert (kid._minmax(settings, "w4a8", settings.work) / "manifest.json").is_file()
+assert "torch" not in sys.modules
+"""
+
+
+@pytest.mark.thorough
+def test_torch_is_not_loaded_before_rows_are_exported(tmp_path: Path) -> None:
+    (tmp_path / "reference-model").symlink_to(ROOT / "reference-model")
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"if __name__ == '__main__':\n    {MIN_MAX.strip().replace(chr(10), chr(10) + '    ')}\n"
+    )
+    subprocess.run(
+        [sys.executable, str(script)], cwd=tmp_path, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
