@@ -42,6 +42,7 @@ from quest_deploy.foreign import (
     foreign_manifest,
     is_foreign_onnx,
 )
+from quest_deploy.lock import locked
 from quest_deploy.manifest import (
     MANIFEST_NAME,
     SCHEMA_VERSION,
@@ -279,6 +280,7 @@ def write_artifact(
 
     Raises:
         ArtifactError: `output` may not be replaced, or the disk is full, read-only or otherwise refuses.
+        ConfigError: another process is writing it.
     """
     if stage not in STAGES:
         raise ValueError(f"stage is {stage!r}, expected one of {STAGES}")
@@ -289,6 +291,7 @@ def write_artifact(
         cleanup.callback(_remove_empty, made)
         with storage_errors(output):
             _make_parents(output.parent, made)
+            cleanup.enter_context(locked(output.with_name(f".{output.name}.lock"), output, "quest-deploy"))
             _sweep(output)
             temporary = cleanup.enter_context(_temporary_sibling(output))
         writer = ArtifactWriter(path=temporary)

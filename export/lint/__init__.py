@@ -31,7 +31,7 @@ def lint(
         Findings and one row for every product; false in a boolean context where there are errors.
 
     Raises:
-        ConfigError: an unknown target, or a dimension that is not positive.
+        ConfigError: an unknown target, a dimension that no graph has, or one that is not positive.
         ArtifactError: nothing there, or a file that is not ONNX.
     """
     from quest_deploy.export.lint.run import run

@@ -40,11 +40,20 @@ def run(path: Path, target: str, dimensions: Mapping[str, int]) -> LintReport:
         found = sorted(apply_rules(view, target), key=lambda finding: SEVERITIES.index(finding.severity))
         findings += found
         layers += judge(view, found, target)
+    check_names(dimensions, used)
     if finding := nothing_quantized(layers, root):
         findings.append(finding)
     return LintReport(
         path=str(path), target=target, dimensions=used, layers=tuple(layers), findings=tuple(findings)
     )
+
+
+def check_names(dimensions: Mapping[str, int], used: Mapping[str, int]) -> None:
+    """Refuse the size of a dimension that no graph has, by its name there or by the one that this package gives it."""
+    known = {*used, *(read.ALIASES[name] for name in used if name in read.ALIASES)}
+    if unknown := [name for name in dimensions if name not in known]:
+        there = f"some of {', '.join(used)}" if used else "none: every size is fixed"
+        raise ConfigError(f"dimensions: got {', '.join(unknown)}, expected {there}")
 
 
 def root_of(path: Path) -> Path:

@@ -52,11 +52,42 @@ def run(
         )
     check_output(output, stage=STAGE, overwrite=overwrite)
     digests = {one.label: _digest(one.path) for one in parsed}
-    turns: dict[str, list[dict[str, Any]]] = {one.label: [] for one in parsed}
+    with write_artifact(
+        output, stage=STAGE, config=to_dict(config), inputs=digests, overwrite=overwrite
+    ) as writer:
+        turns, failed = _measured(parsed, config, progress)
+        order = [one.label for one in parsed]
+        rows = {one.label: _row(one, turns[one.label], failed) for one in parsed}
+        result = {
+            "machine": machine(),
+            "versions": tool_versions(),
+            "request": config.request(),
+            "rounds": config.rounds,
+            "threads": config.threads,
+            "baseline": order[0],
+            "order": order,
+            "rows": rows,
+        }
+        write_json(writer.path / RESULT, result)
+        from quest_deploy.bench.plot import plot
+
+        (writer.path / PLOT).write_text(plot(rows, order), encoding="utf-8")
+    return read_artifact(output, stage=STAGE)
+
+
+def _measured(
+    subjects: Sequence[Subject], config: BenchConfig, progress: Callable[[ProgressEvent], None] | None
+) -> tuple[dict[str, list[dict[str, Any]]], dict[str, str]]:
+    """What each round found of each subject, and why those that failed did.
+
+    Raises:
+        BenchError: all did, in the first round.
+    """
+    turns: dict[str, list[dict[str, Any]]] = {one.label: [] for one in subjects}
     failed: dict[str, str] = {}
-    total, done = config.rounds * len(parsed), 0
+    total, done = config.rounds * len(subjects), 0
     for _ in range(config.rounds):
-        for one in parsed:
+        for one in subjects:
             if one.label not in failed:
                 found = measure(one, config)
                 if ERROR in found:
@@ -70,26 +101,7 @@ def run(
         raise BenchError(
             "; ".join(f"{label}: cannot be measured: {error}" for label, error in failed.items())
         )
-    order = [one.label for one in parsed]
-    rows = {one.label: _row(one, turns[one.label], failed) for one in parsed}
-    result = {
-        "machine": machine(),
-        "versions": tool_versions(),
-        "request": config.request(),
-        "rounds": config.rounds,
-        "threads": config.threads,
-        "baseline": order[0],
-        "order": order,
-        "rows": rows,
-    }
-    with write_artifact(
-        output, stage=STAGE, config=to_dict(config), inputs=digests, overwrite=overwrite
-    ) as writer:
-        write_json(writer.path / RESULT, result)
-        from quest_deploy.bench.plot import plot
-
-        (writer.path / PLOT).write_text(plot(rows, order), encoding="utf-8")
-    return read_artifact(output, stage=STAGE)
+    return turns, failed
 
 
 def _row(subject: Subject, turns: Sequence[Mapping[str, Any]], failed: Mapping[str, str]) -> dict[str, Any]:

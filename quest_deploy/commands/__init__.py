@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import json
+from typing import Any
 
 import click
 
@@ -23,6 +25,8 @@ VERBS = (
     "doctor",
 )
 
+_AS_JSON = "quest_deploy.as_json"
+
 
 class LazyGroup(click.Group):
     """A group that imports a command's module when the command is asked for."""
@@ -38,6 +42,20 @@ class LazyGroup(click.Group):
         if not isinstance(command, click.Command):
             raise TypeError(f"quest_deploy.commands.{name}.{name} is not a command")
         return command
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        words = args[: args.index("--")] if "--" in args else args
+        ctx.meta[_AS_JSON] = "--json" in words
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a verb; one that was asked for JSON answers wrong usage with JSON, too."""
+        try:
+            return super().invoke(ctx)
+        except click.UsageError as error:
+            if ctx.meta[_AS_JSON]:
+                click.echo(json.dumps({"error": {"type": "UsageError", "message": error.format_message()}}))
+            raise
 
 
 @click.group(

@@ -302,14 +302,15 @@ def read_classes(index: Mapping[str, Any], config: Mapping[str, Any]) -> Classes
 def choose_prompts(
     family: Family, classes: Classes | None, given: Sequence[str], *, default: Sequence[str], count: int
 ) -> tuple[str, ...]:
-    """At least `count` prompts that a model can be measured on, where `given` may be empty.
+    """Prompts that a model can be measured on, where `given` may be empty.
 
     Args:
         family: The model's.
         classes: Its classes; None where it has none.
         given: What was asked for.
         default: For a model that reads text, if nothing was asked for.
-        count: How many. Classes go round; what an unconditional model draws is only numbered.
+        count: How many. Classes go round; what an unconditional model draws is only numbered. Of text, all are
+            returned, more or fewer.
 
     Raises:
         ConfigError: prompts were given to a model that takes none.

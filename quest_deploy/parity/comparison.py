@@ -89,23 +89,27 @@ def compare(
     prompts = choose_prompts(
         family, classes, config.prompts, default=load_prompts(default="heldout"), count=config.num_prompts
     )[: config.num_prompts]
-    outcomes = run_ladder(rungs, edges, prompts, config, progress)
-    gates = make_gates(outcomes, edges, budgets)
-    verdict = judge(gates, outcomes)
-    document = make_document(
-        outcomes=outcomes,
-        edges=edges,
-        gates=gates,
-        budgets=budgets,
-        verdict=verdict,
-        config=to_dict(config),
-        prompts=prompts,
-    )
-    document["notes"] += without_limits(outcomes, edges, gates)
     inputs = {rung.name: rung.digest for rung in rungs}
     with write_artifact(
         output, stage="parity", config=to_dict(config), inputs=inputs, overwrite=overwrite
     ) as writer:
+        outcomes = run_ladder(rungs, edges, prompts, config, progress)
+        gates = make_gates(outcomes, edges, budgets)
+        verdict = judge(gates, outcomes)
+        document = make_document(
+            outcomes=outcomes,
+            edges=edges,
+            gates=gates,
+            budgets=budgets,
+            verdict=verdict,
+            config=to_dict(config),
+            prompts=prompts,
+        )
+        document["notes"] += without_limits(outcomes, edges, gates)
+        if len(prompts) < config.num_prompts:
+            document["notes"].append(
+                f"prompts: {len(prompts)} instead of {config.num_prompts}, the list has no more"
+            )
         write_json(writer.path / "report.json", document)
         write_report(writer.path / "report.html", document, _report_images(outcomes))
         writer.details = {"verdict": verdict}

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from quest_deploy.artifacts import MANIFEST_NAME, check_output, read_artifact, write_artifact
-from quest_deploy.errors import ArtifactError
+from quest_deploy.errors import ArtifactError, ConfigError
 from tests.artifact.conftest import CONFIG, fail_inside, make, names
 
 # Output that must not be replaced
@@ -202,16 +202,19 @@ def test_kill_leaves_a_sibling_that_the_next_write_removes(tmp_path: Path) -> No
     process = start_writer(tmp_path / "a")
     process.kill()
     process.communicate(timeout=30)
-    assert [name.startswith(".a.partial-") for name in names(tmp_path)] == [True]
+    assert [name.rpartition("-")[0] for name in names(tmp_path)] == ["", ".a.partial"]
     make(tmp_path / "a")
     assert names(tmp_path) == ["a"]
 
 
-def test_the_sibling_of_a_living_process_is_kept(tmp_path: Path) -> None:
+def test_what_a_living_process_writes_nobody_else_does(tmp_path: Path) -> None:
     process = start_writer(tmp_path / "a")
     try:
-        make(tmp_path / "a")
-        assert len(names(tmp_path)) == 2
+        left = names(tmp_path)
+        with pytest.raises(ConfigError, match=rf"another quest-deploy \(process {process.pid}\) is writing"):
+            make(tmp_path / "a")
+        assert names(tmp_path) == left
+        make(tmp_path / "b")
     finally:
         process.kill()
         process.communicate(timeout=30)

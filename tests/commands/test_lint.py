@@ -50,6 +50,12 @@ def test_a_bad_dimension_is_a_usage_error(tmp_path: Path, value: str) -> None:
     assert run(tmp_path, "conv_w8a8", "--dim", value).exit_code == 2
 
 
+def test_a_dimension_that_no_graph_has_is_refused(tmp_path: Path) -> None:
+    done = run(tmp_path, "conv_w8a8", "--dim", "heigth=4", "--dim", "batch=2")
+    assert done.exit_code == 1
+    assert done.stderr == "Error: dimensions: got heigth, batch, expected none: every size is fixed\n"
+
+
 def test_json_is_one_object(tmp_path: Path) -> None:
     data = json.loads(run(tmp_path, "matmul_w4_block64_a8", "--json").stdout)
     assert data["ok"] is False

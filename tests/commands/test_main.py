@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import re
 import subprocess
 import sys
@@ -84,3 +85,15 @@ def test_unknown_verb_is_a_usage_error() -> None:
     done = CliRunner().invoke(main, ["finetun"])
     assert done.exit_code == 2
     assert "No such command 'finetun'" in done.stderr
+
+
+def test_wrong_usage_with_json_is_on_both_streams() -> None:
+    done = CliRunner().invoke(main, ["export", "model", "--target", "none", "--json"])
+    assert done.exit_code == 2
+    error = json.loads(done.stdout)["error"]
+    assert error["type"] == "UsageError" and error["message"] in done.stderr.replace("\n", " ")
+
+
+def test_a_word_after_two_dashes_is_no_option() -> None:
+    done = CliRunner().invoke(main, ["finetun", "--", "--json"])
+    assert (done.exit_code, done.stdout) == (2, "")

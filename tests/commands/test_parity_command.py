@@ -29,7 +29,11 @@ def test_exit_code_says_whether_the_budget_is_kept(
 def test_notes_are_printed(tmp_path: Path, tiny_model: Path, tiny_checkpoint: Path) -> None:
     budget = tmp_path / "budget.yaml"
     budget.write_text("{}")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("rocket\n")
     words = ["parity", tiny_model, tiny_checkpoint, "-o", tmp_path / "out", "--budget", budget]
-    done = CliRunner().invoke(main, [*map(str, words), "--steps", "2", "--num-prompts", "1"])
+    words += ["--prompts", prompts]
+    done = CliRunner().invoke(main, [*map(str, words), "--steps", "2", "--num-prompts", "3"])
     assert done.exit_code == 0, done.stderr
+    assert "prompts: 1 instead of 3, the list has no more" in done.stdout
     assert "only NaN and infinity were checked; give --budget" in done.stdout

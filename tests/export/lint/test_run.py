@@ -115,6 +115,15 @@ def test_symbolic_dimensions_are_the_models_own_size(tmp_path: Path) -> None:
     assert report.dimensions == {"batch": 1, "height": 4, "width": 4}
     assert report.layers[0].macs == 16 * 16 * 8
     assert lint(tmp_path, dimensions={"batch": 2, "width": 8}).layers[0].macs == 4 * 16 * 16 * 8
+    with pytest.raises(ConfigError, match="got widht, expected some of batch, height, width"):
+        lint(tmp_path, dimensions={"batch": 2, "widht": 8})
+
+
+def test_a_dimension_may_have_the_name_that_quest_deploy_gives_it(tmp_path: Path) -> None:
+    net = Net()
+    net.input(("batch_size", 8, 4, 4))
+    write(tmp_path / "unet" / "model.onnx", net.finish(net.op("Conv", "x", net.weight((16, 8, 1, 1)))))
+    assert lint(tmp_path, dimensions={"batch": 2}).dimensions == {"batch_size": 2}
 
 
 def exported(root: Path) -> Path:
