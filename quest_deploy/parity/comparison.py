@@ -106,6 +106,8 @@ def compare(
             prompts=prompts,
         )
         document["notes"] += without_limits(outcomes, edges, gates)
+        if config.debug_engines and all(rung.stage != "engines" for rung in rungs):
+            document["notes"].append("no rung is of TensorRT engines: --debug-engines had nothing to build")
         if len(prompts) < config.num_prompts:
             document["notes"].append(
                 f"prompts: {len(prompts)} instead of {config.num_prompts}, the list has no more"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,17 @@ def test_onnx_is_named_by_its_digest(tiny_onnx: Path, tmp_path: Path) -> None:
     assert images.manifest.inputs == {"source": read_artifact(tiny_onnx).digest}
     with Image.open(images.path / "image-00000.png") as image:
         assert (image.size, image.text["backend"]) == ((40, 24), "onnxruntime")
+
+
+def test_a_negative_prompt_without_guidance_is_told(
+    tiny_onnx: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        generate(tiny_onnx, tmp_path / "with", GenerateConfig(prompts=("a",), negative_prompt="b", steps=1))
+        assert "negative prompt" not in caplog.text
+        without = GenerateConfig(prompts=("a",), negative_prompt="b", steps=1, guidance_scale=1.0)
+        generate(tiny_onnx, tmp_path / "without", without)
+    assert "the guidance scale is not above 1, so the negative prompt has no effect" in caplog.text
 
 
 def test_a_refused_request_leaves_nothing_behind(tiny_model: Path, tmp_path: Path) -> None:
