@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,7 +22,7 @@ from benchmarks.settings import MODEL, Settings
 from benchmarks.tables import Table, number
 from quest_deploy.metrics import mean_db, snr_db
 from quest_deploy.model.components import predict
-from quest_deploy.model.load import load_model
+from quest_deploy.model.load import LoadedModel, load_model
 from quest_deploy.prompts import load_prompts
 from quest_deploy.quantize import affine, calibrate
 from quest_deploy.quantize.attention import PROBABILITIES, insert_attention
@@ -53,9 +53,9 @@ def run(settings: Settings) -> dict[str, Any]:
     """Measure every difference, both ways."""
     model = load_model(MODEL)
     few = settings.quick
-    heldout = _record(model, settings.prompts[: 2 if few else PROMPTS], settings)
+    heldout = record(model, settings.prompts[: 2 if few else PROMPTS], settings)
     prompts = load_prompts(default="calibration")[: 2 if few else CALIBRATION_PROMPTS]
-    data = _record(model, prompts, settings)
+    data = record(model, prompts, settings)
     inputs = calibrate.collect_inputs(
         model.denoiser, data, prompts_per_step=PROMPTS_PER_STEP, positions=POSITIONS, seed=settings.seed
     )
@@ -83,7 +83,8 @@ def run(settings: Settings) -> dict[str, Any]:
     }
 
 
-def _record(model: Any, prompts: Any, settings: Settings) -> CalibrationSet:
+def record(model: LoadedModel, prompts: Sequence[str], settings: Settings) -> CalibrationSet:
+    """The full-precision trajectories of some prompts."""
     return calibrate.record_trajectories(
         model,
         prompts,

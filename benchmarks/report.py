@@ -28,6 +28,7 @@ HEADINGS = {
     "generation": "Generation on the CPU",
     "gpu": "On a GPU",
     "analysis": "Sensitivity to low bits",
+    "halves": "Weights and activations alone",
     "differences": "Differences from the published quantizers",
 }
 INTRODUCTION = """\
@@ -37,7 +38,7 @@ INTRODUCTION = """\
 
 What was measured on the bundled reference model. `make bench` measures it again; one benchmark alone:
 `python -m benchmarks quality` (or `baselines`, `ablation`, `kid`, `order`, `cost`, `engines`, `runtimes`, `families`,
-`modes`, `large`, `cpu_speed`, `generation`, `analysis`, `differences`; `gpu` on a machine with one).
+`modes`, `large`, `cpu_speed`, `generation`, `analysis`, `halves`, `differences`; `gpu` on a machine with one).
 """
 
 

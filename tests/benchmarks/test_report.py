@@ -38,6 +38,12 @@ DIFFERENCES = {
     "rows": [{"what": "symmetric instead of asymmetric 4-bit weights", "ours": 20.5, "published": 21.0}],
 }
 
+HALVES = {
+    "prompts": 2,
+    "calibration_prompts": 3,
+    "recipes": {name: {"weights": 23.0, "activations": 20.0, "both": 18.0} for name in ("w8a8", "w4a8")},
+}
+
 
 @pytest.fixture(scope="module")
 def made_up(repository: Path) -> ModuleType:
@@ -69,6 +75,7 @@ def everything(made_up: ModuleType) -> dict[str, dict]:
         "generation": made_up.generation(),
         "gpu": made_up.gpu(),
         "analysis": {**made_up.HEADER, **SENSITIVITY},
+        "halves": {**made_up.HEADER, **HALVES},
         "differences": {**made_up.HEADER, **DIFFERENCES},
     }
 
@@ -86,7 +93,7 @@ def test_document_is_what_the_committed_results_render_to(repository: Path) -> N
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in report.HEADINGS if name not in ("analysis", "differences")]
+    "name", [name for name in report.HEADINGS if name not in ("analysis", "halves", "differences")]
 )
 def test_a_benchmark_that_measures_processes_does_not_hold_torch(name: str, repository: Path) -> None:
     """Not at the start: Linux counts the parent's memory to a child until that starts its program."""

@@ -1,0 +1,112 @@
+"""What quantized weights alone and quantized activations alone leave of the network's output, before any finetuning.
+
+The scales are those that finetuning starts from, with the recipe's own exceptions. One side is rounded and the other
+stays in full precision, channel rows included, so that a figure says how much of the damage is that side's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from benchmarks.differences import POSITIONS, PROMPTS_PER_STEP, damage, record
+from benchmarks.environment import header
+from benchmarks.settings import MODEL, Settings
+from benchmarks.tables import Table, number
+from quest_deploy.model.load import load_model
+from quest_deploy.prompts import load_prompts
+from quest_deploy.quantize import calibrate
+from quest_deploy.quantize.finetune import make_student
+from quest_deploy.quantize.grid import channel_shape
+from quest_deploy.quantize.insert import quantizable_layers
+from quest_deploy.quantize.layers import ActivationQuantizer, QuantizedLayer, TimestepContext
+from quest_deploy.quantize.parts import for_layer, initialize_one
+from quest_deploy.quantize.select import layer_bits
+from quest_deploy.quantize.trace import trace
+
+NAME = "halves"
+PROMPTS, CALIBRATION_PROMPTS = 16, 32
+
+
+def run(settings: Settings) -> dict[str, Any]:
+    """Measure both sides of every recipe, each alone and together."""
+    model = load_model(MODEL)
+    few = settings.quick
+    heldout = record(model, settings.prompts[: 2 if few else PROMPTS], settings)
+    prompts = load_prompts(default="calibration")[: 2 if few else CALIBRATION_PROMPTS]
+    data = record(model, prompts, settings)
+    inputs = calibrate.collect_inputs(
+        model.denoiser, data, prompts_per_step=PROMPTS_PER_STEP, positions=POSITIONS, seed=settings.seed
+    )
+    found, layers = trace(model), quantizable_layers(model.denoiser)
+    recipes: dict[str, dict[str, float]] = {}
+    for name in settings.recipes:
+        recipe = settings.recipe(name)
+        qparams = {
+            layer: initialize_one(
+                layers[layer], inputs[layer], bits, for_layer(recipe, layer, found.timeless)
+            )
+            for layer, bits in layer_bits(found.roles, recipe).items()
+        }
+        recipes[name] = {}
+        for side, change in SIDES.items():
+            student = make_student(model, qparams, {}, TimestepContext(data.boundaries()))
+            change(student)
+            recipes[name][side] = damage(student, heldout)
+            print(f"{name}, {side}: {recipes[name][side]} dB", flush=True)
+    return {
+        **header(settings),
+        "prompts": heldout.num_prompts,
+        "calibration_prompts": data.num_prompts,
+        "recipes": recipes,
+    }
+
+
+def float_weights(student: nn.Module) -> None:
+    """Leave weights as they are, times their channel row."""
+    for layer in student.modules():
+        if isinstance(layer, QuantizedLayer):
+            layer.rounding = layer.scaled_weight
+
+
+def float_activations(student: nn.Module) -> None:
+    """Leave activations as they are, divided by their channel row."""
+    for quantizer in student.modules():
+        if isinstance(quantizer, ActivationQuantizer):
+            quantizer.register_forward_hook(_unrounded)
+
+
+def _unrounded(
+    quantizer: ActivationQuantizer, args: tuple[Tensor, Tensor], output: Any
+) -> tuple[Tensor, None]:
+    x = args[0]
+    if quantizer.inverse_row is not None:
+        x = x * channel_shape(quantizer.inverse_row, x.ndim, quantizer.channel_axis)
+    return x, None
+
+
+SIDES: Mapping[str, Callable[[nn.Module], None]] = {
+    "weights": float_activations,
+    "activations": float_weights,
+    "both": lambda student: None,
+}
+
+
+def tables(result: dict[str, Any]) -> list[Table]:
+    """One row for each recipe."""
+    return [
+        Table(
+            title="Noise SNR that rounding leaves, dB",
+            columns=("recipe", *SIDES),
+            rows=tuple(
+                (name.upper(), *(number(result["recipes"][name][side]) for side in SIDES))
+                for name in result["settings"]["recipes"]
+            ),
+            note=f"Of the network's output, over {result['prompts']} held-out prompts, where one side alone is "
+            "rounded; nothing is finetuned. Scales from "
+            f"{result['calibration_prompts']} calibration prompts, weights rounded to nearest; the recipes' own "
+            "exceptions hold.",
+        )
+    ]
