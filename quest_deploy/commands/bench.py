@@ -10,7 +10,9 @@ import click
 
 from quest_deploy.commands.progress import show_progress
 from quest_deploy.commands.verb import (
+    DONE,
     ERROR,
+    OVER_BUDGET,
     Result,
     artifact_result,
     format_size,
@@ -56,7 +58,7 @@ def bench(
     A DIR is a model, checkpoint, ONNX or engines directory. `:BACKEND` after it runs it with that, for example
     `onnx:openvino`; `:torch-compile` compiles a model, `:torch-fp16` and `:torch-compile-fp16` run it in half
     precision, `:onnxruntime-cuda` names ONNX Runtime's execution provider, and `:tensorrt-no-cuda-graphs` captures no
-    graphs. They take turns, each time in a new process.
+    graphs. They take turns, each time in a new process. Exit code 3 where one of the others could not be measured.
 
     Memory is the process's peak beyond its imports; of what draws on a GPU, what the GPU has in use beyond what it had
     before loading (without the CUDA context). Let nothing else use the GPU meanwhile: its use counts too.
@@ -90,7 +92,8 @@ def bench(
     text = "\n\n".join((*tables(result), written.text))
     failure = result["rows"][result["baseline"]].get("error")
     if failure is None:
-        return Result(data=written.data, text=text)
+        failed = any("error" in row for row in result["rows"].values())
+        return Result(data=written.data, text=text, exit_code=OVER_BUDGET if failed else DONE)
     message = (
         f"{result['baseline']}, which the others are compared with, cannot be measured: {failure}. "
         f"What was measured is in '{artifact.path}'"

@@ -309,7 +309,7 @@ def test_order_and_baseline_are_written(made_up: Callable[..., Result], tmp_path
 
 def test_a_row_that_fails_and_sorts_first_loses_no_other(made_up: Callable[..., Result]) -> None:
     done = made_up("8", "4", "+broken")
-    assert done.exit_code == 0, done.output
+    assert done.exit_code == 3, done.output
     assert lines_of(done)["4"][4] == "2.00"
     assert "\n+broken failed: +broken does not fit" in done.stdout
 
@@ -327,7 +327,7 @@ def test_a_row_whose_process_dies_says_why_and_loses_no_other(
     made_up: Callable[..., Result], name: str, message: str
 ) -> None:
     done = made_up("8", name, "4")
-    assert done.exit_code == 0, done.output
+    assert done.exit_code == 3, done.output
     assert lines_of(done)["4"][4] == "2.00"
     assert f"\n{name} failed: {message}" in done.stdout
 
@@ -357,7 +357,7 @@ def test_a_row_that_fails_later_keeps_the_figures_of_the_rounds_before(
     made_up: Callable[..., Result], tmp_path: Path
 ) -> None:
     done = made_up("8", "5")
-    assert done.exit_code == 0, done.output
+    assert done.exit_code == 3, done.output
     assert lines_of(done)["5"][4] == "1.60"
     assert "\n5 failed (its figures are of the rounds before): its process was killed" in done.stdout
     row = json.loads((tmp_path / "bench" / "bench.json").read_text())["rows"]["5"]
