@@ -165,12 +165,12 @@ def choose_providers(available: list[str], *, has_gpu: bool, wanted: Provider | 
     if chosen[0] not in available:
         raise MissingDependencyError(
             f"this ONNX Runtime has no {chosen[0]} (it has {', '.join(available)}); "
-            "run `pip uninstall onnxruntime` and `pip install onnxruntime-gpu`, or leave --provider out"
+            "run `pip uninstall onnxruntime` and `pip install onnxruntime-gpu`, or ask for the CPU provider"
         )
     if wanted != "cpu" and not has_gpu:
         raise MissingDependencyError(
             f"{chosen[0]} needs an NVIDIA GPU, and this machine offers none (no NVIDIA driver); "
-            "leave --provider out to run on the CPU"
+            "ask for the CPU provider"
         )
     return [name for name in chosen if name in available]
 
@@ -191,7 +191,7 @@ def check_started(session: Any, wanted: str) -> None:
     if wanted not in session.get_providers():
         raise MissingDependencyError(
             f"ONNX Runtime could not start {wanted}, most likely because it does not find the CUDA, cuDNN or TensorRT "
-            "libraries that it was built for (its log says which); install those, or leave --provider out"
+            "libraries that it was built for (its log says which); install those, or ask for the CPU provider"
         )
 
 
