@@ -68,5 +68,6 @@ def main() -> None:
     MODEL -> finetune -> checkpoint -> export -> ONNX -> build-engine -> engines; generate and parity take any of them.
 
     Exit codes: 0 done; 1 an error that you can act on; 2 usage; 3 parity over its budget or with a rung that could not
-    be run, bench with a row that could not be measured, or lint errors; 130 interrupted (Ctrl-C); 143 terminated (SIGTERM).
+    be run, bench with a row that could not be measured, or lint errors; 130 interrupted (Ctrl-C); 143 terminated
+    (SIGTERM).
     """

@@ -74,7 +74,11 @@ def generate(
         if config.guidance_scale > 1 and not guided:
             logger.info("the model has no negative branch, so the guidance scale has no effect")
         if config.negative_prompt and not (pipeline.has_negative and config.guidance_scale > 1):
-            why = "the guidance scale is not above 1" if pipeline.has_negative else "the model has no negative branch"
+            why = (
+                "the guidance scale is not above 1"
+                if pipeline.has_negative
+                else "the model has no negative branch"
+            )
             logger.info("%s, so the negative prompt has no effect", why)
         checker = load_safety_checker(path, pipeline.device) if config.safety_checker else None
         with write_artifact(

@@ -6,6 +6,7 @@ and divided by the speed of a matrix product. Memory is found without computing 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -58,6 +59,7 @@ from quest_deploy.quantize.walk import Steps
 
 LONGEST_MEASUREMENT_S = 20.0
 BACKWARD_COST = 3.0
+MANY_PAIRS, QUICK_S = 16, 5.0
 
 
 def estimate(model: str | Path, config: FinetuneConfig) -> tuple[list[PartEstimate], Speed]:
@@ -181,21 +183,27 @@ def measure_speed(
         predict(bare, *shapes.inputs(one, one))
     expected = counter.get_total_flops() / products_per_second(data.device)
     if expected * (1 + BACKWARD_COST) > LONGEST_MEASUREMENT_S:
-        return Speed(forward_s=expected, update_s=expected * BACKWARD_COST, measured=False)
+        update_s = expected * BACKWARD_COST
+        return Speed(forward_s=expected, update_s=update_s, more_s=update_s, measured=False)
 
     def forward() -> None:
         with torch.no_grad():
             predict(model.denoiser, *data.inputs(one, one))
 
-    def update() -> None:
-        losses.raw_errors(student, data, one, one).sum().backward()
+    def update(pairs: int = 1) -> None:
+        losses.raw_errors(student, data, one.expand(pairs), one.expand(pairs)).sum().backward()
 
     student.requires_grad_(True)
     with float32_products("tf32" if precision == "tf32" else "ieee"):
         forward_s = _timed(forward, data.device)
         with train.autocast(data.device, precision):
-            update_s = _timed(update, data.device)
-    found = Speed(forward_s=forward_s, update_s=update_s, measured=True)
+            more_s = update_s = _timed(update, data.device)
+            # A small network's single samples leave most of a machine idle. A large one's take long, and all memory.
+            if update_s * MANY_PAIRS < QUICK_S:
+                with contextlib.suppress(torch.OutOfMemoryError):
+                    many_s = _timed(lambda: update(MANY_PAIRS), data.device)
+                    more_s = min(update_s, max(0.0, many_s - update_s) / (MANY_PAIRS - 1))
+    found = Speed(forward_s=forward_s, update_s=update_s, more_s=more_s, measured=True)
     student.zero_grad(set_to_none=True)
     student.requires_grad_(False)
     return found
@@ -240,7 +248,9 @@ def _phase(inputs: Inputs, name: str, phase: PhaseConfig, speed: Speed) -> PartE
         memory = min(memory, int(recipe.memory_limit_gb * GIGABYTE))
     every = phase.network_every if name == "temporal" else 1
     updates = -(-phase.steps // every)
-    walked = phase.walks * recipe.walk_length if walking else 0
+    update_s = speed.update(phase.batch_size)
+    if walking and phase.walks:
+        update_s += recipe.walk_length * speed.update(phase.walks)
     judged = recipe.validation_prompts * count * (2 if walking else 1) * (train.VALIDATIONS_PER_PHASE + 1)
     learned = size_bytes(
         train.learned(train.trainable(student, phase, inputs.trace.roles, temporal=name == "temporal"))
@@ -248,7 +258,7 @@ def _phase(inputs: Inputs, name: str, phase: PhaseConfig, speed: Speed) -> PartE
     student.requires_grad_(False)
     return PartEstimate(
         part=f"finetune {name} layers",
-        seconds=updates * (phase.batch_size + walked) * speed.update_s + judged * speed.forward_s,
+        seconds=updates * update_s + judged * speed.forward_s,
         memory_bytes=memory,
         disk_bytes=4 * learned,
     )

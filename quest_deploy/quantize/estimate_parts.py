@@ -59,12 +59,18 @@ class Speed:
     Attributes:
         forward_s: Without gradients.
         update_s: With them.
+        more_s: With them, of each further pair in the same pass.
         measured: Whether they were timed, or follow from the number of operations.
     """
 
     forward_s: float
     update_s: float
+    more_s: float
     measured: bool
+
+    def update(self, pairs: float) -> float:
+        """Of `pairs` together, with gradients."""
+        return self.update_s + (pairs - 1) * self.more_s if pairs >= 1 else pairs * self.update_s
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +170,7 @@ def _adaround(run: Run) -> tuple[float, int]:
     branches, samples = run.data.targets.shape[2], adaround.count_samples(run.data)
     # Samples are collected in both networks, halfway through each on average; errors are judged three times.
     passes = (len(shapes) + 3) * samples / branches
-    updates = run.recipe.adaround_iterations * min(adaround.BATCH_SIZE, samples) / branches
+    update_s = run.speed.update(min(adaround.BATCH_SIZE, samples) / branches)
     forward = forward_memory(run.rounded, run.data, run.context)
     memory = [
         adaround.plan(
@@ -178,7 +184,7 @@ def _adaround(run: Run) -> tuple[float, int]:
         ).memory_bytes
         for name, own in shapes.items()
     ]
-    return passes * run.speed.forward_s + updates * run.speed.update_s, max(memory)
+    return passes * run.speed.forward_s + run.recipe.adaround_iterations * update_s, max(memory)
 
 
 def layer_choice(run: Run) -> PartEstimate:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from quest_deploy.config import FinetuneConfig
 from quest_deploy.model.load import LoadedModel
@@ -124,3 +126,31 @@ def test_what_would_take_long_is_counted(tiny_model: Path, config: FinetuneConfi
     assert not speed.measured
     assert speed.update_s == 3 * speed.forward_s > 0
     assert max(part.memory_bytes for part in parts if "finetune" in part.part) <= 5e8
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize(
+    ("update_s", "many_s", "more_s"), [(0.2, 0.95, 0.05), (0.2, 4.0, 0.2), (0.2, None, 0.2), (0.4, 0.9, 0.4)]
+)
+def test_small_networks_take_less_for_pairs_together(
+    update_s: float,
+    many_s: float | None,
+    more_s: float,
+    tiny_model: Path,
+    config: FinetuneConfig,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """None: the machine cannot hold so many."""
+    told = iter([0.1, update_s, many_s])
+
+    def timed(run: Callable[[], object], device: torch.device) -> float:
+        run()
+        if (found := next(told)) is None:
+            raise torch.OutOfMemoryError
+        return found
+
+    monkeypatch.setattr(module, "_timed", timed)
+    parts, speed = estimate(tiny_model, config)
+    assert (speed.update_s, speed.more_s) == (update_s, pytest.approx(more_s))
+    assert speed.update(1) == update_s and speed.update(0.5) == update_s / 2
+    assert speed.update(4) == pytest.approx(update_s + 3 * more_s)
