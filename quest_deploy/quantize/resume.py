@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from quest_deploy.errors import ArtifactError, ConfigError
-from quest_deploy.files import read_json, storage_errors, write_json
+from quest_deploy.files import check_place, read_json, storage_errors, write_json
 from quest_deploy.lock import locked
 from quest_deploy.quantize.insert import LayerQParams
 
@@ -32,9 +32,14 @@ SAVE_EVERY_SECONDS = 15.0
 
 
 class WorkDirectory:
-    """The hidden sibling of an output in which a run of the verb `verb` keeps its state."""
+    """The hidden sibling of an output in which a run of the verb `verb` keeps its state.
+
+    Raises:
+        ArtifactError: nothing can lie at the output.
+    """
 
     def __init__(self, output: Path, verb: str = "finetune") -> None:
+        check_place(output)
         self.output, self.verb = output, verb
         self.path = output.resolve().parent / f".{output.name}.{verb}"
 

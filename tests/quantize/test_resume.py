@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
+from quest_deploy.errors import ArtifactError
 from quest_deploy.quantize.calibrate import CalibrationSet, from_tensors, join
 from quest_deploy.quantize.resume import WorkDirectory
 
@@ -34,3 +36,9 @@ def test_trajectories_on_disk_are_those_in_memory(tmp_path: Path) -> None:
     assert got.keys() == expected.keys()
     assert all(torch.equal(got[name], value) for name, value in expected.items())
     assert sorted(path.name for path in work.path.iterdir()) == ["all.safetensors", "run.json"]
+
+
+def test_a_link_to_itself_is_no_output(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "link")
+    with pytest.raises(ArtifactError, match="is a symbolic link to nothing"):
+        WorkDirectory(tmp_path / "link" / "checkpoint")
