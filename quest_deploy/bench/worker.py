@@ -76,6 +76,7 @@ def measure(job: Mapping[str, Any]) -> dict[str, Any]:
     import torch
 
     from quest_deploy.pipeline import load_pipeline
+    from quest_deploy.pipeline.request import check_prompts
 
     if job["threads"] is not None:
         torch.set_num_threads(job["threads"])
@@ -85,6 +86,8 @@ def measure(job: Mapping[str, Any]) -> dict[str, Any]:
     baseline = memory_bytes("VmRSS")
     run = RunConfig(**job["run"])
     with load_pipeline(job["path"], backend=job["backend"], threads=job["threads"], run=run) as pipeline:
+        config = GenerateConfig(**job["request"])
+        check_prompts(pipeline.family, pipeline.classes, config)
         synchronize = _synchronize(pipeline.device)
         if job["half"] is not None:
             halve_components(pipeline, {"fp16": torch.float16, "bf16": torch.bfloat16}[job["half"]])
@@ -92,7 +95,6 @@ def measure(job: Mapping[str, Any]) -> dict[str, Any]:
             compile_components(pipeline)
         timed = {name: TimedEngine(engine, synchronize) for name, engine in pipeline.engines.items()}
         pipeline.engines = dict(timed)
-        config = GenerateConfig(**job["request"])
         # What loading and halving left to torch's allocator is not needed to draw.
         torch.cuda.empty_cache()
         used = [gpu_bytes_in_use()]

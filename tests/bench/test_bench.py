@@ -137,6 +137,12 @@ def test_images_of_a_model_without_prompts_are_counted(digits_job: dict[str, Any
     assert measure(digits_job)["images"] == 3
 
 
+def test_prompts_for_a_model_without_any_are_refused(digits_job: dict[str, Any]) -> None:
+    request = {**digits_job["request"], "prompts": ["pizza"]}
+    with pytest.raises(ConfigError, match="this model draws without any"):
+        measure({**digits_job, "request": request})
+
+
 @pytest.mark.parametrize(("device", "expected"), [("cuda", 130), ("cpu", None)])
 def test_gpu_memory_is_what_the_device_has_in_use_beyond_what_it_had_before_loading(
     digits_job: dict[str, Any], monkeypatch: pytest.MonkeyPatch, device: str, expected: int | None
