@@ -122,6 +122,7 @@ def test_checkpoint_of_another_model_is_refused(
         analyze(reference_model, tmp_path / "out", analyze_config, checkpoint=tiny_checkpoint)
 
 
+@pytest.mark.thorough
 def test_loras_of_the_checkpoint_are_merged_into_the_model(
     tmp_path: Path, tiny_model: Path, lora_checkpoint: Path, analyze_config: AnalyzeConfig, quick_plots: None
 ) -> None:
@@ -154,6 +155,7 @@ def test_every_problem_of_a_configuration_is_named(analyze_config: AnalyzeConfig
         assert part in str(caught.value)
 
 
+@pytest.mark.thorough
 def test_a_checkpoint_with_time_tables_is_analyzed(
     tmp_path: Path, tiny_model: Path, table_checkpoint: Path, analyze_config: AnalyzeConfig
 ) -> None:

@@ -153,7 +153,8 @@ def test_gpu_memory_is_what_the_device_has_in_use_beyond_what_it_had_before_load
     def load_pipeline(*args: object, **options: object) -> Any:
         nonlocal used
         used += 100
-        pipeline = SimpleNamespace(device=torch.device(device), engines={})
+        family = SimpleNamespace(has_text=False)
+        pipeline = SimpleNamespace(device=torch.device(device), engines={}, family=family, classes=None)
 
         @contextlib.contextmanager
         def opened() -> Iterator[Any]:

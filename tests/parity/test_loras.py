@@ -106,6 +106,7 @@ def test_an_export_of_the_bare_model_is_no_reference(rungs: Rungs, lora: LoraCon
         run(rungs, onnx, with_lora(rungs, lora, model))
 
 
+@pytest.mark.thorough
 def test_a_lora_is_no_cost_of_quantization(tmp_path: Path, tiny_model: Path, lora_checkpoint: Path) -> None:
     """Without it in the reference, its change of the noise prediction leaves less than 0 dB."""
     export(lora_checkpoint, tmp_path / "onnx", ExportConfig())

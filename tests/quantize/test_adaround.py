@@ -213,6 +213,7 @@ class Stop(Exception):
     """Ends a run from outside."""
 
 
+@pytest.mark.thorough
 def test_an_interrupted_run_goes_on_from_the_parts_that_are_done(
     float_model: LoadedModel,
     recorded: CalibrationSet,

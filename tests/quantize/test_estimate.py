@@ -91,6 +91,7 @@ def test_operands_are_those_that_a_run_finds(
     assert set(any_operands(float_model.denoiser, recorded, recipe)) == wanted
 
 
+@pytest.mark.thorough
 def test_parts_that_a_recipe_asks_for_are_told_of(tiny_model: Path, config: FinetuneConfig) -> None:
     recipe = dataclasses.replace(
         config.recipe, collapse_loss_db=0.1, text_encoder="w8a8", vae_decoder="int8-weight-only"

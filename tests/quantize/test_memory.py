@@ -112,7 +112,10 @@ def test_a_pass_that_keeps_less_takes_less(student, recorded, objective) -> None
     assert after.each < 0.7 * before.each
 
 
-@pytest.mark.parametrize("walks", [False, True], ids=["pairs", "walks"])
+@pytest.mark.parametrize(
+    "walks",
+    [pytest.param(False, id="pairs"), pytest.param(True, id="walks", marks=pytest.mark.thorough)],
+)
 def test_the_memory_of_a_pass_is_found_without_computing_it(student, recorded, objective, walks) -> None:  # type: ignore[no-untyped-def]
     denoiser, context = student
     found = pass_memory(denoiser, recorded, context, objective, walks=walks)

@@ -272,7 +272,9 @@ def test_recording_keeps_the_limit_and_its_result(
     torch.testing.assert_close(found[1].targets, found[0].targets, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("initializer", "room"), [("gptq", 12.5), ("adaround", 7.5)])
+@pytest.mark.parametrize(
+    ("initializer", "room"), [("gptq", 12.5), pytest.param("adaround", 7.5, marks=pytest.mark.thorough)]
+)
 def test_the_estimate_keeps_the_limit(float_model: LoadedModel, initializer: str, room: float) -> None:
     recipe = dataclasses.replace(RECIPE, initializer=initializer)
     limit = limited(float_model, room, recipe).memory_limit_gb

@@ -232,6 +232,7 @@ def test_a_model_without_layers_that_carry_time_is_refused(traced: Trace) -> Non
         check_tables(dataclasses.replace(traced, outlets={}), RECIPE)
 
 
+@pytest.mark.thorough
 def test_the_size_of_a_checkpoint_with_tables_is_told(checkpoint: Path, tiny_model: Path) -> None:
     parts, _ = estimate(tiny_model, CONFIG)
     size = sum(path.stat().st_size for path in checkpoint.rglob("*.safetensors"))
