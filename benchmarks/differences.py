@@ -52,13 +52,7 @@ Inputs = Callable[[str, Quantizable], Quantize]
 def run(settings: Settings) -> dict[str, Any]:
     """Measure every difference, both ways."""
     model = load_model(MODEL)
-    few = settings.quick
-    heldout = record(model, settings.prompts[: 2 if few else PROMPTS], settings)
-    prompts = load_prompts(default="calibration")[: 2 if few else CALIBRATION_PROMPTS]
-    data = record(model, prompts, settings)
-    inputs = calibrate.collect_inputs(
-        model.denoiser, data, prompts_per_step=PROMPTS_PER_STEP, positions=POSITIONS, seed=settings.seed
-    )
+    heldout, data, inputs = recorded(model, settings)
     quantizers = Quantizers(inputs)
     rows = []
     for what, sides in differences(quantizers, data.boundaries()):
@@ -83,8 +77,21 @@ def run(settings: Settings) -> dict[str, Any]:
     }
 
 
-def record(model: LoadedModel, prompts: Sequence[str], settings: Settings) -> CalibrationSet:
-    """The full-precision trajectories of some prompts."""
+def recorded(
+    model: LoadedModel, settings: Settings
+) -> tuple[CalibrationSet, CalibrationSet, dict[str, Tensor]]:
+    """Full-precision trajectories of held-out prompts and of calibration prompts, and layers' inputs on the latter."""
+    few = settings.quick
+    heldout = _record(model, settings.prompts[: 2 if few else PROMPTS], settings)
+    prompts = load_prompts(default="calibration")[: 2 if few else CALIBRATION_PROMPTS]
+    data = _record(model, prompts, settings)
+    inputs = calibrate.collect_inputs(
+        model.denoiser, data, prompts_per_step=PROMPTS_PER_STEP, positions=POSITIONS, seed=settings.seed
+    )
+    return heldout, data, inputs
+
+
+def _record(model: LoadedModel, prompts: Sequence[str], settings: Settings) -> CalibrationSet:
     return calibrate.record_trajectories(
         model,
         prompts,

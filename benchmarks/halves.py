@@ -11,13 +11,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from benchmarks.differences import POSITIONS, PROMPTS_PER_STEP, damage, record
+from benchmarks.differences import damage, recorded
 from benchmarks.environment import header
 from benchmarks.settings import MODEL, Settings
 from benchmarks.tables import Table, number
 from quest_deploy.model.load import load_model
-from quest_deploy.prompts import load_prompts
-from quest_deploy.quantize import calibrate
 from quest_deploy.quantize.finetune import make_student
 from quest_deploy.quantize.grid import channel_shape
 from quest_deploy.quantize.insert import quantizable_layers
@@ -27,19 +25,12 @@ from quest_deploy.quantize.select import layer_bits
 from quest_deploy.quantize.trace import trace
 
 NAME = "halves"
-PROMPTS, CALIBRATION_PROMPTS = 16, 32
 
 
 def run(settings: Settings) -> dict[str, Any]:
     """Measure both sides of every recipe, each alone and together."""
     model = load_model(MODEL)
-    few = settings.quick
-    heldout = record(model, settings.prompts[: 2 if few else PROMPTS], settings)
-    prompts = load_prompts(default="calibration")[: 2 if few else CALIBRATION_PROMPTS]
-    data = record(model, prompts, settings)
-    inputs = calibrate.collect_inputs(
-        model.denoiser, data, prompts_per_step=PROMPTS_PER_STEP, positions=POSITIONS, seed=settings.seed
-    )
+    heldout, data, inputs = recorded(model, settings)
     found, layers = trace(model), quantizable_layers(model.denoiser)
     recipes: dict[str, dict[str, float]] = {}
     for name in settings.recipes:
