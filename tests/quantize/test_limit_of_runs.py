@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from quest_deploy.config import FinetuneConfig, PhaseConfig, Recipe
+from quest_deploy.config import FinetuneConfig, PhaseConfig
 from quest_deploy.model.load import LoadedModel
 from quest_deploy.quantize import finetune
-from quest_deploy.quantize.memory import GIGABYTE, forward_memory, held_bytes, placeholder
+from tests.quantize.limited_run import CONFIG, RECIPE, limited
 
 
 def test_a_run_gives_the_limit_to_every_part(
@@ -31,24 +31,9 @@ def test_a_run_gives_the_limit_to_every_part(
     monkeypatch.setattr(finetune, "choose_layers", choose)
     monkeypatch.setattr(finetune, "collapse_groups", collapse)
     auto = PhaseConfig(layers="auto", steps=0)
-    recipe = Recipe(
-        name="limited",
-        weight_bits=4,
-        activation_bits=8,
-        calibration_prompts=8,
-        validation_prompts=1,
-        calibration_steps=2,
-        initializer="nearest",
-        collapse_loss_db=0.1,
-        temporal=dataclasses.replace(auto, layers="none"),
-        sensitive=auto,
-    )
-    config = FinetuneConfig(recipe=recipe, prompts=tuple("abcdefgh"))
-    data = placeholder(float_model, config)
-    each = forward_memory(float_model.denoiser, data)
-    needed = held_bytes(float_model, data, recipe) + each.fixed + 9.5 * each.each
-    recipe = dataclasses.replace(recipe, memory_limit_gb=needed / GIGABYTE)
+    recipe = dataclasses.replace(RECIPE, initializer="nearest", collapse_loss_db=0.1, sensitive=auto)
+    config = dataclasses.replace(CONFIG, recipe=limited(float_model, 9.5, recipe))
     monkeypatch.setattr(finetune, "asked", lambda recipe: {"sensitive": auto})
     with pytest.raises(KeyboardInterrupt):
-        finetune.finetune(float_model.path, tmp_path / "out", dataclasses.replace(config, recipe=recipe))
+        finetune.finetune(float_model.path, tmp_path / "out", config)
     assert 1 <= at_once["collapse"] < at_once["choose"] == 9

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from quest_deploy.config import FinetuneConfig, PhaseConfig, Recipe
 from quest_deploy.errors import ConfigError
 from quest_deploy.model.load import LoadedModel
 from quest_deploy.quantize import adaround, blocks, calibrate, gptq, parts
@@ -37,28 +36,7 @@ from quest_deploy.quantize.operands import collect_operands
 from quest_deploy.quantize.resume import WorkDirectory
 from quest_deploy.quantize.rows import RowChoice
 from quest_deploy.quantize.sensitivity import choose_pairs
-
-NONE = PhaseConfig(layers="none", steps=0)
-RECIPE = Recipe(
-    name="limited",
-    weight_bits=4,
-    activation_bits=8,
-    calibration_prompts=8,
-    validation_prompts=1,
-    calibration_steps=2,
-    adaround_iterations=20,
-    temporal=NONE,
-    sensitive=NONE,
-)
-CONFIG = FinetuneConfig(recipe=RECIPE, prompts=tuple("abcdefgh"))
-
-
-def limited(model: LoadedModel, prompts: float, recipe: Recipe = RECIPE) -> Recipe:
-    """`recipe` with a limit that has room for a pass of so many prompts beside the model and what was recorded."""
-    data = placeholder(model, CONFIG)
-    each = forward_memory(model.denoiser, data)
-    needed = held_bytes(model, data, recipe) + each.fixed + each.each * prompts
-    return dataclasses.replace(recipe, memory_limit_gb=needed / GIGABYTE)
+from tests.quantize.limited_run import CONFIG, RECIPE, limited
 
 
 @pytest.mark.parametrize("at_once", [1, 2, 3, 4, 5])
