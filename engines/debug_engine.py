@@ -19,9 +19,10 @@ from torch import Tensor
 from quest_deploy.config import BuildConfig, TensorRTBackend, to_dict
 from quest_deploy.engines.libraries import check_tensorrt, import_tensorrt, title_of
 from quest_deploy.engines.trt_build import PLAN_NAME, build_one
+from quest_deploy.engines.trt_log import make_log
 from quest_deploy.engines.trt_memory import ActivationMemory
 from quest_deploy.engines.trt_plan import LoadedPlan
-from quest_deploy.engines.trt_runtime import TensorRTEngine, check_gpu, make_log, make_runtime
+from quest_deploy.engines.trt_runtime import TensorRTEngine, check_gpu, make_runtime
 from quest_deploy.errors import StaleArtifactError
 from quest_deploy.model.spec import ComponentSpec, TensorSpec
 

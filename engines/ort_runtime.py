@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quest_deploy.artifacts import Artifact, read_artifact
+from quest_deploy.artifacts import read_artifact
 from quest_deploy.config import Provider
 from quest_deploy.engines.adapted import AdaptedEngine
 from quest_deploy.engines.base import Closing, Engine, cannot_run, check_inputs
@@ -137,7 +137,7 @@ def load_ort_engines(
     fitted = fitted_components(source)
     for name, spec in component_specs(source.path).items():
         path, dtype = source.path / name / ONNX_NAME, source.manifest.details.get("dtype")
-        session = open_session(path, options, with_options(providers, source), dtype)
+        session = open_session(path, options, with_options(providers), dtype)
         if provider is not None:
             check_started(session, providers[0])
         if name in fitted:
@@ -175,11 +175,12 @@ def choose_providers(available: list[str], *, has_gpu: bool, wanted: Provider | 
     return [name for name in chosen if name in available]
 
 
-def with_options(providers: list[str], source: Artifact) -> list[Any]:
-    """The providers with what they must be told: TensorRT wants leave to use INT8 for Q/DQ nodes."""
-    quantized = source.manifest.config.get("mode") not in (None, "none")
-    leave = {"trt_int8_enable": "1"} if quantized else {}
-    return [(name, leave) if name == PROVIDERS_OF["tensorrt"][0] else name for name in providers]
+def with_options(providers: list[str]) -> list[Any]:
+    """The providers with what they must be told: CUDA multiplies float32 as it is, not rounded to TensorFloat-32.
+
+    TensorRT is told nothing: without leave for FP16 and INT8 its network is strongly typed, so Q/DQ nodes decide.
+    """
+    return [(name, {"use_tf32": "0"}) if name == PROVIDERS_OF["cuda"][0] else name for name in providers]
 
 
 def check_started(session: Any, wanted: str) -> None:

@@ -10,7 +10,8 @@ from quest_deploy.artifacts import Artifact, check_output, read_artifact
 from quest_deploy.engines.libraries import check_tensorrt, gpus, import_tensorrt, title_of
 from quest_deploy.engines.replace import with_plans
 from quest_deploy.engines.trt_build import ONNX_NAME, PLAN_NAME, is_stripped
-from quest_deploy.engines.trt_runtime import make_log, make_runtime, stale
+from quest_deploy.engines.trt_log import make_log
+from quest_deploy.engines.trt_runtime import make_runtime, stale
 from quest_deploy.engines.up_to_date import check_reports, graph_digest
 from quest_deploy.errors import ArtifactError, EngineBuildError, MissingDependencyError, StaleArtifactError
 

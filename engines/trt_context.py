@@ -21,8 +21,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from quest_deploy.engines.trt_api import ExecutionContext
+from quest_deploy.engines.trt_log import last_words
 from quest_deploy.engines.trt_memory import Block
+from quest_deploy.engines.trt_plan import LoadedPlan
 from quest_deploy.model.spec import ComponentSpec
 
 logger = logging.getLogger(__name__)
@@ -32,6 +33,9 @@ Shapes = tuple[tuple[str, torch.dtype, tuple[int, ...]], ...]
 
 MAX_GRAPHS = 4
 """Captured graphs that one thread keeps of one component; beyond it the one that was used longest ago is freed."""
+
+ALIGNMENT_BYTES = 256
+"""Of inputs and outputs (`IExecutionContext::setTensorAddress`)."""
 
 _CAPTURING = threading.Lock()
 
@@ -48,37 +52,60 @@ def shapes_of(inputs: Mapping[str, Tensor]) -> Shapes:
     return tuple((name, value.dtype, tuple(value.shape)) for name, value in sorted(inputs.items()))
 
 
-def capture(run: Callable[[int], None]) -> Graph:
-    """Record what `run` enqueues on the stream it is given, without running it.
+def capture(run: Callable[[int], None], stream: torch.cuda.Stream) -> Graph:
+    """Record what `run` enqueues on `stream`, whose handle it is given, without running it.
 
     Raises:
         RuntimeError: CUDA cannot capture it.
     """
     graph = torch.cuda.CUDAGraph()
-    stream = torch.cuda.Stream()
-    # Torch waits for the whole device before it captures, which fails while another thread does the same.
-    with _CAPTURING, torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-        run(stream.cuda_stream)
+    before = torch.cuda.current_stream()
+    try:
+        # Torch waits for the whole device before it captures, which fails while another thread does the same.
+        with _CAPTURING, torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            run(stream.cuda_stream)
+    except BaseException:
+        # Where the capture cannot even be ended, torch leaves its stream the current one.
+        torch.cuda.set_stream(before)
+        raise
     return graph
 
 
+def aligned(tensor: Tensor) -> Tensor:
+    """`tensor`, contiguous and at an address that TensorRT takes; torch aligns what it allocates, views it does not."""
+    tensor = tensor.contiguous()
+    return tensor.clone() if tensor.data_ptr() % ALIGNMENT_BYTES else tensor
+
+
 class ShapedContext:
-    """An execution context in a block of activation memory, which remembers the shapes that are set."""
+    """A new execution context in a block of activation memory, which remembers the shapes that are set.
 
-    def __init__(self, spec: ComponentSpec, context: ExecutionContext, block: Block) -> None:
+    Args:
+        spec: The component.
+        plan: Its engine.
+        block: What it computes in; it must outlive the context.
+
+    Raises:
+        EngineBuildError: too little memory on the GPU.
+    """
+
+    def __init__(self, spec: ComponentSpec, plan: LoadedPlan, block: Block) -> None:
         self.spec = spec
-        self.context = context
-        self.block = block  # must outlive the context
+        self.library = plan.library
+        self.context = plan.create_context()
+        self.block = block
         self.shapes: Shapes = ()
-        context.set_device_memory(block.memory.data_ptr(), block.memory.numel())
+        self.context.set_device_memory(block.memory.data_ptr(), block.memory.numel())
 
-    def set_shapes(self, shapes: Shapes, profile: int, stream: int) -> None:
+    def set_shapes(self, shapes: Shapes, profile: int, caller: torch.cuda.Stream) -> None:
         """Choose the profile and the inputs' shapes, unless they are set already."""
         if shapes == self.shapes:
             return
         self.shapes = ()  # whatever fails below leaves the context without shapes to rely on
         if profile != self.context.active_optimization_profile:
-            self._check(self.context.set_optimization_profile_async(profile, stream), f"profile {profile}")
+            with self.block.beside(caller) as stream:
+                chosen = self.context.set_optimization_profile_async(profile, stream.cuda_stream)
+            self._check(chosen, f"profile {profile}")
         for name, _, shape in shapes:
             self._check(self.context.set_input_shape(name, shape), f"{name} {list(shape)}")
         self.shapes = shapes
@@ -102,8 +129,17 @@ class ShapedContext:
                     self.context.set_tensor_address(name, tensor.data_ptr()), f"the address of {name}"
                 )
 
+    def run(self, caller: torch.cuda.Stream) -> None:
+        """Enqueue one run behind what `caller` has been given.
+
+        Raises:
+            RuntimeError: TensorRT refuses.
+        """
+        with self.block.beside(caller) as stream:
+            self.enqueue(stream.cuda_stream)
+
     def enqueue(self, stream: int) -> None:
-        """Enqueue one run.
+        """Enqueue one run on the stream of this handle.
 
         Raises:
             RuntimeError: TensorRT refuses.
@@ -112,7 +148,7 @@ class ShapedContext:
 
     def _check(self, done: bool, what: str) -> None:
         if not done:
-            raise RuntimeError(f"{self.spec.name}: TensorRT refused {what}; its log says why")
+            raise RuntimeError(f"{self.spec.name}: TensorRT refused {what}{last_words(self.library)}")
 
 
 class CapturedShapes:
@@ -120,33 +156,37 @@ class CapturedShapes:
 
     def __init__(self, shaped: ShapedContext, inputs: Mapping[str, Tensor], device: torch.device) -> None:
         self.shaped = shaped
-        self.inputs = {
-            name: torch.empty(value.shape, dtype=value.dtype, device=device) for name, value in inputs.items()
-        }
-        self.outputs = shaped.make_outputs(device)
+        # Calls inside and outside of inference mode write into the same buffers.
+        with torch.inference_mode(False):
+            self.inputs = {
+                name: torch.empty(value.shape, dtype=value.dtype, device=device)
+                for name, value in inputs.items()
+            }
+            self.outputs = shaped.make_outputs(device)
         self.graph: Graph | None = None
         shaped.bind(self.inputs, self.outputs)
 
-    def __call__(self, inputs: Mapping[str, Tensor], stream: int) -> dict[str, Tensor]:
+    def __call__(self, inputs: Mapping[str, Tensor], caller: torch.cuda.Stream) -> dict[str, Tensor]:
         """Run once: outputs are copies, which the next run leaves alone."""
         for name, buffer in self.inputs.items():
             buffer.copy_(inputs[name])
         if self.graph is None:
-            self.shaped.enqueue(stream)
+            self.shaped.run(caller)
         else:
             self.graph.replay()
         return {name: buffer.clone() for name, buffer in self.outputs.items()}
 
-    def capture(self, stream: int) -> None:
+    def capture(self) -> None:
         """Capture the graph, after the context has run once with its shapes, as TensorRT wants it.
 
         Raises:
             RuntimeError: it cannot be captured.
         """
+        stream = torch.cuda.Stream()
         asks = getattr(self.shaped.context, "is_stream_capturable", None)
-        if asks is not None and not asks(stream):
+        if asks is not None and not asks(stream.cuda_stream):
             raise RuntimeError("TensorRT says that this engine cannot be captured")
-        self.graph = capture(self.shaped.enqueue)
+        self.graph = capture(self.shaped.enqueue, stream)
 
 
 class Lane:
@@ -154,19 +194,17 @@ class Lane:
 
     Args:
         spec: The component.
-        make: Makes an execution context.
+        plan: Its engine.
         block: The thread's activation memory.
         graphs: Whether shapes that come again are captured; becomes false where that fails.
     """
 
-    def __init__(
-        self, spec: ComponentSpec, make: Callable[[], ExecutionContext], block: Block, *, graphs: bool
-    ) -> None:
+    def __init__(self, spec: ComponentSpec, plan: LoadedPlan, block: Block, *, graphs: bool) -> None:
         self.spec = spec
-        self.make = make
+        self.plan = plan
         self.block = block
         self.graphs = graphs
-        self.plain: ShapedContext | None = ShapedContext(spec, make(), block)
+        self.plain: ShapedContext | None = ShapedContext(spec, plan, block)
         self.seen: set[Shapes] = set()
         self.captured: OrderedDict[Shapes, CapturedShapes] = OrderedDict()
 
@@ -178,41 +216,41 @@ class Lane:
         Raises:
             RuntimeError: TensorRT refuses.
         """
-        stream = torch.cuda.current_stream()
-        self.block.take(stream)
+        caller = torch.cuda.current_stream()
+        self.block.take(caller)
         if shapes in self.captured:
             self.captured.move_to_end(shapes)
-            return self.captured[shapes](inputs, stream.cuda_stream)
+            return self.captured[shapes](inputs, caller)
         if self.graphs and shapes in self.seen:
-            return self._run_and_capture(inputs, shapes, profile, stream.cuda_stream)
+            return self._run_and_capture(inputs, shapes, profile, caller)
         self.seen.add(shapes)
-        return self._run_plain(inputs, shapes, profile, stream.cuda_stream)
+        return self._run_plain(inputs, shapes, profile, caller)
 
     def _run_plain(
-        self, inputs: Mapping[str, Tensor], shapes: Shapes, profile: int, stream: int
+        self, inputs: Mapping[str, Tensor], shapes: Shapes, profile: int, caller: torch.cuda.Stream
     ) -> dict[str, Tensor]:
         assert self.plain is not None
         # torch's allocator gives memory back in stream order, so tensors may be freed before the run has ended.
-        bound = {name: tensor.contiguous() for name, tensor in inputs.items()}
-        self.plain.set_shapes(shapes, profile, stream)
+        bound = {name: aligned(tensor) for name, tensor in inputs.items()}
+        self.plain.set_shapes(shapes, profile, caller)
         outputs = self.plain.make_outputs(self.block.memory.device)
         self.plain.bind(bound, outputs)
-        self.plain.enqueue(stream)
+        self.plain.run(caller)
         return outputs
 
     def _run_and_capture(
-        self, inputs: Mapping[str, Tensor], shapes: Shapes, profile: int, stream: int
+        self, inputs: Mapping[str, Tensor], shapes: Shapes, profile: int, caller: torch.cuda.Stream
     ) -> dict[str, Tensor]:
         if len(self.captured) >= MAX_GRAPHS:
             self.block.wait()  # the graph that goes away may still be running
             forgotten, _ = self.captured.popitem(last=False)
             self.seen.discard(forgotten)
-        shaped = ShapedContext(self.spec, self.make(), self.block)
-        shaped.set_shapes(shapes, profile, stream)
+        shaped = ShapedContext(self.spec, self.plan, self.block)
+        shaped.set_shapes(shapes, profile, caller)
         entry = CapturedShapes(shaped, inputs, self.block.memory.device)
-        outputs = entry(inputs, stream)
+        outputs = entry(inputs, caller)
         try:
-            entry.capture(stream)
+            entry.capture()
         except RuntimeError as error:
             self.graphs = False
             self.block.wait()  # so may this run, in the context that goes away

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
+
+DEFAULT_STREAM = 0
+"""The handle of CUDA's default stream."""
 
 
 class Block:
@@ -12,18 +17,43 @@ class Block:
 
     Whoever runs in it takes it first, which orders the run behind the one before it, also where that was enqueued on
     another stream.
+
+    Attributes:
+        memory: uint8 [bytes].
+        stream: The caller's stream that it was last taken for.
+        own: A stream of the thread's own, made where the caller's is CUDA's default one.
     """
 
     def __init__(self, size_bytes: int, device: torch.device) -> None:
         # torch's allocator aligns to 512 bytes; TensorRT wants 256.
         self.memory = torch.empty(max(size_bytes, 1), dtype=torch.uint8, device=device)
         self.stream: torch.cuda.Stream | None = None
+        self.own: torch.cuda.Stream | None = None
 
     def take(self, stream: torch.cuda.Stream) -> None:
         """Let what is enqueued on `stream` from now on wait for what ran in this block before."""
         if self.stream is not None and self.stream != stream:
             stream.wait_stream(self.stream)
         self.stream = stream
+
+    @contextmanager
+    def beside(self, caller: torch.cuda.Stream) -> Iterator[torch.cuda.Stream]:
+        """The stream for TensorRT: the caller's, or where that is CUDA's default one, the thread's own.
+
+        On the default stream TensorRT makes the host wait at every run, and that fails while another thread captures.
+        What the body enqueues runs after all that `caller` has been given, and before what it is given next. Tensors
+        that the body writes are allocated before, since torch's allocator goes by the caller's stream.
+        """
+        if caller.cuda_stream != DEFAULT_STREAM:
+            yield caller
+            return
+        if self.own is None:
+            self.own = torch.cuda.Stream()
+        self.own.wait_stream(caller)
+        try:
+            yield self.own
+        finally:
+            caller.wait_stream(self.own)
 
     def wait(self) -> None:
         """Return once nothing runs in this block any more."""

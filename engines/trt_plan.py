@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from quest_deploy.engines.base import Closing
 from quest_deploy.engines.runtime_cache import RuntimeCacheFile
 from quest_deploy.engines.trt_api import CudaEngine, ExecutionContext, Runtime
+from quest_deploy.engines.trt_log import last_words
 from quest_deploy.errors import EngineBuildError
+
+FREE_SHARE = 0.9
+"""Of the free memory of a GPU, how much weights and activations may take: torch, contexts and graphs need some."""
 
 
 class LoadedPlan(Closing):
@@ -25,6 +31,9 @@ class LoadedPlan(Closing):
 
     def __init__(self, name: str, library: Any, engine: CudaEngine, runtime: Runtime | None = None) -> None:
         self.name = name
+        self.library = library
+        self.streams = False
+        """Whether some of its weights stay in host memory."""
         self.engine: CudaEngine | None = engine
         self.runtime = runtime
         self.cache: RuntimeCacheFile | None = None
@@ -47,17 +56,26 @@ class LoadedPlan(Closing):
         self.cache = RuntimeCacheFile(config, folder, plan_sha256)
         self.how = config
 
-    def stream_weights(self, limit_bytes: int | None) -> None:
+    def stream_weights(self, budget_bytes: int) -> int:
         """Keep at most so many bytes of weights on the GPU; before contexts and their memory are made.
 
-        Without this an engine built for it holds all its weights there. None lets TensorRT go by the free memory.
+        Without this an engine built for it holds all its weights there. Returns what it may keep.
+
+        Raises:
+            EngineBuildError: TensorRT keeps another number.
         """
         assert self.engine is not None
-        if limit_bytes is None:
-            budget = self.engine.get_weight_streaming_automatic_budget()
-        else:
-            budget = min(limit_bytes, self.engine.streamable_weights_size)
+        budget = max(0, min(budget_bytes, self.engine.streamable_weights_size))
         self.engine.weight_streaming_budget_v2 = budget
+        # The binding drops what TensorRT answers.
+        if self.engine.weight_streaming_budget_v2 != budget:
+            raise EngineBuildError(
+                f"{self.name}: TensorRT refused to keep {budget} bytes of its weights on the GPU"
+                f"{last_words(self.library)}; give another limit with --gpu-weights, or build without "
+                "--weight-streaming"
+            )
+        self.streams = budget < self.engine.streamable_weights_size
+        return budget
 
     def create_context(self) -> ExecutionContext:
         """A new execution context without activation memory.
@@ -69,11 +87,11 @@ class LoadedPlan(Closing):
             raise RuntimeError(f"{self.name}: the engine is closed")
         with self._lock:
             context = self.engine.create_execution_context(self.how)
+            if context is None:
+                torch.cuda.empty_cache()  # what torch holds without using it, TensorRT lacks
+                context = self.engine.create_execution_context(self.how)
         if context is None:
-            raise EngineBuildError(
-                f"{self.name}: no execution context, most likely for want of GPU memory; "
-                "close other programs on the GPU, or rebuild with a smaller --max-batch"
-            )
+            raise too_little_memory(self.name, f"no execution context{last_words(self.library)}")
         return context
 
     def close(self) -> None:
@@ -85,3 +103,36 @@ class LoadedPlan(Closing):
         self.how = None
         self.engine = None
         self.runtime = None
+
+
+def stream_weights(plans: Mapping[str, LoadedPlan], *, first: str, weights_gb: float | None) -> None:
+    """Decide how much of each component's weights lies on the GPU.
+
+    Args:
+        plans: Built with weight streaming; no contexts yet.
+        first: The component that gets what it needs before the others do: the one that runs at every step.
+        weights_gb: For each, in 10^9 bytes; None shares the free memory. TensorRT's own budget is not asked for: its
+            Python binding cuts it to 32 bits, and it does not know of the other components.
+
+    Raises:
+        EngineBuildError: TensorRT refuses.
+    """
+    if weights_gb is not None:
+        for plan in plans.values():
+            plan.stream_weights(round(weights_gb * 1e9))
+        return
+    for plan in plans.values():
+        plan.stream_weights(0)
+    # With nothing kept on the GPU they need most activation memory, which they share.
+    activations = max(plan.engine.device_memory_size_v2 for plan in plans.values() if plan.engine is not None)
+    left = int(torch.cuda.mem_get_info()[0] * FREE_SHARE) - activations
+    for name in sorted(plans, key=lambda name: name != first):
+        left -= plans[name].stream_weights(left)
+
+
+def too_little_memory(component: str, reason: str) -> EngineBuildError:
+    """The error where the memory of the GPU does not suffice."""
+    return EngineBuildError(
+        f"{component}: {reason}; most likely the GPU's memory does not suffice: close other programs on it, draw fewer "
+        "images at a time, or rebuild with a smaller --max-batch"
+    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,8 +23,9 @@ from quest_deploy.engines.run_record import record_run
 from quest_deploy.engines.trt_api import CudaEngine, Runtime
 from quest_deploy.engines.trt_build import PLAN_NAME
 from quest_deploy.engines.trt_context import Lane, Shapes, shapes_of
+from quest_deploy.engines.trt_log import make_log
 from quest_deploy.engines.trt_memory import ActivationMemory
-from quest_deploy.engines.trt_plan import LoadedPlan
+from quest_deploy.engines.trt_plan import LoadedPlan, stream_weights, too_little_memory
 from quest_deploy.errors import (
     ArtifactError,
     ConfigError,
@@ -33,9 +33,7 @@ from quest_deploy.errors import (
     MissingDependencyError,
     StaleArtifactError,
 )
-from quest_deploy.model.spec import ComponentSpec, component_specs
-
-logger = logging.getLogger(__name__)
+from quest_deploy.model.spec import ComponentSpec, component_specs, family_of
 
 # Of TensorRT for RTX 1.7 on an H200.
 UNSUPPORTED = "does not support this compute capability"
@@ -59,7 +57,8 @@ class TensorRTEngine(Closing):
         self.plan: LoadedPlan | None = plan
         self.memory: ActivationMemory | None = memory
         self.device = memory.device
-        self.graphs = graphs
+        # TensorRT: an engine that streams its weights runs synchronously, which cannot be captured.
+        self.graphs = graphs and not plan.streams
         self.profiles = read_profiles(spec, plan.engine)
         self.limits = limits_of(spec, self.profiles)
         self.lanes: dict[int, Lane] = {}
@@ -71,14 +70,22 @@ class TensorRTEngine(Closing):
 
         Raises:
             EngineInputError: a name, type, shape or device that the engine does not take.
-            EngineBuildError: too little memory on the GPU for an execution context.
+            EngineBuildError: too little memory on the GPU.
         """
         if self.plan is None:
             raise RuntimeError(f"{self.spec.name}: the engine is closed")
         shapes = shapes_of(inputs)
         profile = self._profile(shapes, inputs)
         check_devices(self.spec.name, inputs)
-        return self._lane().run(inputs, shapes, profile)
+        try:
+            return self._lane().run(inputs, shapes, profile)
+        except torch.OutOfMemoryError as error:
+            raise too_little_memory(self.spec.name, str(error).partition("\n")[0]) from error
+
+    @property
+    def captured(self) -> int:
+        """How many CUDA graphs all threads have of this component."""
+        return sum(len(lane.captured) for lane in self.lanes.values())
 
     def _profile(self, shapes: Shapes, inputs: Mapping[str, Tensor]) -> int:
         """The profile for these shapes, which are checked when they come for the first time."""
@@ -95,9 +102,7 @@ class TensorRTEngine(Closing):
         with self._lock:
             if thread not in self.lanes:
                 assert self.plan is not None and self.memory is not None
-                self.lanes[thread] = Lane(
-                    self.spec, self.plan.create_context, self.memory.block(), graphs=self.graphs
-                )
+                self.lanes[thread] = Lane(self.spec, self.plan, self.memory.block(), graphs=self.graphs)
             return self.lanes[thread]
 
     def close(self) -> None:
@@ -127,7 +132,7 @@ def load_tensorrt_engines(
         backend: The TensorRT flavour, which must be the one that built it.
         graphs: Whether shapes that come again run as captured CUDA graphs.
         weights_gb: Of each component's weights, how much lies on the GPU, in 10^9 bytes, where the engines were built
-            with weight streaming; None lets TensorRT go by the free memory.
+            with weight streaming; None goes by the free memory.
 
     Raises:
         MissingDependencyError: no GPU, no CUDA build of torch, or no TensorRT.
@@ -143,8 +148,7 @@ def load_tensorrt_engines(
     library = import_tensorrt(backend)
     plans = load_plans(source, library, backend)
     if streaming:
-        for plan in plans.values():
-            plan.stream_weights(None if weights_gb is None else round(weights_gb * 1e9))
+        stream_weights(plans, first=family_of(source.path).denoiser, weights_gb=weights_gb)
     largest = max(plan.engine.device_memory_size_v2 for plan in plans.values() if plan.engine is not None)
     memory = ActivationMemory(largest, torch.device("cuda"))
     engines: dict[str, Engine] = {}
@@ -196,23 +200,6 @@ def make_runtime(library: Any, config: Mapping[str, Any]) -> Runtime:
         # Such a plan brings the runtime of the version that built it.
         runtime.engine_host_code_allowed = True
     return runtime
-
-
-@functools.cache  # the first logger that TensorRT is given serves it until the process ends
-def make_log(library: Any) -> Any:
-    """A TensorRT logger that keeps errors, in its `errors`, for messages."""
-
-    class Log(library.ILogger):
-        def __init__(self) -> None:
-            library.ILogger.__init__(self)
-            self.errors: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (library.ILogger.Severity.ERROR, library.ILogger.Severity.INTERNAL_ERROR):
-                self.errors.append(" ".join(message.split()))
-                logger.debug("TensorRT: %s", message)
-
-    return Log()
 
 
 def check_flavour(path: Path, built_for: str, backend: str) -> None:

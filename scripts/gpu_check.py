@@ -56,7 +56,7 @@ def run_step(step: Step, output: Path, deadline: float, succeeded: Collection[st
         step: What to run.
         output: Where the steps' results lie.
         deadline: On :func:`time.monotonic`'s clock.
-        succeeded: The steps that went well so far.
+        succeeded: The steps whose process ended well so far, whatever is wrong with what it found.
     """
     row: dict[str, Any] = {"name": step.name, "ok": False, "command": " ".join(("python", *step.command))}
     missing = [name for name in step.needs if not (output / name).exists()]
@@ -97,16 +97,18 @@ def run_step(step: Step, output: Path, deadline: float, succeeded: Collection[st
     row["ok"] = process.returncode == 0 and not error
     if not row["ok"]:
         row["error"] = error or said[-LAST_CHARACTERS:].strip() or f"ended with code {process.returncode}"
-    # A parity over its budget, or a bench with a row that failed, has figures all the same.
-    return {**row, "result": result}
+    # A parity over its budget, or a bench with a row that failed, has figures all the same; a good step may warn.
+    return {**row, "result": result, "said": said[-LAST_CHARACTERS:].strip()}
 
 
 def reported_error(result: Any) -> str:
-    """What a step's result says went wrong, in the whole of it or in rows of a bench; empty where nothing did."""
+    """What a step's result says went wrong, in the whole of it or in parts; empty where nothing did."""
     if not isinstance(result, dict):
         return ""
     if result.get("error"):
         return str(result["error"]["message"])
+    if result.get("problems"):
+        return "; ".join(result["problems"])
     rows = result.get("bench", {}).get("rows", {})
     return "; ".join(f"{label}: {row['error']}" for label, row in rows.items() if "error" in row)
 
@@ -197,7 +199,7 @@ def run_all(report: Report, planned: tuple[Step, ...], deadline: float) -> None:
     """Run every step, and write the report after each."""
     for number, step in enumerate(planned, start=1):
         print(f"[{number}/{len(planned)}] {step.name}", flush=True)
-        succeeded = {row["name"] for row in report.steps if row["ok"]}
+        succeeded = {row["name"] for row in report.steps if row.get("exit_code") == 0}
         row = run_step(step, report.path.parent, deadline, succeeded)
         report.steps.append(row)
         report.write()

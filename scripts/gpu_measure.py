@@ -18,10 +18,12 @@ from quest_deploy.errors import QuestDeployError
 
 STEPS, GUIDANCE_SCALE, RUNS = 20, 3.0, 5
 PROMPT = "rocket"
+# Of the largest latent: a graph replays the kernels that ran without it.
+DIFFERENCE = 1e-3
 
 
-def measure(path: Path, *, graphs: bool) -> tuple[list[float], Any]:
-    """Seconds of each whole denoising loop after the first two, and the latents of the last, [1, c, h, w]."""
+def measure(path: Path, *, graphs: bool) -> tuple[list[float], Any, int]:
+    """Seconds of each denoising loop after the first two, latents of the last, [1, c, h, w], and graphs captured."""
     import torch
 
     from quest_deploy.pipeline import load_pipeline
@@ -36,13 +38,20 @@ def measure(path: Path, *, graphs: bool) -> tuple[list[float], Any]:
             latents = pipeline.denoise(noise, positive, negative, steps=STEPS, guidance_scale=GUIDANCE_SCALE)
             torch.cuda.synchronize()
             seconds.append(time.perf_counter() - started)
-        return seconds[2:], latents.cpu()
+        denoiser = pipeline.engines[pipeline.family.denoiser]
+        return seconds[2:], latents.cpu(), getattr(denoiser, "captured", 0)
 
 
 def compare_graphs(path: Path) -> dict[str, Any]:
-    """Time both, and compare what they drew."""
-    plain, without = measure(path, graphs=False)
-    captured, within = measure(path, graphs=True)
+    """Time both, and compare what they drew. `ok` says that engines ran, `problems` what is wrong with their graphs."""
+    plain, without, _ = measure(path, graphs=False)
+    captured, within, count = measure(path, graphs=True)
+    difference = float((without - within).abs().max())
+    problems = []
+    if not count:
+        problems.append("no CUDA graph of the denoiser was captured")
+    if not difference <= DIFFERENCE * float(without.abs().max()):
+        problems.append(f"with CUDA graphs latents differ by up to {difference:.3g}")
     medians = {"plain_s": statistics.median(plain), "graphs_s": statistics.median(captured)}
     return {
         "steps": STEPS,
@@ -50,7 +59,9 @@ def compare_graphs(path: Path) -> dict[str, Any]:
         "graphs": captured,
         **medians,
         "times_as_fast_with_graphs": medians["plain_s"] / medians["graphs_s"],
-        "largest_difference": float((without - within).abs().max()),
+        "captured": count,
+        "largest_difference": difference,
+        "problems": problems,
         "ok": bool(within.isfinite().all()),
     }
 

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import click
 import pytest
+import torch
 
 from quest_deploy.commands import main
 from quest_deploy.engines.libraries import gpus
+from scripts import gpu_measure
 from scripts.gpu_check import NAME, Report, run_all, run_step
 from scripts.gpu_steps import Step, steps, without_engines
 
@@ -94,6 +96,35 @@ def test_figures_beside_an_error_are_kept(tmp_path: Path) -> None:
     result = {"error": {"type": "BenchError", "message": "model: no"}, "bench": {"rows": rows}}
     row = run_step(code(f"print({json.dumps(result)!r}); raise SystemExit(1)"), tmp_path, soon())
     assert (row["ok"], row["error"], row["result"]) == (False, "model: no", result)
+
+
+def test_engines_that_run_without_their_graphs_are_a_failure_that_stops_no_other_step(tmp_path: Path) -> None:
+    report = Report(path=tmp_path / NAME, header={})
+    result = json.dumps({"ok": True, "problems": ["no CUDA graph of the denoiser was captured"]})
+    warned = f"import sys; print('runs without CUDA graphs', file=sys.stderr); print({result!r})"
+    run_all(report, (code(warned), code("print('{}')", after=warned)), soon())
+    first, second = report.steps
+    assert (first["ok"], first["error"]) == (False, "no CUDA graph of the denoiser was captured")
+    assert first["said"] == "runs without CUDA graphs" and second["ok"]
+
+
+@pytest.mark.parametrize(
+    ("count", "changed", "problems"),
+    [
+        (1, 0.0, []),
+        (0, 0.0, ["no CUDA graph of the denoiser was captured"]),
+        (1, 0.25, ["with CUDA graphs latents differ by up to 0.25"]),
+        (1, float("nan"), ["with CUDA graphs latents differ by up to nan"]),
+    ],
+)
+def test_graphs_that_draw_something_else_or_are_none_are_told(
+    monkeypatch: pytest.MonkeyPatch, count: int, changed: float, problems: list[str]
+) -> None:
+    def measure(path: Path, *, graphs: bool) -> tuple[list[float], torch.Tensor, int]:
+        return [1.0], torch.ones(1, 4, 2, 2) + (changed if graphs else 0), count if graphs else 0
+
+    monkeypatch.setattr(gpu_measure, "measure", measure)
+    assert gpu_measure.compare_graphs(Path("engines"))["problems"] == problems
 
 
 def test_a_bench_whose_rows_all_went_well_is_ok(tmp_path: Path) -> None:

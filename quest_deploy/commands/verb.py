@@ -153,6 +153,12 @@ def _explain(error: BaseException, when_interrupted: str) -> tuple[str, str, int
     if known is not None:
         return type(known).__name__, str(known), ERROR
     first_line = (str(error).strip().splitlines() or ["no message"])[0]
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported for this
+        message = (
+            f"the GPU's memory does not suffice ({first_line}); close other programs on it, or ask for less at a time: "
+            "fewer or smaller images, a smaller --batch-size, or `memory_limit_gb` in a recipe"
+        )
+        return type(error).__name__, message, ERROR
     message = (
         f"unexpected {type(error).__name__}: {first_line}. This is a fault of quest-deploy: "
         "run the command again with -v for the traceback, and report it with the output of `quest-deploy doctor`"

@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 import pytest
+import torch
 from click.testing import CliRunner, Result
 
 from quest_deploy.commands.verb import Result as VerbResult
@@ -73,6 +74,12 @@ def test_unexpected_error_says_how_to_report_it() -> None:
     assert done.stderr.startswith("Error: unexpected ZeroDivisionError: division by zero. ")
     assert "-v for the traceback" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_gpu_without_memory_left_is_no_fault_and_says_what_to_do() -> None:
+    done = run(fail_with(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")))
+    assert (done.exit_code, done.stderr.count("\n")) == (1, 1)
+    assert "Tried to allocate 2 GiB" in done.stderr and "--batch-size" in done.stderr
 
 
 def test_storage_error_outside_artifacts_is_explained() -> None:

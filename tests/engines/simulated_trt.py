@@ -6,6 +6,7 @@ It tests the logic around TensorRT and stands for no result.
 from __future__ import annotations
 
 import ctypes
+import itertools
 from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from quest_deploy.engines import trt_context, trt_runtime
-from quest_deploy.engines.trt_memory import ActivationMemory
+from quest_deploy.engines.trt_memory import DEFAULT_STREAM, ActivationMemory
 from quest_deploy.engines.trt_plan import LoadedPlan
 from quest_deploy.engines.trt_runtime import TensorRTEngine
 from quest_deploy.model.spec import ComponentSpec, TensorSpec
@@ -28,10 +29,12 @@ ACTIVATION_BYTES = 1024
 
 
 class SimulatedStream:
-    """A CUDA stream that notes what it waits for."""
+    """A CUDA stream that notes what it waits for; each has a handle of its own, CUDA's default stream has 0."""
 
-    def __init__(self, handle: int = 7) -> None:
-        self.cuda_stream = handle
+    handles = itertools.count(100)
+
+    def __init__(self, handle: int | None = None) -> None:
+        self.cuda_stream = next(self.handles) if handle is None else handle
         self.waited_for: list[SimulatedStream] = []
         self.synchronized = 0
 
@@ -53,6 +56,7 @@ class SimulatedContext:
         self.runs = True
         self.capturable = capturable
         self.enqueued = 0
+        self.streams: list[int] = []
         self.shapes_set = 0
         self.recording: list[Callable[[], None]] | None = None
         self.profiler: Any = None
@@ -74,13 +78,15 @@ class SimulatedContext:
         return self.shape
 
     def set_tensor_address(self, name: str, memory: int) -> bool:
+        assert memory % trt_context.ALIGNMENT_BYTES == 0
         self.addresses[name] = memory
         return True
 
     def is_stream_capturable(self, stream: int) -> bool:
-        return self.capturable
+        return self.capturable and stream != DEFAULT_STREAM
 
     def execute_async_v3(self, stream_handle: int) -> bool:
+        self.streams.append(stream_handle)
         assert self.memory is not None and self.memory[1] >= ACTIVATION_BYTES
         state = (dict(self.addresses), self.shape)
         if self.recording is None:
@@ -110,6 +116,7 @@ class SimulatedEngine:
 
     num_optimization_profiles = 2
     streamable_weights_size = 4096
+    takes_budgets = True
 
     def __init__(self, *, out_of_memory: bool = False, capturable: bool = True) -> None:
         self.out_of_memory = out_of_memory
@@ -125,17 +132,15 @@ class SimulatedEngine:
 
     @weight_streaming_budget_v2.setter
     def weight_streaming_budget_v2(self, value: int) -> None:
-        # As the real one: contexts hold it.
+        # As the real one: contexts hold it, and what TensorRT answers is lost.
         assert not self.contexts and 0 <= value <= self.streamable_weights_size
-        self._budget = value
+        if self.takes_budgets:
+            self._budget = value
 
     @property
     def device_memory_size_v2(self) -> int:
         """Weights that are streamed need room to pass through."""
         return ACTIVATION_BYTES * (1 if self._budget == self.streamable_weights_size else 2)
-
-    def get_weight_streaming_automatic_budget(self) -> int:
-        return 3000
 
     def get_tensor_profile_shape(self, name: str, profile_index: int) -> list[tuple[int, int]]:
         return [[(1, 4), (2, 4), (2, 4)], [(3, 4), (8, 4), (8, 4)]][profile_index]
@@ -200,12 +205,12 @@ class SimulatedGraph:
             run()
 
 
-def simulated_capture(run: Callable[[int], None]) -> SimulatedGraph:
+def simulated_capture(run: Callable[[int], None], stream: SimulatedStream) -> SimulatedGraph:
     """Record what `run`, a bound method of a ShapedContext, enqueues."""
     context = run.__self__.context  # type: ignore[attr-defined]
     context.recording = recorded = []
     try:
-        run(0)
+        run(stream.cuda_stream)
     finally:
         context.recording = None
     return SimulatedGraph(recorded)
@@ -242,10 +247,12 @@ def simulated_library(deserialize: Callable[[Any, bytes], Any]) -> ModuleType:
 
 
 def simulate_cuda(monkeypatch: pytest.MonkeyPatch) -> SimulatedStream:
-    """Put a simulated stream and capture in place of CUDA's, and take tensors on the CPU."""
+    """Put simulated streams and captures in place of CUDA's, and take CPU tensors. Returns the current stream."""
     stream = SimulatedStream()
     monkeypatch.setattr(trt_runtime, "check_devices", lambda *args: None)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "Stream", SimulatedStream)
+    monkeypatch.setattr(trt_context, "ALIGNMENT_BYTES", 64)  # what torch aligns to on a CPU
     monkeypatch.setattr(trt_context, "capture", simulated_capture)
     return stream
 

@@ -13,7 +13,7 @@ from onnx import numpy_helper
 from torch import Tensor
 from torch.nn import functional
 
-from quest_deploy.artifacts import MANIFEST_NAME, read_artifact, write_artifact
+from quest_deploy.artifacts import MANIFEST_NAME, write_artifact
 from quest_deploy.config import Provider, RunConfig
 from quest_deploy.engines import load_engines, ort_runtime
 from quest_deploy.engines.base import Engine
@@ -231,14 +231,9 @@ def test_provider_that_did_not_start_is_an_error(engines: dict[str, Engine]) -> 
         check_started(engines["unet"].session, CUDA)
 
 
-@pytest.mark.parametrize(("mode", "options"), [("int8", {"trt_int8_enable": "1"}), ("none", {})])
-def test_tensorrt_gets_leave_for_int8_where_the_graph_is_quantized(
-    tmp_path: Path, mode: str, options: dict[str, str]
-) -> None:
-    with write_artifact(tmp_path / "onnx", stage="onnx", config={"mode": mode}):
-        pass
-    chosen = with_options([TENSORRT, CPU], read_artifact(tmp_path / "onnx"))
-    assert chosen == [(TENSORRT, options), CPU]
+def test_cuda_multiplies_float32_as_it_is() -> None:
+    assert with_options([TENSORRT, CUDA, CPU]) == [TENSORRT, (CUDA, {"use_tf32": "0"}), CPU]
+    assert with_options([CPU]) == [CPU]
 
 
 def test_provider_is_refused_where_another_runtime_runs(tiny_onnx: Path) -> None:

@@ -3,17 +3,23 @@ from __future__ import annotations
 import logging
 import threading
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
 
 from quest_deploy.engines import trt_context, trt_runtime
 from quest_deploy.engines.trt_context import MAX_GRAPHS
-from quest_deploy.engines.trt_memory import ActivationMemory, Block
+from quest_deploy.engines.trt_context import capture as real_capture
+from quest_deploy.engines.trt_log import make_log
+from quest_deploy.engines.trt_memory import DEFAULT_STREAM, ActivationMemory, Block
 from quest_deploy.engines.trt_runtime import TensorRTEngine
+from quest_deploy.errors import EngineBuildError
 from tests.engines.simulated_trt import (
     ACTIVATION_BYTES,
     SimulatedEngine,
+    SimulatedLogger,
     SimulatedStream,
     make_engine,
     make_memory,
@@ -113,7 +119,7 @@ def test_shapes_are_set_and_checked_once(cuda: SimulatedEngine, monkeypatch: pyt
 def test_engine_that_cannot_be_captured_runs_without_graphs(
     cuda: SimulatedEngine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def refuse(run: object) -> None:
+    def refuse(run: object, stream: SimulatedStream) -> None:
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
     monkeypatch.setattr(trt_context, "capture", refuse)
@@ -130,6 +136,92 @@ def test_engine_that_tensorrt_calls_not_capturable_is_not_captured(caplog: pytes
     engine = make_engine(SimulatedEngine(capturable=False))
     run(engine, 2, 2, 2)
     assert "cannot be captured" in caplog.text and captured(engine) == []
+
+
+def test_on_the_default_stream_tensorrt_gets_another_one_between_what_comes_before_and_after(
+    cuda: SimulatedEngine, stream: SimulatedStream
+) -> None:
+    stream.cuda_stream = DEFAULT_STREAM
+    engine = make_engine(cuda)
+    run(engine, 2, 5, 2, 2)  # two profiles, and a graph
+    own = engine.lanes[threading.get_ident()].block.own
+    assert isinstance(own, SimulatedStream)
+    plain, of_the_graph = cuda.contexts
+    assert set(plain.streams) == {own.cuda_stream}
+    # The run before the capture, then the capture on a third stream.
+    assert of_the_graph.streams[0] == own.cuda_stream != of_the_graph.streams[1] != DEFAULT_STREAM
+    assert own.waited_for and set(own.waited_for) == {stream}
+    assert len(stream.waited_for) == len(own.waited_for) and set(stream.waited_for) == {own}
+
+
+def test_other_streams_of_the_caller_are_used_as_they_are(
+    cuda: SimulatedEngine, stream: SimulatedStream
+) -> None:
+    engine = make_engine(cuda)
+    run(engine, 2, 5)
+    assert cuda.contexts[0].streams == [stream.cuda_stream] * 2 and stream.waited_for == []
+
+
+def test_views_that_tensorrt_cannot_address_are_copied(cuda: SimulatedEngine) -> None:
+    rows = torch.randn(8, 4)
+    engine = make_engine(cuda, graphs=False)
+    for first in range(4):
+        view = rows[first : first + 2]
+        torch.testing.assert_close(engine(x=view)["y"], 2 * view, rtol=0, atol=0)
+
+
+def test_graphs_serve_inside_and_outside_of_inference_mode(cuda: SimulatedEngine) -> None:
+    engine = make_engine(cuda)
+    with torch.inference_mode():
+        run(engine, 2, 2, 2)
+    run(engine, 2)
+    assert captured(engine) == [2]
+
+
+def test_capture_that_cannot_be_ended_leaves_the_callers_stream_the_current_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    caller, capturing = SimulatedStream(), SimulatedStream()
+    current = [caller]
+
+    @contextmanager
+    def graph(made: object, *, stream: SimulatedStream, capture_error_mode: str) -> Iterator[None]:
+        current[0] = stream
+        yield
+        raise RuntimeError("operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: current.__setitem__(0, stream))
+    with pytest.raises(RuntimeError, match="previous error during capture"):
+        real_capture(lambda handle: None, capturing)
+    assert current == [caller]
+
+
+def test_refusal_quotes_what_tensorrt_said_last(cuda: SimulatedEngine) -> None:
+    engine = make_engine(cuda)
+    run(engine, 2)
+    assert engine.plan is not None
+    log = make_log(engine.plan.library)
+    for message in ("old", "Error Code 1:\n  Cask", "b", "c"):
+        log.log(SimulatedLogger.Severity.ERROR, message)
+    cuda.contexts[0].runs = False
+    with pytest.raises(
+        RuntimeError, match=r"^doubler: TensorRT refused to run \(Error Code 1: Cask; b; c\)$"
+    ):
+        engine(x=torch.ones(2, 4, dtype=torch.float32)[:1])
+
+
+def test_too_little_memory_for_activations_says_what_to_do(cuda: SimulatedEngine) -> None:
+    memory = make_memory()
+
+    def refuse() -> Block:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
+
+    memory.block = refuse  # type: ignore[method-assign]
+    with pytest.raises(EngineBuildError, match="doubler: CUDA out of memory.*GiB.; .*fewer images at a time"):
+        make_engine(cuda, memory)(x=torch.ones(1, 4))
 
 
 def test_components_of_a_pipeline_share_one_block(stream: SimulatedStream) -> None:
