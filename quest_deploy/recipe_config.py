@@ -53,9 +53,10 @@ class PhaseConfig:
         auto_share: Of the weights of all quantized layers, how many those that "auto" chooses may have.
         batch_size: Pairs of a prompt and a timestep in an update, each run on both branches.
         walks: Walks in an update, beside them (see `Recipe.walk_share`).
-        learning_rate_weights: Adam's rate for weights and their scales, in steps of each layer's own weight grid.
-        learning_rate_scales: For activation scales, relative (they learn in the log domain); in the temporal phase also
-            for time-embedding tables, times the root mean square of each table.
+        learning_rate_weights: Adam's rate for weights, in steps of each layer's own weight grid.
+        learning_rate_scales: For activation scales, relative (they learn in the log domain), and a quarter of it for
+            the scales of weights that learn; in the temporal phase also for time-embedding tables, times the root mean
+            square of each table.
         learning_rate_floats: For biases and norms, which stay in float; 0 leaves them alone.
         network_every: Every how many updates the network's output joins the loss of the layers' own outputs
             (temporal phase; the sensitive phase uses the network's output at every update).

@@ -197,9 +197,9 @@ def draw_noise(generators: Sequence[torch.Generator], shape: tuple[int, int, int
 
 
 def guide(noise_pred: Tensor, guidance_scale: float) -> Tensor:
-    """Classifier-free guidance: [2n, c, h, w] (negative prompts first) -> [n, c, h, w]."""
+    """Classifier-free guidance: [2n, c, h, w] (negative prompts first) -> [n, c, h, w]; up to 1 it is none."""
     negative, positive = noise_pred.chunk(2)
-    return negative + guidance_scale * (positive - negative)
+    return negative + max(guidance_scale, 1.0) * (positive - negative)
 
 
 def predict_noise(

@@ -152,6 +152,12 @@ def test_guidance_extrapolates_from_the_negative_to_the_positive_prompt() -> Non
     assert guided.item() == 2 + 4 * (5 - 2)
 
 
+@pytest.mark.parametrize("guidance_scale", [0.0, 0.5, 1.0])
+def test_answers_of_both_branches_are_joined_as_the_sampler_does_up_to_one(guidance_scale: float) -> None:
+    negative, positive = torch.full((1, 1, 1, 1), 2.0), torch.full((1, 1, 1, 1), 5.0)
+    assert sampling.guide(torch.cat([negative, positive]), guidance_scale).item() == 5
+
+
 def test_the_callback_sees_what_the_denoiser_was_given_and_answered() -> None:
     steps: list[sampling.Step] = []
     noise, text = torch.ones(1, 1, 1, 1), {"text": torch.zeros(1, 1, 1)}

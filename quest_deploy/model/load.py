@@ -25,6 +25,7 @@ from quest_deploy.model.components import (
     parameters_frozen,
 )
 from quest_deploy.model.conditioning import Conditioner, Outputs, TextEncoders, load_tokenizer
+from quest_deploy.model.corrections import corrected_denoiser, corrected_scheduler
 from quest_deploy.model.deferred import fill, matching, stored_tensors
 from quest_deploy.model.families import FAMILIES, VAE_DECODER, VAE_ENCODER, Classes, Family, read_classes
 from quest_deploy.model.spec import (
@@ -183,19 +184,7 @@ def load_directory(directory: Path, *, deferred: bool = False, **components: Any
             tokenizer_class = _component_class(folder, index.get(part.tokenizer))
             components[part.tokenizer] = load_tokenizer(folder, part, tokenizer_class)
         components["scheduler"] = _load_scheduler(directory / "scheduler", index.get("scheduler"))
-        if family.pipeline == SINGLE_FILE_FAMILY.pipeline:
-            # The pipeline of diffusers corrects the schedulers of its first models.
-            pipeline = _pipeline_class(family).from_pretrained(
-                str(directory),
-                use_safetensors=True,
-                local_files_only=True,
-                feature_extractor=None,
-                **_options(),
-                **components,
-            )
-        else:
-            pipeline = SimpleNamespace(**components)
-        return _loaded(directory, family, index, pipeline)
+        return _loaded(directory, family, index, SimpleNamespace(**components))
 
 
 def _component_class(folder: Path, entry: object) -> Any:
@@ -316,6 +305,9 @@ def _loaded(path: Path, family: Family, index: Mapping[str, Any], pipeline: Any)
     vae = None if family.autoencoder is None else getattr(pipeline, family.autoencoder)
     text_encoders = {name: getattr(pipeline, name) for name in family.text_encoders}
     configs = {name: encoder.config.to_dict() for name, encoder in text_encoders.items()}
+    corrected = corrected_denoiser(denoiser.config, family)
+    if corrected is not denoiser.config:
+        denoiser.register_to_config(sample_size=corrected["sample_size"])
     configs[family.denoiser] = denoiser.config
     controlnet = None if family.controlnet is None else getattr(pipeline, family.controlnet)
     if family.controlnet is not None and controlnet is not None:
@@ -329,7 +321,7 @@ def _loaded(path: Path, family: Family, index: Mapping[str, Any], pipeline: Any)
         family=family,
         specs={name: make_spec(family, name, config) for name, config in configs.items()},
         denoiser=parameters_frozen(denoiser),
-        scheduler=pipeline.scheduler,
+        scheduler=corrected_scheduler(pipeline.scheduler, family),
         text_encoders={name: parameters_frozen(encoder) for name, encoder in text_encoders.items()},
         tokenizers={part.name: getattr(pipeline, part.tokenizer) for part in family.text},
         controlnet=None if controlnet is None else parameters_frozen(controlnet),

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from quest_deploy.errors import ArtifactError, ConfigError, ModelLoadError
+from quest_deploy.model.corrections import corrected_denoiser
 from quest_deploy.model.denoisers import (
     controlnet_spec,
     denoiser_spec,
@@ -170,7 +171,9 @@ def component_configs(model_dir: Path) -> dict[str, dict[str, Any]]:
     Raises:
         ArtifactError: a file is missing or corrupt.
     """
-    return {name: read_config(path) for name, path in config_paths(model_dir).items()}
+    family = family_of(model_dir)
+    configs = {name: read_config(path) for name, path in config_paths(model_dir).items()}
+    return {**configs, family.denoiser: dict(corrected_denoiser(configs[family.denoiser], family))}
 
 
 def _text_encoder(part: TextPart, config: Config) -> ComponentSpec:

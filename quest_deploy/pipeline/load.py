@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from quest_deploy import sampling
 from quest_deploy.artifacts import stage_of
 from quest_deploy.config import DEFAULT_RUN, LoraConfig, RunConfig
 from quest_deploy.engines import check_run, load_engines, resolve_backend
@@ -18,6 +17,7 @@ from quest_deploy.model.families import TextKind, TextPart
 from quest_deploy.model.load import LoadedModel
 from quest_deploy.model.lora import merge_loras
 from quest_deploy.model.spec import classes_of, component_configs, component_specs, family_of, read_config
+from quest_deploy.pipeline.request import own_scheduler
 from quest_deploy.pipeline.text_to_image import Pipeline
 
 CLIP_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
@@ -78,7 +78,7 @@ def load_pipeline(
         classes=classes_of(path),
         engines=engines,
         tokenizers={part.name: _load_tokenizer(path, part) for part in family_of(path).text},
-        scheduler=_load_scheduler(path),
+        scheduler=own_scheduler(path),
         configs=component_configs(path),
     )
 
@@ -113,10 +113,6 @@ def _load_tokenizer(path: Path, part: TextPart) -> Any:
         raise ArtifactError(
             f"'{path / part.tokenizer}' cannot be loaded ({error}); restore the directory from its source"
         ) from error
-
-
-def _load_scheduler(path: Path) -> Any:
-    return sampling.make_scheduler(None, read_config(path / "scheduler" / "scheduler_config.json"))
 
 
 def _class_in_index(path: Path, component: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 from quest_deploy import sampling
 from quest_deploy.config import GenerateConfig
 from quest_deploy.errors import ArtifactError, ConfigError, ModelLoadError
+from quest_deploy.model.corrections import corrected_scheduler
 from quest_deploy.model.families import VAE_DECODER, Classes, Family
 from quest_deploy.model.spec import (
     ComponentSpec,
@@ -40,15 +41,26 @@ def check_request(path: Path, config: GenerateConfig, backend: str) -> None:
     """
     try:
         family, classes, specs = family_of(path), classes_of(path), component_specs(path)
-        configs, own = component_configs(path), read_config(path / "scheduler" / "scheduler_config.json")
+        configs, own = component_configs(path), own_scheduler(path)
     except (ArtifactError, ModelLoadError):
         # Loading compares the files with their digests first, and says more.
         return
     check_prompts(family, classes, config)
     denoiser = specs[family.denoiser]
     size = latent_shape(configs, denoiser, backend, config.height, config.width)[-2:]
-    scheduler = sampling.make_scheduler(config.scheduler, own)
+    scheduler = sampling.make_scheduler(config.scheduler, own.config)
     sampling.timesteps(scheduler, config.steps, flow=flow_of(family, configs), size=size)
+
+
+def own_scheduler(path: Path) -> Any:
+    """The scheduler that lies in a model, checkpoint, ONNX or engine directory, as diffusers would load it.
+
+    Raises:
+        ArtifactError: its file, or another that says what lies there, is missing or corrupt.
+        ConfigError: it is of a class that diffusers does not have.
+    """
+    config = read_config(path / "scheduler" / "scheduler_config.json")
+    return corrected_scheduler(sampling.make_scheduler(None, config), family_of(path))
 
 
 def check_prompts(family: Family, classes: Classes | None, config: GenerateConfig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -68,10 +69,18 @@ def minmax_grid(x: Tensor, bits: int) -> Grid:
 
 
 def search_grid(x: Tensor, bits: int) -> Grid:
-    """The grid of least squared error among the whole, percentile and shrunken ranges of `x`."""
+    """The grid of least squared error among the whole, percentile and shrunken ranges of `x`.
+
+    Args:
+        x: [..., c], channels last.
+        bits: 4 or 8.
+    """
     everything = x.flatten()
     low, high = float(everything.min()), float(everything.max())
-    values = everything[:: everything.numel() // MAX_SEARCH_VALUES + 1]
+    stride = everything.numel() // MAX_SEARCH_VALUES + 1
+    while math.gcd(stride, x.shape[-1]) > 1:  # else it visits some channels alone
+        stride += 1
+    values = everything[::stride]
     wanted = torch.tensor([end for p in PERCENTILES for end in (1 - p, p)], dtype=values.dtype)
     ends = torch.quantile(values, wanted).tolist()
     candidates = list(zip(ends[::2], ends[1::2], strict=True))

@@ -143,10 +143,12 @@ class ActivationQuantizer(nn.Module):
         if self.inverse_row is not None:
             multiplier = channel_shape(self.inverse_row, x.ndim, self.channel_axis)
         unscale: Tensor | None = None
-        if ratio.numel() > 1:
+        if ratio.numel() > 1 or ratio.requires_grad:
             shape = (-1, *[1] * (x.ndim - 1))
-            rescale = ratio.index_select(0, group).reshape(shape)
-            unscale = inverse_ratio.index_select(0, group).reshape(shape)
+            if ratio.numel() > 1:
+                ratio, inverse_ratio = ratio.index_select(0, group), inverse_ratio.index_select(0, group)
+            # That of a single scale is 1, but the scale learns through it.
+            rescale, unscale = ratio.reshape(shape), inverse_ratio.reshape(shape)
             multiplier = rescale if multiplier is None else rescale * multiplier
         if multiplier is not None:
             x = x * multiplier

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from quest_deploy.model.components import Conditioning, predict
 from quest_deploy.quantize.calibrate import CalibrationSet
 from quest_deploy.quantize.layers import TimestepContext
+from quest_deploy.quantize.recomputed import conditioning_of
 from quest_deploy.quantize.trace import Trace
 from quest_deploy.quantize.walk import Steps, walk_errors
 
@@ -343,12 +344,17 @@ def temporal_conditioning(
     if not trace.conditions:
         return {}
     prompt = torch.randint(data.num_prompts, (count,), generator=generator)
-    rows = data.conditioning(prompt)
-    if data.guided:
+    # Of many draws; what these layers do not read is large: text tokens, for one.
+    positive, negative = (
+        {name: value for name, value in branch.items() if name in trace.conditions}
+        for branch in (data.positive, data.negative)
+    )
+    rows = conditioning_of(positive, negative, prompt, data.device)
+    if negative:
         # As in training, one in two is told nothing: that branch is half of what the network is asked.
-        negative = torch.randint(2, (count,), generator=generator).bool().to(data.device)
-        rows = {name: pick(negative, *value.chunk(2)) for name, value in rows.items()}
-    return {name: rows[name] for name in trace.conditions}
+        told_nothing = torch.randint(2, (count,), generator=generator).bool().to(data.device)
+        rows = {name: pick(told_nothing, *value.chunk(2)) for name, value in rows.items()}
+    return rows
 
 
 def pick(first: Tensor, a: Tensor, b: Tensor) -> Tensor:

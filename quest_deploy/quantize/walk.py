@@ -42,10 +42,7 @@ class Steps:
 
 def guided_target(targets: Tensor, guidance_scale: float) -> Tensor:
     """What the sampler followed, [P, c, h, w], where the branches' outputs were `targets` [P, B, c, h, w]."""
-    if targets.shape[1] == 1:
-        return targets[:, 0]
-    negative, positive = targets.unbind(1)
-    return negative + guidance_scale * (positive - negative)
+    return targets[:, 0] if targets.shape[1] == 1 else guide(torch.cat(targets.unbind(1)), guidance_scale)
 
 
 def fit_steps(data: CalibrationSet, guidance_scale: float) -> Steps | None:

@@ -11,7 +11,8 @@ import pytest
 from quest_deploy.errors import ArtifactError, ConfigError
 from quest_deploy.model.families import TextPart
 from quest_deploy.pipeline import load_pipeline
-from quest_deploy.pipeline.load import _load_scheduler, _load_tokenizer
+from quest_deploy.pipeline.load import _load_tokenizer
+from quest_deploy.pipeline.request import own_scheduler
 
 
 def test_a_model_runs_on_torch(tiny_model: Path) -> None:
@@ -86,4 +87,4 @@ def test_a_damaged_tokenizer_is_refused(model: Path) -> None:
 def test_a_scheduler_that_diffusers_does_not_have_is_refused(model: Path) -> None:
     rewrite(model / "scheduler" / "scheduler_config.json", _class_name="PickleScheduler")
     with pytest.raises(ConfigError, match="'PickleScheduler' is unknown"):
-        _load_scheduler(model)
+        own_scheduler(model)

@@ -171,9 +171,12 @@ def test_codes_are_the_same_in_bfloat16(student, recorded) -> None:  # type: ign
     torch.testing.assert_close(rounded, exact, rtol=2**-8, atol=2**-8 * float(exact.detach().abs().max()))
 
 
-def test_a_layer_learns_nearly_the_same_in_bfloat16(student, recorded) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize("groups", ["each", "one"])
+def test_a_layer_learns_nearly_the_same_in_bfloat16(student, recorded, groups: str) -> None:  # type: ignore[no-untyped-def]
     denoiser, context = student
     layer = quantized_layers(denoiser)["conv_in"]
+    if groups == "one":
+        layer.quantizer.set_group_scale(layer.quantizer.group_scale()[:1])
     context.set_timestep(torch.tensor([500.0]))
     found = []
     for precision in ("float32", "bfloat16"):

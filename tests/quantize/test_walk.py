@@ -70,6 +70,11 @@ def test_the_steps_of_a_linear_sampler_are_found() -> None:
     torch.testing.assert_close(steps.move, MOVE, rtol=1e-5, atol=1e-5)
 
 
+def test_without_guidance_the_sampler_followed_the_positive_branch() -> None:
+    targets = torch.tensor([[2.0, 5.0]]).reshape(1, 2, 1, 1, 1)
+    assert guided_target(targets, 0.0).item() == 5
+
+
 def test_a_sampler_of_another_form_has_no_steps() -> None:
     assert fit_steps(noisy(recorded(Linear(0.5, 0.7))), GUIDANCE) is None
 
