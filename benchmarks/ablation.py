@@ -41,8 +41,8 @@ VARIANTS = {
     "table": "time-embedding tables instead of a quantized time path",
     "paper-sd": "phase 2 trains `paper-sd` (feed-forward layers)",
     "auto": "phase 2 trains `auto` (a fifth of the weights)",
-    "groups-5": "5 timestep groups",
-    "groups-50": "50 timestep groups",
+    "groups-5": "calibrated on 5 sampler steps (5 timestep groups)",
+    "groups-50": "calibrated on 50 sampler steps (50 timestep groups)",
 }
 SAMPLERS: tuple[tuple[str, int], ...] = (
     ("ddim", 25),
@@ -219,7 +219,8 @@ def tables(result: dict[str, Any]) -> list[Table]:
             note=f"{quality.sample_size(result)}. Variants have {result['prompts']} calibration prompts and "
             f"{first} + {second} updates, the packaged recipe more. "
             "Each differs from the first variant in what its name says. Intervals are paired by prompt, of one noise "
-            "seed: what another would do to image PSNR is not in them.",
+            "seed: what another would do to image PSNR is not in them, nor what another finetuning of the same recipe "
+            "gives (its row here and under Quality are two)." + quality.seen_noise(result),
         ),
         Table(
             title=f"{name} on samplers it was not calibrated on",

@@ -134,7 +134,7 @@ def whole_network(config: AnalyzeConfig, recipes: dict[str, Recipe]) -> dict[str
             progress=lambda event: None,
         )
         prediction = predict(quantized, data, pairs, scale)
-        result[name] = damage_between(reference, prediction, pairs.steps)["snr_db"]
+        result[name] = damage_between(reference, prediction, pairs.steps)["step_snr_db"]
     return result
 
 

@@ -82,22 +82,22 @@ def recorded(
 ) -> tuple[CalibrationSet, CalibrationSet, dict[str, Tensor]]:
     """Full-precision trajectories of held-out prompts and of calibration prompts, and layers' inputs on the latter."""
     few = settings.quick
-    heldout = _record(model, settings.prompts[: 2 if few else PROMPTS], settings)
+    heldout = _record(model, settings.prompts[: 2 if few else PROMPTS], settings, settings.noise_seeds[0])
     prompts = load_prompts(default="calibration")[: 2 if few else CALIBRATION_PROMPTS]
-    data = _record(model, prompts, settings)
+    data = _record(model, prompts, settings, settings.seed)
     inputs = calibrate.collect_inputs(
         model.denoiser, data, prompts_per_step=PROMPTS_PER_STEP, positions=POSITIONS, seed=settings.seed
     )
     return heldout, data, inputs
 
 
-def _record(model: LoadedModel, prompts: Sequence[str], settings: Settings) -> CalibrationSet:
+def _record(model: LoadedModel, prompts: Sequence[str], settings: Settings, seed: int) -> CalibrationSet:
     return calibrate.record_trajectories(
         model,
         prompts,
         steps=settings.denoising_steps,
         guidance_scale=settings.guidance_scale,
-        seed=settings.seed,
+        seed=seed,
         batch_size=settings.batch_size,
     )
 

@@ -43,7 +43,7 @@ def collect(folder: Path) -> dict[str, Any]:
     probe, long, cost = (read_json(folder / f"{name}.json") for name in ("probe", "long", "cost"))
     return {
         **{key: long[key] for key in ("date", "machine", "versions", "commit", "gpus")},
-        "uncommitted_changes": False,
+        "uncommitted_changes": None,  # that machine has no repository
         "tensorrt_rtx": probe,
         "w4a4": long["run"],
         "sd15": {key: cost[key] for key in ("date", "commit", "unet", "runs", "unfinished") if key in cost},

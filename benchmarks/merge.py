@@ -8,7 +8,9 @@ from typing import Any
 from quest_deploy.artifacts import read_json
 
 # What a result file has for each recipe.
-BY_RECIPE = ("recipes", "checkpoints_made_by", "engines")
+BY_RECIPE = ("recipes", "checkpoints_made_by", "engines", "stages", "denoiser_bytes", "denoiser_onnx_ratio")
+# What others are compared with, which must not have changed between.
+SHARED = ("fp32", "openvino")
 PROVENANCE = ("date", "machine", "versions", "commit", "uncommitted_changes")
 MEASURED = "measured"
 
@@ -17,16 +19,21 @@ def merged(file: Path, result: dict[str, Any]) -> dict[str, Any]:
     """`result`, and what `file` has of recipes that were not measured now, each with when and where it was.
 
     Raises:
-        SystemExit: those were measured otherwise (other prompts, other steps).
+        SystemExit: those were measured otherwise (other prompts, other steps, another full precision), or they cannot
+            be kept.
     """
     if not file.is_file():
         return result
     old = read_json(file)
+    missing = {*old["settings"]["recipes"]} - {*result["settings"]["recipes"]}
+    if missing and "models" in old:
+        raise SystemExit(f"benchmarks: {file} also holds {', '.join(sorted(missing))}; measure all recipes")
     keys = [key for key in BY_RECIPE if key in result and key in old]
     kept = {name for key in keys for name in old[key]} - {name for key in keys for name in result[key]}
     if not kept:
         return result
-    if _conditions(old) != _conditions(result):
+    changed = any(old.get(key) != result.get(key) for key in SHARED)
+    if changed or _conditions(old) != _conditions(result):
         raise SystemExit(
             f"benchmarks: {file} was measured with other settings than these; measure all recipes, or remove it"
         )

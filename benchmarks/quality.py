@@ -33,6 +33,7 @@ GRID_LABELS = {
     "quest": "(c) QuEST",
 }
 GRID_COLUMNS = 8
+CALIBRATION_SEEDS = range(96)
 
 
 def variant(recipe: Recipe, row: str) -> Recipe:
@@ -161,6 +162,7 @@ def tables(result: dict[str, Any]) -> list[Table]:
             note=f"Means over {sample_size(result)}, {steps} DDIM steps, guidance "
             f"{result['settings']['guidance_scale']:g}, same noise. Noise SNR is taken on the full-precision "
             "trajectory: of the network's output, mean of both guidance branches in dB, and of the guided prediction."
+            + seen_noise(result)
             + _doubts(result["checkpoints_made_by"]),
         ),
         Table(
@@ -168,7 +170,8 @@ def tables(result: dict[str, Any]) -> list[Table]:
             columns=("recipe", "rows", "noise SNR, dB", "noise SNR guided, dB", "image PSNR, dB"),
             rows=compared,
             labels=2,
-            note="Mean and 95 % bootstrap interval over prompts, of each the mean over its noise seeds.",
+            note="Mean and 95 % bootstrap interval over prompts, of each the mean over its noise seeds: what another "
+            "finetuning would give is not in it.",
         ),
         _per_step(recipes),
     ]
@@ -177,8 +180,22 @@ def tables(result: dict[str, Any]) -> list[Table]:
 def sample_size(result: dict[str, Any]) -> str:
     """How much was measured, in words."""
     settings = result["settings"]
-    seeds = len(settings.get("noise_seeds", [0]))
-    return f"{settings['prompts']} held-out prompts" + (f" × {seeds} noise seeds" if seeds > 1 else "")
+    seeds = settings.get("noise_seeds", [0])
+    return f"{settings['prompts']} held-out prompts" + (
+        f" × {len(seeds)} noise seeds" if len(seeds) > 1 else ""
+    )
+
+
+def seen_noise(result: dict[str, Any]) -> str:
+    """A sentence on noise that calibration drew from as well; empty where there is none."""
+    settings = result["settings"]
+    seeds = [first + i for first in settings.get("noise_seeds", [0]) for i in range(settings["prompts"])]
+    seen = sum(seed in CALIBRATION_SEEDS for seed in seeds)
+    return (
+        f" {seen} of these {len(seeds)} noises are calibration's as well, under other prompts."
+        if seen
+        else ""
+    )
 
 
 def _doubts(made_by: dict[str, str]) -> str:

@@ -92,7 +92,8 @@ def tables(result: dict[str, Any]) -> list[Table]:
             note="Gates: at most 1e-4 of the codes differ, each by 1; with the codes given, the noise prediction keeps "
             "a median of 50 dB at every probed step; the median change of image PSNR against full precision is not "
             "beyond 0.3 dB with 95 % confidence (interval in brackets; a few prompts whose trajectories go elsewhere "
-            f"decide the mean). {result['settings']['prompts']} held-out prompts. Left alone, codes that flip cascade: "
+            f"decide the mean). {result['settings']['prompts']} held-out prompts, codes and noise SNR with the same "
+            "codes of the first two at a few steps. Left alone, codes that flip cascade: "
             "reported, not gated.",
         )
     ]

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from quest_deploy.config import PhaseConfig, Recipe, to_dict
+from quest_deploy.config import HELD_OUT_SEED, PhaseConfig, Recipe, to_dict
 from quest_deploy.prompts import load_prompts
 from quest_deploy.quantize.recipe import PACKAGED, load_recipe
 
@@ -34,6 +34,7 @@ class Settings:
         batch_size: Images at a time.
         seed: Of finetuning.
         noise_seeds: Of the first prompt's noise (prompt `i` has the next but i); every row is drawn from each of them.
+            Calibration draws from the seeds 0 to 95 itself.
     """
 
     recipes: tuple[str, ...] = PACKAGED
@@ -43,7 +44,7 @@ class Settings:
     guidance_scale: float = 3.0
     batch_size: int = 16
     seed: int = 0
-    noise_seeds: tuple[int, ...] = (0, 64, 128)
+    noise_seeds: tuple[int, ...] = (HELD_OUT_SEED, HELD_OUT_SEED + 64, HELD_OUT_SEED + 128)
 
     @property
     def work(self) -> Path:

@@ -183,7 +183,8 @@ def parity(
 ) -> tuple[Path, dict[str, Any]]:
     """The comparison of the model, its checkpoint and that one's ONNX on the held-out prompts."""
     output = settings.work / "parity" / name
-    arguments = ("parity", str(model), str(onnx), "--via", str(checkpoint), *_sampling(settings))
+    arguments = ("parity", str(model), str(onnx), "--via", str(checkpoint))
+    arguments += _sampling(settings, settings.noise_seeds[0])
     arguments += ("--num-prompts", str(len(settings.prompts)), "--batch-size", str(settings.batch_size))
     made = make(settings, f"parity {name}", arguments, output, inputs=(model, checkpoint, onnx))
     return output, required(made)
@@ -192,10 +193,11 @@ def parity(
 def generate(settings: Settings, name: str, onnx: Path) -> tuple[Path, dict[str, Any]]:
     """The eight images of the demo, drawn by ONNX Runtime."""
     output = settings.work / "images" / name
-    arguments = ("generate", str(onnx), *demo.PROMPTS, *_sampling(settings), "--backend", "onnxruntime")
+    arguments = ("generate", str(onnx), *demo.PROMPTS, "--backend", "onnxruntime")
+    arguments += _sampling(settings, settings.seed)
     return output, required(make(settings, f"generate {name}", arguments, output, inputs=(onnx,)))
 
 
-def _sampling(settings: Settings) -> tuple[str, ...]:
+def _sampling(settings: Settings, seed: int) -> tuple[str, ...]:
     steps, scale = str(settings.denoising_steps), str(settings.guidance_scale)
-    return ("--steps", steps, "--guidance-scale", scale, "--seed", str(settings.seed))
+    return ("--steps", steps, "--guidance-scale", scale, "--seed", str(seed))

@@ -211,3 +211,17 @@ def _same_shape(reference: Tensor, candidate: Tensor) -> None:
         raise ValueError(
             f"got shapes {list(reference.shape)} and {list(candidate.shape)}, expected one shape"
         )
+
+
+def share_low(count: int, total: int, *, z: float = 1.96) -> float:
+    """Lower end of Wilson's score interval of a share (Wilson 1927), for 95 % as it stands.
+
+    Args:
+        count: How many have it.
+        total: Of how many, at least 1.
+        z: Standard normal quantile of the coverage.
+    """
+    share, spread = count / total, z * z / total
+    middle = share + spread / 2
+    half = math.sqrt(spread * (share * (1 - share) + spread / 4))
+    return max(0.0, (middle - half) / (1 + spread))

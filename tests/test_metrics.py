@@ -17,6 +17,7 @@ from quest_deploy.metrics import (
     mean_db,
     paired_interval,
     psnr_db,
+    share_low,
     snr_db,
     ssim,
 )
@@ -228,3 +229,11 @@ def test_the_median_of_pairs_is_not_moved_by_a_few_outliers() -> None:
     low, median, high = paired_interval(differences, statistic="median")
     assert -0.05 < low < median < high < 0.05
     assert paired_interval(differences)[1] > 2
+
+
+# By hand; where all or none have it in closed form.
+@pytest.mark.parametrize(
+    ("count", "total", "low"), [(1, 10, 0.0179), (0, 7, 0.0), (7, 7, 7 / (7 + 1.96**2)), (50, 100, 0.4038)]
+)
+def test_the_lower_end_of_a_share_is_wilsons(count: int, total: int, low: float) -> None:
+    assert share_low(count, total) == pytest.approx(low, abs=5e-5)

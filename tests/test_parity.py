@@ -209,6 +209,26 @@ def test_a_rung_with_limits_has_no_note_of_none(rungs: Rungs) -> None:
     assert not [note for note in full_ladder(rungs, SLIGHT).report["notes"] if "only NaN" in note]
 
 
+def test_a_runtime_whose_denoiser_nothing_can_judge_is_not_passed(rungs: Rungs) -> None:
+    # Its codes cannot be seen, and against a quantized reference its images have no limit.
+    checkpoint = rungs.add("checkpoint", stage="checkpoint", recipe="w8a8")
+    onnx = rungs.add("onnx", Damage(noise=5), stage="onnx", recipe="w8a8", made_from=checkpoint)
+    result = compare(checkpoint, onnx, rungs.root / "parity", CONFIG)
+    assert (result.verdict, bool(result)) == ("incomplete", False)
+    (note,) = [note for note in result.report["notes"] if "not judged" in note]
+    assert note.startswith("onnx: the denoiser was not judged") and "full-precision model first" in note
+
+
+def test_one_prompt_judges_no_runtime_without_codes(rungs: Rungs) -> None:
+    model = rungs.add("model")
+    checkpoint = rungs.add("checkpoint", SLIGHT, stage="checkpoint", recipe="w8a8", made_from=model)
+    onnx = rungs.add("onnx", SLIGHT, stage="onnx", recipe="w8a8", made_from=checkpoint)
+    alone = replace(CONFIG, prompts=("a house",), num_prompts=1)
+    result = compare(model, onnx, rungs.root / "parity", alone, via=[checkpoint])
+    assert result.verdict == "incomplete"
+    assert [note for note in result.report["notes"] if "raise --num-prompts" in note]
+
+
 def test_a_name_in_a_budget_that_stands_for_no_recipe_is_refused_before_any_work(rungs: Rungs) -> None:
     budget = rungs.root / "budget.yaml"
     budget.write_text("recipes: {mien: {noise_snr_db_min: 45}}")

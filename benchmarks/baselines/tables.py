@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.baselines.rows import FINETUNED, ROWS
-from benchmarks.quality import FIGURES, sample_size
+from benchmarks.quality import FIGURES, sample_size, seen_noise
 from benchmarks.tables import MISSING, Table, interval, number, seconds
 
 
@@ -44,7 +44,7 @@ def _figures(recipes: dict[str, Any], result: dict[str, Any]) -> Table:
         "value, also where a row is named after percentiles: those are of weights, and of activations below 8 bits. "
         f"Model-Optimizer {result['modelopt']} simulates its own quantizers; its shipped INT8 configurations leave the "
         "transformers' `proj_out` in float, and it smooths at 8 bits only. Q-Diffusion and EfficientDM are methods on "
-        "this project's grid, not the published code.",
+        "this project's grid, not the published code." + seen_noise(result),
     )
 
 
@@ -63,7 +63,7 @@ def _differences(recipes: dict[str, Any]) -> Table:
             if row != "quest"
         ),
         labels=2,
-        note="Mean and 95 % bootstrap interval over prompts.",
+        note="Mean and 95 % bootstrap interval over prompts: what another finetuning would give is not in it.",
     )
 
 

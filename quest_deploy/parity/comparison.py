@@ -17,7 +17,13 @@ from quest_deploy.model.spec import classes_of, family_of
 from quest_deploy.parity.budgets import Budget, check_names, load_budget
 from quest_deploy.parity.document import make_document
 from quest_deploy.parity.figures import Outcome, deployment_figures, quantization_figures
-from quest_deploy.parity.gates import Gate, deployment_gates, finite_gate, quantization_gates
+from quest_deploy.parity.gates import (
+    Gate,
+    deployment_gates,
+    finite_gate,
+    judges_denoiser,
+    quantization_gates,
+)
 from quest_deploy.parity.ladder import Edge, Rung, make_ladder
 from quest_deploy.parity.run import Progress, run_ladder
 from quest_deploy.prompts import load_prompts
@@ -26,11 +32,12 @@ from quest_deploy.report import RungImages, write_report
 
 @dataclass(frozen=True, kw_only=True)
 class ParityResult:
-    """The outcome of a comparison; true when every rung was run and every gate passed.
+    """The outcome of a comparison; true when every rung was run and judged, and no gate failed.
 
     Attributes:
-        verdict: "passed", "failed", or "incomplete" (no gate failed, but a rung was not run). A rung without limits,
-            as of a recipe that no budget names, passes where it is finite; the report's notes say so.
+        verdict: "passed", "failed", or "incomplete" (no gate failed, but a rung was not run, or its denoiser could
+            not be held to any limit). A rung without limits, as of a recipe that no budget names, passes where it is
+            finite; the report's notes say so.
         gates: Every requirement and how it came out.
         report: The content of ``report.json``.
         path: The parity artifact.
@@ -95,7 +102,8 @@ def compare(
     ) as writer:
         outcomes = run_ladder(rungs, edges, prompts, config, progress)
         gates = make_gates(outcomes, edges, budgets)
-        verdict = judge(gates, outcomes)
+        unjudged = without_denoiser(outcomes, edges, gates)
+        verdict = judge(gates, outcomes, unjudged)
         document = make_document(
             outcomes=outcomes,
             edges=edges,
@@ -105,7 +113,7 @@ def compare(
             config=to_dict(config),
             prompts=prompts,
         )
-        document["notes"] += without_limits(outcomes, edges, gates)
+        document["notes"] += unjudged + without_limits(outcomes, edges, gates)
         if config.debug_engines and all(rung.stage != "engines" for rung in rungs):
             document["notes"].append("no rung is of TensorRT engines: --debug-engines had nothing to build")
         if len(prompts) < config.num_prompts:
@@ -168,11 +176,29 @@ def without_limits(outcomes: Sequence[Outcome], edges: Sequence[Edge], gates: Se
     return found
 
 
-def judge(gates: Sequence[Gate], outcomes: Sequence[Outcome]) -> str:
+def without_denoiser(outcomes: Sequence[Outcome], edges: Sequence[Edge], gates: Sequence[Gate]) -> list[str]:
+    """One note for each rung of another runtime whose denoiser nothing was measured of that has a limit."""
+    judged = {gate.rung for gate in gates if judges_denoiser(gate)}
+    found = []
+    for edge in edges:
+        lower = outcomes[edge.lower]
+        if edge.kind != "deployment" or lower.against is None or lower.rung.name in judged:
+            continue
+        if outcomes[0].rung.grid is not None:
+            next_step = "images have limits against full precision alone: give the full-precision model first"
+        else:
+            next_step = "one prompt says too little: raise --num-prompts"
+        found.append(
+            f"{lower.rung.name}: the denoiser was not judged: its codes cannot be seen, and {next_step}."
+        )
+    return found
+
+
+def judge(gates: Sequence[Gate], outcomes: Sequence[Outcome], unjudged: Sequence[str] = ()) -> str:
     """One word for the whole comparison."""
     if any(gate.passed is False for gate in gates):
         return "failed"
-    return "incomplete" if any(outcome.reason for outcome in outcomes) else "passed"
+    return "incomplete" if unjudged or any(outcome.reason for outcome in outcomes) else "passed"
 
 
 def _report_images(outcomes: Sequence[Outcome]) -> list[RungImages]:

@@ -5,7 +5,7 @@ or silence). Lists over prompts follow ``prompts``; lists over steps follow ``ti
 
 ==========================  ==============================================================================
 ``schema_version``          1
-``verdict``                 "passed", "failed", or "incomplete" (nothing failed, but a rung was not run)
+``verdict``                 "passed", "failed", or "incomplete" (nothing failed, but a rung was not run or not judged)
 ``config``                  the parity configuration
 ``prompts``, ``seeds``      what was drawn
 ``timesteps``               of the schedule

@@ -12,6 +12,7 @@ from quest_deploy.model.families import TEXT_ENCODER, VAE_DECODER
 from quest_deploy.parity.codes import FlipReport
 from quest_deploy.parity.gates import (
     DEPLOYMENT_SNR_DB_MIN,
+    LOST_DB,
     DeploymentFigures,
     PsnrChange,
     QuantizationFigures,
@@ -121,7 +122,14 @@ def psnr_change(outcome: Outcome, anchor: Outcome) -> PsnrChange | None:
     if not bool(torch.isfinite(differences).all()):
         return None
     low, median, high = paired_interval(differences, statistic="median")
-    return PsnrChange(median=median, low=low, high=high, mean=float(differences.to(torch.float64).mean()))
+    return PsnrChange(
+        median=median,
+        low=low,
+        high=high,
+        mean=float(differences.to(torch.float64).mean()),
+        lost=int((differences < -LOST_DB).sum()),
+        prompts=differences.numel(),
+    )
 
 
 def deployment_figures(outcome: Outcome, upper: Outcome, anchor: Outcome) -> DeploymentFigures:
@@ -133,14 +141,18 @@ def deployment_figures(outcome: Outcome, upper: Outcome, anchor: Outcome) -> Dep
     total = None if against.codes is None else against.codes.total
     change = psnr_change(outcome, anchor)
     if change is None and anchor.image_psnr_db is not None:
-        change = PsnrChange(low=torch.nan, mean=torch.nan, high=torch.nan, median=torch.nan)
+        count = anchor.image_psnr_db.numel()
+        change = PsnrChange(
+            low=torch.nan, mean=torch.nan, high=torch.nan, median=torch.nan, lost=0, prompts=count
+        )
     return DeploymentFigures(
         noise_snr_db=_lowest(step_medians(snr)),
+        worst_prompt_snr_db=_lowest(torch.tensor([mean_db(prompt) for prompt in snr.T])),
         same_codes_snr_db=None
         if against.codes is None
         else _lowest(step_medians(against.codes.noise_snr_db)),
-        text_encoder_snr_db=_median(_companion(against, TEXT_ENCODER, against.text_encoder_snr_db)),
-        vae_decoder_snr_db=_median(_companion(against, VAE_DECODER, against.vae_decoder_snr_db)),
+        text_encoder_snr_db=_worst(_companion(against, TEXT_ENCODER, against.text_encoder_snr_db)),
+        vae_decoder_snr_db=_worst(_companion(against, VAE_DECODER, against.vae_decoder_snr_db)),
         flip_fraction=None if total is None else total.fraction,
         flip_max=None if total is None else total.max_difference,
         flip_detail=_flip_detail(against),
@@ -154,8 +166,8 @@ def _companion(against: Against, name: str, alone: Tensor | None) -> Tensor | No
     return alone if against.codes is None else against.codes.companions_snr_db.get(name, alone)
 
 
-def _median(values: Tensor | None) -> float | None:
-    return None if values is None else _lowest(step_medians(values[None]))
+def _worst(values: Tensor | None) -> float | None:
+    return None if values is None else _lowest(values)
 
 
 def _lowest(values: Tensor) -> float:

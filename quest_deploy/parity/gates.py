@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from quest_deploy.metrics import share_low
 from quest_deploy.parity.budgets import Budget
 
 # By the type of the float operators; in float32 those of DESIGN par. 7. One rounding to fp16 (bf16) leaves 72 (54) dB,
@@ -18,6 +19,10 @@ DEPLOYMENT_SNR_DB_MIN = {"fp32": 50.0, "fp16": 42.0, "bf16": 24.0}
 CODE_FLIP_FRACTION_MAX = {"fp32": 1e-4, "fp16": 127 * 2**-11, "bf16": 127 * 2**-8}
 CODE_DIFFERENCE_MAX = 1
 IMAGE_PSNR_CHANGE_DB_MAX = 0.3
+# A flipped code sends a few prompts in a hundred to pictures that are this much farther from full precision's.
+LOST_DB = 6.0
+LOST_SHARE_MAX = 0.1
+NOISE, TEXT_ENCODER_SNR, VAE_DECODER_SNR = "noise SNR", "text encoder SNR", "VAE decoder SNR"
 
 GateKind = Literal["quantization", "deployment", "finite"]
 
@@ -86,12 +91,16 @@ class PsnrChange:
         low: Lower end of the median's 95 % interval.
         high: Its upper end.
         mean: Over prompts.
+        lost: How many prompts lose more than `LOST_DB`.
+        prompts: How many there are.
     """
 
     median: float
     low: float
     high: float
     mean: float
+    lost: int
+    prompts: int
 
     @property
     def certain(self) -> float | None:
@@ -105,6 +114,13 @@ class PsnrChange:
             return math.nan
         return max(0.0, self.low, -self.high)
 
+    @property
+    def certainly_lost(self) -> float | None:
+        """The share of prompts that lose, as far as it is certain; None where one prompt says nothing of a share."""
+        if math.isnan(self.median):
+            return math.nan
+        return share_low(self.lost, self.prompts) if self.prompts > 1 else None
+
 
 @dataclass(frozen=True, kw_only=True)
 class DeploymentFigures:
@@ -112,8 +128,9 @@ class DeploymentFigures:
 
     Attributes:
         noise_snr_db: The worst step's median over prompts, left alone.
+        worst_prompt_snr_db: The worst prompt's mean over steps, left alone.
         same_codes_snr_db: The same where every product is given the upper rung's codes; None where that cannot be done.
-        text_encoder_snr_db: Median over prompts, with the same codes if it is quantized; None for a model that reads no
+        text_encoder_snr_db: Of the worst prompt, with the same codes if it is quantized; None for a model that reads no
             text.
         vae_decoder_snr_db: The same, the same latents decoded; None for a model that draws pixels.
         flip_fraction: Share of the integer codes that differ; None where codes were not compared.
@@ -124,6 +141,7 @@ class DeploymentFigures:
     """
 
     noise_snr_db: float
+    worst_prompt_snr_db: float
     same_codes_snr_db: float | None
     text_encoder_snr_db: float | None
     vae_decoder_snr_db: float | None
@@ -179,14 +197,21 @@ def deployment_gates(
     Left alone, a quantized denoiser turns any flip of a code into an error of the size of its quantization noise, so
     there the noise prediction is held to its limit with the codes given; full precision is held to it as it is.
     """
-    noise: tuple[str, float | None, str] = (
-        "noise SNR, worst step",
-        figures.noise_snr_db,
-        figures.first_divergence,
-    )
+    noise: list[tuple[str, float | None, str]] = [
+        (f"{NOISE}, worst step", figures.noise_snr_db, figures.first_divergence),
+        (f"{NOISE}, worst prompt", figures.worst_prompt_snr_db, ""),
+    ]
     if quantized:
         detail = figures.flip_detail if figures.same_codes_snr_db is None else ""
-        noise = ("noise SNR, same codes", figures.same_codes_snr_db, detail)
+        noise = [(f"{NOISE}, same codes", figures.same_codes_snr_db, detail)]
+    companions = [
+        (quantity, measured, "")
+        for quantity, measured in (
+            (TEXT_ENCODER_SNR, figures.text_encoder_snr_db),
+            (VAE_DECODER_SNR, figures.vae_decoder_snr_db),
+        )
+        if measured is not None
+    ]
     gates = [
         Gate(
             rung=rung,
@@ -198,12 +223,7 @@ def deployment_gates(
             unit="dB",
             detail=detail,
         )
-        for quantity, measured, detail in (
-            noise,
-            ("text encoder SNR", figures.text_encoder_snr_db, ""),
-            ("VAE decoder SNR", figures.vae_decoder_snr_db, ""),
-        )
-        if measured is not None or quantity not in ("text encoder SNR", "VAE decoder SNR")
+        for quantity, measured, detail in (*noise, *companions)
     ]
     if not quantized:
         return gates
@@ -227,6 +247,15 @@ def deployment_gates(
                 _describe_change(figures.psnr_change),
             )
         )
+        ceilings.append(
+            (
+                f"share of images that lose {LOST_DB:g} dB",
+                figures.psnr_change.certainly_lost,
+                LOST_SHARE_MAX,
+                "",
+                f"{figures.psnr_change.lost} of {figures.psnr_change.prompts}; counted as far as certain",
+            )
+        )
     return gates + [
         Gate(
             rung=rung,
@@ -240,6 +269,12 @@ def deployment_gates(
         )
         for quantity, measured, limit, unit, detail in ceilings
     ]
+
+
+def judges_denoiser(gate: Gate) -> bool:
+    """Whether a gate of deployment holds the denoiser, or what is drawn with it, to a limit."""
+    companions = (TEXT_ENCODER_SNR, VAE_DECODER_SNR)
+    return gate.kind == "deployment" and gate.passed is not None and gate.quantity not in companions
 
 
 def _describe_change(change: PsnrChange) -> str:

@@ -88,13 +88,15 @@ def damage_between(reference: Tensor, prediction: Tensor, steps: int) -> dict[st
 
     Returns:
         `relative_error` (mean over pairs of the squared error over the squared signal), its mean at each step as
-        `relative_error_by_step`, and `snr_db`, the mean of the pairs' decibels.
+        `relative_error_by_step`, `step_snr_db`, the mean of those steps' decibels, as layers' damages that are added up
+        predict it, and `snr_db`, the mean of the pairs' decibels.
     """
     snr = snr_db(reference, prediction)
     error = (10 ** (-snr / 10)).reshape(steps, -1).mean(dim=1)
     return {
         "relative_error": float(error.mean()),
         "relative_error_by_step": error.tolist(),
+        "step_snr_db": float((-10 * error.log10()).clamp(max=IDENTICAL_DB).mean()),
         "snr_db": float(snr.clamp(max=IDENTICAL_DB).mean()),
     }
 

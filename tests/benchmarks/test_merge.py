@@ -57,6 +57,28 @@ def test_a_run_of_all_recipes_replaces_the_file(tmp_path: Path) -> None:
     assert merged(tmp_path / "missing.json", new) == new
 
 
+def test_what_a_stage_took_stays_as_well(tmp_path: Path) -> None:
+    old, new = (
+        {**result("Monday", *names), "stages": {name: {} for name in names}}
+        for names in (("w8a8", "w4a4"), ("w4a4",))
+    )
+    assert merged(write(tmp_path / "cost.json", old), new)["stages"].keys() == {"w8a8", "w4a4"}
+
+
+@pytest.mark.parametrize(
+    "changes", [{"fp32": {"kid": 2}}, {"models": {}}], ids=["another full precision", "by model"]
+)
+def test_what_would_lose_or_mix_results_is_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
+    old = {
+        **result("Monday", "w8a8", "w4a4"),
+        "fp32": {"kid": 1},
+        **{key: {} for key in changes if key != "fp32"},
+    }
+    file = write(tmp_path / "some.json", old)
+    with pytest.raises(SystemExit, match="measure all recipes"):
+        merged(file, {**result("Tuesday", "w4a4"), "fp32": {"kid": 1}, **changes})
+
+
 def test_other_settings_are_not_mixed(tmp_path: Path) -> None:
     file = write(tmp_path / "quality.json", result("Monday", "w8a8", prompts=16))
     with pytest.raises(SystemExit, match="other settings"):

@@ -242,6 +242,14 @@ def test_goals_of_large_exports_and_of_speed(everything: dict[str, dict]) -> Non
     )
 
 
+def test_a_ratio_whose_interval_reaches_below_the_goal_is_not_called_met(everything: dict[str, dict]) -> None:
+    ratio = {"median": 1.01, "low": 0.9997, "high": 1.02}
+    nearly = everything["cpu_speed"] | {"over_nncf": {"openvino-int8": ratio}}
+    assert (
+        met(everything | {"cpu_speed": nearly}, "W8A8 in OpenVINO at least 1 times") == "within its interval"
+    )
+
+
 def test_a_row_that_was_not_measured_is_left_out(everything: dict[str, dict]) -> None:
     result = everything["cpu_speed"]
     speed = {row: ratio for row, ratio in result["speed"].items() if row != "openvino-collapsed"}
