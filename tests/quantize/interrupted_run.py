@@ -40,6 +40,7 @@ RECIPE = Recipe(
 RECIPES = {
     "gptq": RECIPE,
     "adaround": dataclasses.replace(RECIPE, initializer="adaround", adaround_iterations=3),
+    "shared": dataclasses.replace(RECIPE, initializer="nearest", shared_inputs=True),
     "table": dataclasses.replace(
         RECIPE,
         initializer="nearest",

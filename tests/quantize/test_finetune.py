@@ -55,6 +55,7 @@ MOMENTS = {
         "adaround-:1:after",
         "phase-temporal:1:after",
     ),
+    "shared": ("inputs$:1:after", "scales:1:after"),
     "table": (
         "damages:3:after",
         "damages:1:during",
