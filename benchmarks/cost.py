@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,10 @@ from benchmarks import stages
 from benchmarks.environment import header
 from benchmarks.settings import MODEL, ROOT, Settings
 from benchmarks.tables import MISSING, Table, megabytes, number, seconds
+from quest_deploy.config import to_dict
+from quest_deploy.files import hash_mapping
 from quest_deploy.manifest import MANIFEST_NAME
+from quest_deploy.quantize.recipe import load_recipe
 from scripts import demo
 
 NAME = "cost"
@@ -55,6 +59,7 @@ def run(settings: Settings) -> dict[str, Any]:
         "denoiser_bytes": sizes,
         "denoiser_onnx_ratio": {name: ratio(sizes, name, "onnx-onnxruntime") for name in settings.recipes},
         "help": time_help(),
+        "recipe_digests": recipe_digests(settings.recipes),
     }
 
 
@@ -133,7 +138,8 @@ def tables(result: dict[str, Any]) -> list[Table]:
             rows=timing,
             note="Each stage is a process of its own, Python and its libraries included. A time in brackets is that of "
             "the last part of an interrupted run; a dash at finetuning is a checkpoint that was made elsewhere. "
-            f"Generation draws {len(demo.PROMPTS)} images, parity {result['settings']['prompts']} in every rung.",
+            f"Generation draws {len(demo.PROMPTS)} images, parity {result['settings']['prompts']} in every rung."
+            + _doubts(result),
         ),
         Table(
             title="Size of the denoiser",
@@ -148,6 +154,30 @@ def tables(result: dict[str, Any]) -> list[Table]:
             note=f"Median of {helped['runs']}.",
         ),
     ]
+
+
+def recipe_digests(names: Iterable[str]) -> dict[str, str]:
+    """What the packaged recipes hold today, by name."""
+    return {name: hash_mapping(to_dict(load_recipe(name))) for name in names}
+
+
+def _doubts(result: dict[str, Any]) -> str:
+    """Sentences on recipes that have changed since, and on comparisons that were over their budget."""
+    known, today = result.get("recipe_digests", {}), recipe_digests(result["settings"]["recipes"])
+    changed = [name.upper() for name, digest in today.items() if known.get(name) != digest]
+    over = [
+        f"{stage} of {_model(name)}"
+        for name, outcomes in result["stages"].items()
+        for stage, outcome in outcomes.items()
+        if outcome["exit_code"] == demo.OVER_BUDGET
+    ]
+    found = (
+        [f"**{', '.join(changed)}: of other settings than the packaged recipes have now.**"]
+        if changed
+        else []
+    )
+    found += [f"Over a limit, with its time: {', '.join(over)}."] if over else []
+    return "".join(f" {sentence}" for sentence in found)
 
 
 def _model(name: str) -> str:

@@ -8,7 +8,15 @@ from typing import Any
 from quest_deploy.artifacts import read_json
 
 # What a result file has for each recipe.
-BY_RECIPE = ("recipes", "checkpoints_made_by", "engines", "stages", "denoiser_bytes", "denoiser_onnx_ratio")
+BY_RECIPE = (
+    "recipes",
+    "checkpoints_made_by",
+    "engines",
+    "stages",
+    "denoiser_bytes",
+    "denoiser_onnx_ratio",
+    "recipe_digests",
+)
 # What others are compared with, which must not have changed between.
 SHARED = ("fp32", "openvino")
 PROVENANCE = ("date", "machine", "versions", "commit", "uncommitted_changes")

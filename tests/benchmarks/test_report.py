@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 
-from benchmarks import report, runtimes
+from benchmarks import cost, report, runtimes
 from benchmarks.goals import goals
 
 SENSITIVITY = {
@@ -248,6 +248,17 @@ def test_a_ratio_whose_interval_reaches_below_the_goal_is_not_called_met(everyth
     assert (
         met(everything | {"cpu_speed": nearly}, "W8A8 in OpenVINO at least 1 times") == "within its interval"
     )
+
+
+def test_times_of_other_recipes_than_todays_say_so(everything: dict[str, dict]) -> None:
+    result = everything["cost"]
+    names = result["settings"]["recipes"]
+
+    def note(digests: dict[str, str]) -> str:
+        return report.benchmark("cost").tables(result | {"recipe_digests": digests})[0].note
+
+    assert "other settings" not in note(cost.recipe_digests(names))
+    assert f"**{', '.join(map(str.upper, names))}: of other settings" in note({})
 
 
 def test_a_row_that_was_not_measured_is_left_out(everything: dict[str, dict]) -> None:
