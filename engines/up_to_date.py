@@ -14,6 +14,9 @@ from quest_deploy.errors import ArtifactError
 from quest_deploy.files import hash_mapping
 from quest_deploy.manifest import MANIFEST_NAME, Manifest, made_by, read_manifest
 
+CONFIGURATIONS = (".json", ".txt", ".md")
+"""What lies beside a graph and is none of its weights."""
+
 logger = logging.getLogger(__name__)
 
 # What a manifest says about an engine, by type.
@@ -67,10 +70,13 @@ def _damaged(engines: Artifact, what: str) -> ArtifactError:
 
 
 def graph_digest(source: Manifest, component: str) -> str:
-    """Identity of a component's graph and of its weights, which may lie in a file beside it."""
-    start = f"{component}/model.onnx"
+    """Identity of a component's graph and of its weights, which may lie in files of any name beside it."""
     return hash_mapping(
-        {name: entry.sha256 for name, entry in source.files.items() if name.startswith(start)}
+        {
+            name: entry.sha256
+            for name, entry in source.files.items()
+            if _component_of_graph(source, name) == component
+        }
     )
 
 
@@ -80,9 +86,17 @@ def companions_digest(source: Manifest) -> str:
         {
             name: entry.sha256
             for name, entry in source.files.items()
-            if not name.rpartition("/")[2].startswith("model.onnx")
+            if _component_of_graph(source, name) is None
         }
     )
+
+
+def _component_of_graph(source: Manifest, name: str) -> str | None:
+    """The component whose graph or weights a file holds; None for configurations and all else."""
+    component, _, _ = name.partition("/")
+    if f"{component}/model.onnx" not in source.files or Path(name).suffix in CONFIGURATIONS:
+        return None
+    return component
 
 
 def differences(

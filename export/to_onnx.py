@@ -27,6 +27,7 @@ from quest_deploy.errors import ExportError
 from quest_deploy.export.check import GraphSummary, check_file
 from quest_deploy.export.fragile import Arrays, Report, fragile_nodes, sample_inputs
 from quest_deploy.export.graph import component_graph
+from quest_deploy.files import copy_tree
 from quest_deploy.model.carried import copy_notices, copy_safety, index_of_carried
 from quest_deploy.model.families import VAE_DECODER
 from quest_deploy.model.load import LoadedModel, load_model, wrap_components
@@ -257,7 +258,7 @@ def weight_only_layer_names(module: nn.Module) -> list[str]:
 def copy_configuration(source: Path, output: Path) -> None:
     """Copy what makes an ONNX directory self-contained: configurations, tokenizer, safety checker, licence."""
     for folder in family_of(source).companions:
-        shutil.copytree(source / folder, output / folder)
+        copy_tree(source / folder, output / folder)
     index = read_config(source / INDEX)
     carried = copy_safety(source, output, index)
     write_json(output / INDEX, index_of_carried(index, carried))

@@ -7,13 +7,9 @@ valid manifest is always whole. A reader trusts no file whose hash differs from 
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import glob
 import logging
 import os
 import re
-import secrets
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -54,6 +50,7 @@ from quest_deploy.manifest import (
     read_manifest,
     tool_versions,
 )
+from quest_deploy.siblings import replace, sweep, temporary_sibling
 
 __all__ = [
     "MANIFEST_NAME",
@@ -292,8 +289,9 @@ def write_artifact(
         with storage_errors(output):
             _make_parents(output.parent, made)
             cleanup.enter_context(locked(output.with_name(f".{output.name}.lock"), output, "quest-deploy"))
-            _sweep(output)
-            temporary = cleanup.enter_context(_temporary_sibling(output))
+            if sweep(output):
+                check_output(output, stage=stage, overwrite=overwrite)
+            temporary = cleanup.enter_context(temporary_sibling(output))
         writer = ArtifactWriter(path=temporary)
         try:
             yield writer
@@ -309,7 +307,7 @@ def write_artifact(
             write_json(temporary / MANIFEST_NAME, asdict(manifest))
             sync(temporary)
             check_output(output, stage=stage, overwrite=overwrite)
-            _replace(temporary, output)
+            replace(temporary, output)
         except Exception as error:
             if (known := storage_error(error, output)) is not None:
                 raise known from error
@@ -331,46 +329,6 @@ def _remove_empty(folders: list[Path]) -> None:
             folder.rmdir()
 
 
-@contextlib.contextmanager
-def _temporary_sibling(output: Path) -> Iterator[Path]:
-    """A new hidden directory beside `output`, locked while this process lives, removed if left at the end."""
-    temporary = output.with_name(f".{output.name}.partial-{secrets.token_hex(4)}")
-    handle = -1
-    try:
-        # In here: a Ctrl-C may come as soon as the directory is there.
-        temporary.mkdir()
-        handle = os.open(temporary, os.O_RDONLY)
-        # Some network file systems lock no directories: nothing sweeps there.
-        with contextlib.suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield temporary
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if handle >= 0:
-            os.close(handle)
-
-
-def _sweep(output: Path) -> None:
-    """Remove what dead processes left beside `output`; what is locked belongs to a living one."""
-    prefix = f".{glob.escape(output.name)}"
-    for replaced in output.parent.glob(f"{prefix}.replaced-*"):
-        if output.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
-        else:
-            os.rename(replaced, output)  # killed between the two renames of _replace: this is the only copy
-    for temporary in output.parent.glob(f"{prefix}.partial-*"):
-        handle = os.open(temporary, os.O_RDONLY)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            continue
-        else:
-            logger.info("removing %s, left by a process that was killed", temporary)
-            shutil.rmtree(temporary, ignore_errors=True)
-        finally:
-            os.close(handle)
-
-
 def _seal(path: Path) -> dict[str, FileEntry]:
     """Hash every file below `path` and make sure that it has reached the disk."""
     files = {}
@@ -381,19 +339,3 @@ def _seal(path: Path) -> dict[str, FileEntry]:
         sync(file)
         files[name] = FileEntry(sha256=hash_file(file), size_bytes=file.stat().st_size)
     return files
-
-
-def _replace(temporary: Path, output: Path) -> None:
-    """Rename `temporary` to `output`, keeping the old artifact until the new one is in place."""
-    if output.is_dir() and any(output.iterdir()):
-        replaced = output.with_name(f".{output.name}.replaced-{secrets.token_hex(4)}")
-        os.rename(output, replaced)
-        try:
-            os.rename(temporary, output)
-        except BaseException:
-            os.rename(replaced, output)
-            raise
-        shutil.rmtree(replaced, ignore_errors=True)
-    else:
-        os.rename(temporary, output)
-    sync(output.parent)

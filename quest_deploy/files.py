@@ -11,8 +11,9 @@ import math
 import os
 import re
 import secrets
+import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -157,23 +158,56 @@ def hash_directory(path: Path) -> str:
     if path.is_file():
         return hash_file(path)
     with remembered_digests() as cache:
-        files = {name: cache.digest(path / name) for name in list_files(path) if not is_hidden(name)}
+        names = list_files(path, follow=True)
+        files = {name: cache.digest(path / name) for name in names if not is_hidden(name)}
     if not files:
         raise ArtifactError(f"'{path}' holds no files to hash; check the path")
     return hash_mapping(files)
 
 
-def list_files(path: Path) -> list[str]:
-    """Sorted names of all files below `path`, relative to it, with forward slashes."""
+def list_files(path: Path, *, follow: bool = False) -> list[str]:
+    """Sorted names of all files below `path`, relative to it, with forward slashes.
+
+    Args:
+        path: A directory.
+        follow: Whether to look into directories that are symbolic links, each once on the way down.
+    """
 
     def fail(error: OSError) -> None:
         raise error
 
     names: list[str] = []
     with storage_errors(path):
-        for folder, _, files in os.walk(path, onerror=fail):
+        for folder, folders, files in os.walk(path, onerror=fail, followlinks=follow):
+            here = os.path.realpath(folder)
+            folders[:] = [name for name in folders if not _leads_up(Path(folder, name), here)]
             names.extend(Path(folder, name).relative_to(path).as_posix() for name in files)
     return sorted(names)
+
+
+def _leads_up(folder: Path, here: str) -> bool:
+    """Whether a link leads to the real path `here`, or to what that lies in."""
+    return folder.is_symlink() and os.path.commonpath([os.path.realpath(folder), here]) == os.path.realpath(
+        folder
+    )
+
+
+def copy_tree(source: Path, target: Path, ignore: Callable[[str, list[str]], set[str]] | None = None) -> None:
+    """Copy a directory with the modes that new files get: a read-only source makes no copy that cannot be deleted."""
+    target.mkdir()
+    skipped = set() if ignore is None else ignore(str(source), sorted(os.listdir(source)))
+    for entry in sorted(source.iterdir()):
+        if entry.name in skipped:
+            continue
+        if entry.is_dir():
+            copy_tree(entry, target / entry.name, ignore)
+        else:
+            shutil.copyfile(entry, target / entry.name)
+
+
+def give_usual_mode(file: Path) -> None:
+    """The mode that a new file gets beside it: safetensors makes files that their owner alone can read."""
+    file.chmod(file.parent.stat().st_mode & 0o666)
 
 
 def is_hidden(name: str) -> bool:
@@ -255,7 +289,13 @@ def _plain(value: Any) -> Any:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON (sorted keys, indented, newline at the end; infinity, NaN as null), all of it or nothing."""
-    text = json.dumps(_plain(value), sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_text(
+        path, json.dumps(_plain(value), sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    )
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write text, all of it or nothing."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     with storage_errors(path):
         try:

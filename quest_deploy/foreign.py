@@ -31,7 +31,7 @@ def foreign_manifest(path: Path) -> Manifest:
     with remembered_digests() as cache:
         files = {
             name: FileEntry(sha256=cache.digest(path / name), size_bytes=(path / name).stat().st_size)
-            for name in list_files(path)
+            for name in list_files(path, follow=True)
             if not is_hidden(name)
         }
     return Manifest(

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from quest_deploy.config import Recipe, raise_if_any, to_dict
-from quest_deploy.files import storage_errors
+from quest_deploy.files import write_text
 from quest_deploy.quantize.allocate import (
     Allocation,
     Budget,
@@ -113,8 +113,7 @@ def write_mixed_recipe(
         trained = layers_to_finetune(table, allocation.bits, request.finetune_share)
         fields["sensitive"] = {**fields["sensitive"], "layers": [literal(name) for name in trained]}
     text = "# Chosen by `quest-deploy analyze` from measured sensitivity: " + _sentence(allocation) + "\n"
-    with storage_errors(request.path):
-        request.path.write_text(text + yaml.safe_dump(fields, sort_keys=False), encoding="utf-8")
+    write_text(request.path, text + yaml.safe_dump(fields, sort_keys=False))
     chosen = {key: value for key, value in asdict(allocation).items() if key != "bits"}
     return {
         "path": str(request.path),

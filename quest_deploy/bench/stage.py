@@ -131,7 +131,8 @@ def measure(subject: Subject, config: BenchConfig) -> dict[str, Any]:
         "runs": config.runs,
         "request": config.request(),
     }
-    environment = dict(os.environ)
+    # Safe path: no module of the user's working directory may shadow a library's.
+    environment = {**os.environ, "PYTHONSAFEPATH": "1"}
     if config.threads is not None:
         environment["OMP_NUM_THREADS"] = str(config.threads)
     done = subprocess.run(

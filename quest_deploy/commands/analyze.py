@@ -106,12 +106,18 @@ def analyze(
     from quest_deploy.analyze.config import DEFAULT_BITS, AnalyzeConfig
     from quest_deploy.analyze.mixed import request_of, write_mixed_recipe
     from quest_deploy.artifacts import check_output
+    from quest_deploy.errors import ConfigError
     from quest_deploy.files import read_json
     from quest_deploy.prompts import load_prompts
     from quest_deploy.quantize.recipe import load_recipe
 
     # Before torch is imported and anything is loaded: a mistyped path, recipe or budget is answered at once.
     check_output(output, stage="analysis", overwrite=overwrite or resume)
+    if write_recipe is not None and write_recipe.resolve().is_relative_to(output.resolve()):
+        raise ConfigError(
+            f"--write-recipe {write_recipe} lies in the output '{output}', which holds the analysis alone; "
+            "choose a path outside of it"
+        )
     config = AnalyzeConfig(
         recipe=load_recipe(recipe),
         prompts=() if prompts is None else load_prompts(prompts),

@@ -145,7 +145,12 @@ def run_probe(code: str, *arguments: str) -> tuple[str, str]:
     """Run `code` in a fresh interpreter: what it printed, and what went wrong (one line, empty if nothing)."""
     try:
         done = subprocess.run(
-            [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=PROBE_SECONDS
+            [sys.executable, "-c", code, *arguments],
+            capture_output=True,
+            text=True,
+            timeout=PROBE_SECONDS,
+            # No module of the user's working directory may shadow a library's.
+            env={**os.environ, "PYTHONSAFEPATH": "1"},
         )
     except subprocess.TimeoutExpired:
         return "", f"gave no answer within {PROBE_SECONDS} s"

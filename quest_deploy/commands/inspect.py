@@ -76,7 +76,9 @@ def _sizes(path: Path) -> dict[str, int]:
 
     if path.is_file():
         return {path.name: path.stat().st_size}
-    return {name: (path / name).stat().st_size for name in list_files(path) if not is_hidden(name)}
+    return {
+        name: (path / name).stat().st_size for name in list_files(path, follow=True) if not is_hidden(name)
+    }
 
 
 def _components(path: Path, files: dict[str, int]) -> dict[str, dict[str, Any]]:

@@ -103,7 +103,11 @@ def read_rung(path: Path) -> Rung:
     merged = None
     if stage == "model":
         digest = hash_directory(path)
-        files = {name: (path / name).stat().st_size for name in list_files(path)} if path.is_dir() else {}
+        files = (
+            {name: (path / name).stat().st_size for name in list_files(path, follow=True)}
+            if path.is_dir()
+            else {}
+        )
     else:
         artifact = read_artifact(path)
         digest, inputs = artifact.digest, artifact.manifest.inputs

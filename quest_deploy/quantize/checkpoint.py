@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import importlib
 import math
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 from quest_deploy.artifacts import read_artifact
 from quest_deploy.config import Recipe, to_dict
 from quest_deploy.errors import ArtifactError, CalibrationError, StaleArtifactError
-from quest_deploy.files import read_json, write_json
+from quest_deploy.files import copy_tree, give_usual_mode, read_json, write_json
 from quest_deploy.model.carried import copy_notices, copy_safety
 from quest_deploy.model.components import parameters_frozen
 from quest_deploy.model.deferred import DEFERRED_BYTES, META, StoredFile, defer, fill
@@ -46,6 +45,7 @@ READABLE_VERSIONS = (1, 2, SCHEMA_VERSION)
 SUMMARY = "quest.json"
 WEIGHTS = "quest.safetensors"
 REST = "rest."
+CARRIED = (".json", ".txt", ".model", ".safetensors")  # of parts that are not quantized
 MALFORMED = (AttributeError, RuntimeError, TypeError, ValueError)
 LIBRARIES = ("diffusers", "transformers")
 
@@ -128,7 +128,7 @@ def save_checkpoint(
         elif name in companions:
             write_component(folder / name, companions[name])
         elif source.is_dir():
-            shutil.copytree(source, folder / name, ignore=_not_carried)
+            copy_tree(source, folder / name, _not_carried)
         else:
             part.save_pretrained(folder / name)
     index = model_index(model)
@@ -184,6 +184,7 @@ def write_component(folder: Path, module: nn.Module) -> None:
     config = {key: value for key, value in config.items() if key != "_name_or_path"}
     write_json(folder / "config.json", config)
     save_file({name: value.contiguous().cpu() for name, value in tensors.items()}, folder / WEIGHTS)
+    give_usual_mode(folder / WEIGHTS)
 
 
 def _describe_companion(module: nn.Module) -> dict[str, Any]:
@@ -200,11 +201,7 @@ def _describe_tables(denoiser: nn.Module, context: TimestepContext) -> dict[str,
 
 
 def _not_carried(source: str, names: list[str]) -> set[str]:
-    return {
-        name
-        for name in names
-        if name.startswith(".") or Path(name).suffix not in (".json", ".txt", ".safetensors")
-    }
+    return {name for name in names if name.startswith(".") or Path(name).suffix not in CARRIED}
 
 
 def parts(model: LoadedModel) -> dict[str, Any]:

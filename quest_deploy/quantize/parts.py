@@ -131,6 +131,8 @@ def find_scales(
         work.drop(work.names(calibrate.PIECES))
     else:
         inputs = saved[0]
+    # Files hold tensors in an order of their own, and what is drawn later goes by this one.
+    inputs = {name: inputs[name] for name in bits if name in inputs}
     saved = work.load("scales")
     qparams = {} if saved is None else unflatten_qparams(*saved)
     throttle = Throttle()
@@ -148,7 +150,7 @@ def find_scales(
                 tensors, facts = flatten_qparams(qparams)
                 work.save("scales", tensors, **facts)
         progress(ProgressEvent(stage="search scales", completed=done, total=len(inputs)))
-    return qparams
+    return {name: qparams[name] for name in inputs}
 
 
 def initialize_one(layer: Quantizable, inputs: Tensor, bits: tuple[int, int], recipe: Recipe) -> LayerQParams:

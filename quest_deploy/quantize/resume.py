@@ -21,9 +21,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from quest_deploy.errors import ArtifactError, ConfigError
-from quest_deploy.files import check_place, read_json, storage_errors, write_json
+from quest_deploy.files import check_place, give_usual_mode, read_json, storage_errors, write_json
 from quest_deploy.lock import locked
+from quest_deploy.manifest import tool_versions
 from quest_deploy.quantize.insert import LayerQParams
+
+LIBRARIES = ("quest-deploy", "diffusers", "transformers")
+"""Whose versions the last bits of a result may depend on, beside torch's."""
 
 RUN = "run.json"
 GENERATOR = "/generator"  # no layer has such a name
@@ -70,6 +74,9 @@ class WorkDirectory:
                     f"'{self.output}' was started with other settings ({'; '.join(different)}); "
                     "repeat those, or start afresh with --overwrite"
                 )
+            # What a killed process was writing; safetensors writes to a name of its own.
+            for unfinished in (*self.path.glob(".tmp*"), *self.path.glob("*.partial")):
+                unfinished.unlink()
             return
         if exists and not overwrite:
             raise ConfigError(
@@ -88,6 +95,7 @@ class WorkDirectory:
         with storage_errors(self.output):
             contiguous = {key: value.detach().contiguous() for key, value in tensors.items()}
             save_file(contiguous, temporary, metadata={"facts": json.dumps(facts)})
+            give_usual_mode(temporary)
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
             temporary.replace(final)
@@ -178,7 +186,11 @@ def _short(value: object) -> str:
 
 def machine(processes: int = 1) -> dict[str, Any]:
     """What else the last bits of a result depend on."""
-    facts = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    versions = tool_versions()
+    facts: dict[str, Any] = {name: versions.get(name) for name in LIBRARIES}
+    facts |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    if torch.cuda.is_available():
+        facts["gpu"] = torch.cuda.get_device_name()
     return facts if processes == 1 else facts | {"processes": processes}
 
 

@@ -129,3 +129,41 @@ def test_write_json_that_fails_keeps_the_old_file(tmp_path: Path, monkeypatch: p
         files.write_json(tmp_path / "x.json", {})
     assert names(tmp_path) == ["x.json"]
     assert (tmp_path / "x.json").read_text() == "old"
+
+
+def test_hash_directory_follows_linked_directories_and_no_circles(tmp_path: Path) -> None:
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared" / "weights").write_text("1")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "unet").symlink_to(tmp_path / "shared")
+    (tmp_path / "model" / "circle").symlink_to(tmp_path / "model")
+    assert files.list_files(tmp_path / "model", follow=True) == ["unet/weights"]
+    before = files.hash_directory(tmp_path / "model")
+    (tmp_path / "shared" / "weights").write_text("2")
+    assert files.hash_directory(tmp_path / "model") != before
+
+
+def test_a_copy_of_a_read_only_directory_can_be_deleted(tmp_path: Path) -> None:
+    (tmp_path / "source" / "inner").mkdir(parents=True)
+    (tmp_path / "source" / "inner" / "file").write_text("x")
+    (tmp_path / "source" / "left").write_text("out")
+    for path in (tmp_path / "source" / "inner" / "file", tmp_path / "source" / "inner", tmp_path / "source"):
+        path.chmod(0o555)
+    files.copy_tree(tmp_path / "source", tmp_path / "copy", lambda folder, names: {"left"} & set(names))
+    assert files.list_files(tmp_path / "copy") == ["inner/file"]
+    new = tmp_path / "new"
+    new.mkdir()
+    assert all((tmp_path / "copy" / name).stat().st_mode == new.stat().st_mode for name in ("", "inner"))
+
+
+def test_text_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text("mine")
+
+    def refuse(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", refuse)
+    with pytest.raises(ArtifactError, match="disk is full"):
+        files.write_text(file, "new")
+    assert file.read_text() == "mine" and [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -241,3 +242,52 @@ def test_what_a_name_like_a_pattern_left_is_removed(tmp_path: Path) -> None:
     make(tmp_path / ".a[1].partial-0")
     make(tmp_path / "a[1]")
     assert names(tmp_path) == ["a[1]"]
+
+
+# What lies beside an output
+
+
+def test_a_container_layer_that_renames_no_directories_is_replaced_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make(tmp_path / "a")
+    rename = os.rename
+
+    def refuse(source: object, target: object) -> None:
+        if Path(str(source)) == path:
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        rename(source, target)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("os.rename", refuse)
+    make(path, text="new", overwrite=True)
+    assert (read_artifact(path).path / "unet" / "model.onnx").read_text() == "new"
+    assert names(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize("renames", [1, 2])
+def test_an_interrupt_behind_either_rename_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, renames: int
+) -> None:
+    path = make(tmp_path / "a")
+    rename, done = os.rename, []
+
+    def interrupt(source: object, target: object) -> None:
+        rename(source, target)  # type: ignore[arg-type]
+        done.append(source)
+        if len(done) == renames:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.rename", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        make(path, text="new", overwrite=True)
+    text = (read_artifact(path).path / "unet" / "model.onnx").read_text()
+    assert text == ("new" if renames == 2 else "weights")
+
+
+def test_an_older_output_that_comes_back_is_not_replaced_unasked(tmp_path: Path) -> None:
+    make(tmp_path / "a").rename(tmp_path / ".a.replaced-0123")
+    entered = []
+    with pytest.raises(ArtifactError, match="add --overwrite"):
+        with write_artifact(tmp_path / "a", stage="onnx", config=CONFIG):
+            entered.append(True)
+    assert not entered and read_artifact(tmp_path / "a")

@@ -81,6 +81,12 @@ def test_another_recipe_needs_no_new_measurement(place: Path, tiny_model: Path, 
     assert (place / "out" / "manifest.json").stat().st_mtime_ns == before
 
 
+def test_a_recipe_is_not_written_into_the_analysis(tmp_path: Path) -> None:
+    words = ["analyze", "nowhere/model", "-o", str(tmp_path / "out"), "--finetune-share", "0.5"]
+    done = CliRunner().invoke(main, [*words, "--write-recipe", str(tmp_path / "out" / "mixed.yaml")])
+    assert done.exit_code == 1 and "choose a path outside of it" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -122,3 +123,11 @@ def test_gpus_are_described_without_nvidia_smi(monkeypatch: pytest.MonkeyPatch) 
     shown = render_gpus([asdict(gpu) for gpu in found], "580.2")
     assert shown == "NVIDIA RTX 5090 (compute capability 12.0, 32.0 GB), driver 580.2"
     assert render_gpus([], "580.2") == ""
+
+
+def test_probes_import_nothing_from_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "shadow.py").write_text("print('run')")
+    monkeypatch.chdir(tmp_path)
+    assert run_probe("import shadow") == ("", "ModuleNotFoundError: No module named 'shadow'")

@@ -17,8 +17,9 @@ from quest_deploy.config import BuildConfig, ProfileConfig, ShapeRange
 from quest_deploy.engines import trt_build
 from quest_deploy.engines.replace import with_plans
 from quest_deploy.engines.trt_build import build_engine
-from quest_deploy.engines.up_to_date import differences, in_words
+from quest_deploy.engines.up_to_date import companions_digest, differences, graph_digest, in_words
 from quest_deploy.errors import ArtifactError, StaleArtifactError
+from quest_deploy.manifest import FileEntry, Manifest
 from tests.engines.conftest import unet
 
 pytest.importorskip("tensorrt_rtx")
@@ -278,3 +279,21 @@ def test_engines_of_a_version_without_an_option_are_what_its_default_makes(
     assert not jobs
     with pytest.raises(ArtifactError, match="strip_weights was False, is True"):
         build_engine(tmp_path / "onnx", engines.path, BuildConfig(strip_weights=True))
+
+
+def test_weights_beside_a_graph_are_its_own_whatever_their_names(engines: Artifact) -> None:
+    def source(weights: str, text: str) -> Manifest:
+        hashes = {
+            "unet/model.onnx": "g",
+            "unet/weights.pb": weights,
+            "unet/onnx__MatMul_1": "w",
+            "unet/config.json": text,
+            "scheduler/scheduler_config.json": text,
+        }
+        files = {name: FileEntry(sha256=digest, size_bytes=1) for name, digest in hashes.items()}
+        return dataclasses.replace(engines.manifest, files=files)
+
+    assert graph_digest(source("a", "x"), "unet") != graph_digest(source("b", "x"), "unet")
+    assert graph_digest(source("a", "x"), "unet") == graph_digest(source("a", "y"), "unet")
+    assert companions_digest(source("a", "x")) == companions_digest(source("b", "x"))
+    assert companions_digest(source("a", "x")) != companions_digest(source("a", "y"))

@@ -17,7 +17,13 @@ from quest_deploy.errors import ArtifactError, StaleArtifactError
 from quest_deploy.model.components import predict
 from quest_deploy.model.load import LoadedModel
 from quest_deploy.quantize.calibrate import CalibrationSet
-from quest_deploy.quantize.checkpoint import SUMMARY, freeze, load_checkpoint, save_checkpoint
+from quest_deploy.quantize.checkpoint import (
+    SUMMARY,
+    _not_carried,
+    freeze,
+    load_checkpoint,
+    save_checkpoint,
+)
 from quest_deploy.quantize.insert import quantized_layers
 from quest_deploy.quantize.layers import TimestepContext
 from quest_deploy.quantize.recipe import load_recipe
@@ -239,3 +245,15 @@ def test_a_layer_that_the_model_lacks_is_refused(damaged: Callable) -> None:
     path = damaged(edit)
     with pytest.raises(ArtifactError, match="is not a complete checkpoint .*conv_inn"):
         load_checkpoint(path)
+
+
+def test_tokenizers_of_sentencepiece_are_carried_and_pickles_are_not() -> None:
+    names = ["spiece.model", "tokenizer_config.json", "merges.txt", "pytorch_model.bin", ".cache"]
+    assert _not_carried("tokenizer", names) == {"pytorch_model.bin", ".cache"}
+
+
+def test_codes_can_be_read_by_whoever_reads_the_rest(tiny_checkpoint: Path) -> None:
+    modes = {
+        (tiny_checkpoint / "unet" / name).stat().st_mode for name in ("quest.safetensors", "config.json")
+    }
+    assert len(modes) == 1

@@ -8,11 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from quest_deploy.config import PhaseConfig, Recipe
+from quest_deploy.config import FinetuneConfig, PhaseConfig, Recipe
 from quest_deploy.model.load import LoadedModel
 from quest_deploy.quantize import affine
-from quest_deploy.quantize.insert import quantizable_layers
-from quest_deploy.quantize.parts import initialize_one, initialize_together
+from quest_deploy.quantize.calibrate import CalibrationSet
+from quest_deploy.quantize.insert import LayerQParams, quantizable_layers
+from quest_deploy.quantize.parts import find_scales, initialize_one, initialize_together
+from quest_deploy.quantize.resume import WorkDirectory
 from quest_deploy.quantize.trace import Trace
 
 LAYER = "mid_block.resnets.0.conv1"
@@ -47,3 +49,21 @@ def test_layers_that_read_one_tensor_start_from_one_grid_and_row(
         assert torch.allclose(found[name].weight_scale, alone)
     rows = [initialize_one(layer, x, (4, 4), recipe).row for layer in layers.values()]
     assert not torch.equal(rows[0], rows[1])
+
+
+def test_scales_come_in_the_order_of_the_layers_after_an_interruption_too(
+    float_model: LoadedModel, recorded: CalibrationSet, work: WorkDirectory
+) -> None:
+    names = ("time_embedding.linear_1", "conv_in", "conv_out")
+    assert list(names) != sorted(names)
+    bits = dict.fromkeys(names, (4, 4))
+    config = FinetuneConfig(recipe=RECIPE)
+
+    def scales() -> dict[str, LayerQParams]:
+        return find_scales(float_model, recorded, bits, config, work, lambda event: None)
+
+    fresh = scales()
+    work.drop(["scales"])  # as where the run was killed before these
+    again = scales()
+    assert list(fresh) == list(again) == list(names)
+    assert all(torch.equal(fresh[name].weight_scale, again[name].weight_scale) for name in names)

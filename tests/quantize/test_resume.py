@@ -9,7 +9,7 @@ import torch
 
 from quest_deploy.errors import ArtifactError
 from quest_deploy.quantize.calibrate import CalibrationSet, from_tensors, join
-from quest_deploy.quantize.resume import WorkDirectory
+from quest_deploy.quantize.resume import WorkDirectory, machine
 
 
 def part(seed: int, prompts: int) -> CalibrationSet:
@@ -42,3 +42,25 @@ def test_a_link_to_itself_is_no_output(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "link")
     with pytest.raises(ArtifactError, match="is a symbolic link to nothing"):
         WorkDirectory(tmp_path / "link" / "checkpoint")
+
+
+def test_a_resumed_run_deletes_what_the_killed_one_was_writing(tmp_path: Path) -> None:
+    work = WorkDirectory(tmp_path / "out")
+    work.open({}, resume=False, overwrite=False)
+    work.save("kept", {"x": torch.ones(1)})
+    for name in (".tmpAb12", "phase.partial"):
+        (work.path / name).write_bytes(b"half")
+    work.open({}, resume=True, overwrite=False)
+    assert sorted(path.name for path in work.path.iterdir()) == ["kept.safetensors", "run.json"]
+
+
+def test_state_has_the_mode_of_other_files(tmp_path: Path) -> None:
+    work = WorkDirectory(tmp_path / "out")
+    work.open({}, resume=False, overwrite=False)
+    work.save("kept", {"x": torch.ones(1)})
+    modes = {path.stat().st_mode for path in work.path.iterdir()}
+    assert len(modes) == 1
+
+
+def test_a_run_belongs_to_the_versions_that_started_it() -> None:
+    assert {"quest-deploy", "diffusers", "transformers", "torch", "threads"} <= machine().keys()
