@@ -110,6 +110,7 @@ def build_engine(
             stage="engines",
             config=to_dict(config),
             inputs={"onnx": source.digest},
+            sources={"onnx": source.path},
             overwrite=overwrite,
         ) as writer:
             copy_companions(source, writer.path)

@@ -80,7 +80,12 @@ def export(
     checkpoint = None if stage == "model" else read_artifact(source, stage=stage)
     digest = hash_directory(source) if checkpoint is None else checkpoint.digest
     with write_artifact(
-        output, stage=STAGE, config=to_dict(config), inputs={"source": digest}, overwrite=overwrite
+        output,
+        stage=STAGE,
+        config=to_dict(config),
+        inputs={"source": digest},
+        sources={"source": source},
+        overwrite=overwrite,
     ) as writer:
         model = load_source(source, config)
         specs = model.specs

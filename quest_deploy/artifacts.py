@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from quest_deploy.errors import ArtifactError
+from quest_deploy.errors import ArtifactError, StaleArtifactError
 from quest_deploy.files import (
     check_place,
     check_writable,
@@ -260,6 +260,7 @@ def write_artifact(
     stage: str,
     config: Mapping[str, Any],
     inputs: Mapping[str, str] | None = None,
+    sources: Mapping[str, Path] | None = None,
     overwrite: bool = False,
 ) -> Iterator[ArtifactWriter]:
     """Write an artifact all at once: the body fills a temporary sibling, renamed to `output` at the end.
@@ -273,10 +274,12 @@ def write_artifact(
         stage: One of :data:`STAGES`.
         config: The stage's configuration as JSON types.
         inputs: Digest of each input, by role.
+        sources: Where inputs of such roles lie, which must still have those digests at the end.
         overwrite: Replace an existing artifact of the same stage.
 
     Raises:
         ArtifactError: `output` may not be replaced, or the disk is full, read-only or otherwise refuses.
+        StaleArtifactError: an input was changed while it was read.
         ConfigError: another process is writing it.
     """
     if stage not in STAGES:
@@ -295,6 +298,7 @@ def write_artifact(
         writer = ArtifactWriter(path=temporary)
         try:
             yield writer
+            _check_unchanged(sources or {}, inputs or {})
             manifest = Manifest(
                 schema_version=SCHEMA_VERSION,
                 stage=stage,
@@ -314,6 +318,20 @@ def write_artifact(
             raise
         made.clear()
     logger.debug("wrote %s to %s", stage, output)
+
+
+def _check_unchanged(sources: Mapping[str, Path], inputs: Mapping[str, str]) -> None:
+    for role, path in sources.items():
+        now = (
+            hash_directory(path)
+            if path.is_file() or stage_of(path) == "model"
+            else read_artifact(path).digest
+        )
+        if now != inputs[role]:
+            raise StaleArtifactError(
+                f"'{path}' was changed while it was read, so nothing is written; run the same command once nothing "
+                "changes it any more"
+            )
 
 
 def _make_parents(path: Path, made: list[Path]) -> None:

@@ -111,7 +111,12 @@ def finetune(
         with workers.main_first():
             if workers.main:
                 with write_artifact(
-                    output, stage="checkpoint", config=to_dict(config), inputs=inputs, overwrite=overwrite
+                    output,
+                    stage="checkpoint",
+                    config=to_dict(config),
+                    inputs=inputs,
+                    sources={"source": loaded.path},
+                    overwrite=overwrite,
                 ) as writer:
                     save_checkpoint(
                         writer.path,

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from quest_deploy.artifacts import MANIFEST_NAME, check_output, read_artifact, write_artifact
-from quest_deploy.errors import ArtifactError, ConfigError
+from quest_deploy.errors import ArtifactError, ConfigError, StaleArtifactError
 from tests.artifact.conftest import CONFIG, fail_inside, make, names
 
 # Output that must not be replaced
@@ -291,3 +291,15 @@ def test_an_older_output_that_comes_back_is_not_replaced_unasked(tmp_path: Path)
         with write_artifact(tmp_path / "a", stage="onnx", config=CONFIG):
             entered.append(True)
     assert not entered and read_artifact(tmp_path / "a")
+
+
+def test_an_input_that_changed_while_it_was_read_is_told_and_nothing_written(tmp_path: Path) -> None:
+    source = make(tmp_path / "source")
+    known = read_artifact(source).digest
+    places = {"inputs": {"onnx": known}, "sources": {"onnx": source}}
+    with write_artifact(tmp_path / "a", stage="engines", config=CONFIG, **places):
+        pass
+    with pytest.raises(StaleArtifactError, match="'.*source' was changed while it was read"):
+        with write_artifact(tmp_path / "b", stage="engines", config=CONFIG, **places):
+            make(source, text="new", overwrite=True)
+    assert names(tmp_path) == ["a", "source"]

@@ -17,7 +17,8 @@ import torch
 
 from quest_deploy.artifacts import Artifact
 from quest_deploy.config import ExportConfig, ProgressEvent
-from quest_deploy.errors import ArtifactError, ExportError
+from quest_deploy.errors import ArtifactError, ExportError, StaleArtifactError
+from quest_deploy.export import to_onnx
 from quest_deploy.export.check import read_onnx
 from quest_deploy.export.to_onnx import EXTERNAL_DATA_FILE, export, save
 from quest_deploy.model.load import load_model, wrap_components
@@ -187,3 +188,20 @@ def test_half_precision_stays_near_and_builds(tiny_pipeline: Path, tmp_path: Pat
         with torch.no_grad():
             (expected,) = wrap_components(load_model(tiny_pipeline))["unet"](*inputs.values())
         assert snr_db(expected.numpy(), run_onnx(model, inputs)["out_sample"]) >= 50
+
+
+def test_a_model_that_changes_while_it_is_exported_is_not_exported(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    copy = to_onnx.copy_configuration
+
+    def change(source: Path, output: Path) -> None:
+        copy(source, output)
+        (model / "unet" / "config.json").write_text("{}")
+
+    monkeypatch.setattr(to_onnx, "copy_configuration", change)
+    with pytest.raises(StaleArtifactError, match="changed while it was read"):
+        export(model, tmp_path / "onnx", ExportConfig(mode="none"))
+    assert not (tmp_path / "onnx").exists()
