@@ -19,7 +19,6 @@ from quest_deploy.engines.ort_runtime import load_ort_engines
 from quest_deploy.engines.run_record import read_runs, record_run
 from quest_deploy.engines.trt_build import build_engine
 from quest_deploy.engines.trt_log import make_log
-from quest_deploy.engines.trt_plan import LoadedPlan, stream_weights
 from quest_deploy.engines.trt_runtime import (
     TensorRTEngine,
     check_devices,
@@ -38,7 +37,6 @@ from quest_deploy.errors import (
 )
 from quest_deploy.manifest import Manifest
 from tests.engines.simulated_trt import (
-    ACTIVATION_BYTES,
     SPEC,
     SimulatedEngine,
     SimulatedStream,
@@ -315,34 +313,6 @@ def test_weights_are_streamed_before_contexts_and_their_memory_are_made(
     torch.testing.assert_close(engine(x=torch.ones(1, 4))["y"], torch.full((1, 4), 2.0))
     (context,) = made[0].contexts
     assert context.memory is not None and context.memory[1] == made[0].device_memory_size_v2
-
-
-def test_component_of_every_step_gets_its_weights_first_and_none_more_than_it_has(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10_000_000_000, 12_000_000_000))
-    plans = {name: simulated_plan(name, 4_000_000_000) for name in ("text_encoder", "unet", "vae_decoder")}
-    stream_weights(plans, first="unet", weights_gb=None)
-    kept = {name: plan.engine.weight_streaming_budget_v2 for name, plan in plans.items() if plan.engine}
-    # More than 32 bits hold.
-    left = 9_000_000_000 - 2 * ACTIVATION_BYTES - 4_000_000_000
-    assert kept == {"unet": 4_000_000_000, "text_encoder": 4_000_000_000, "vae_decoder": left - 4_000_000_000}
-    assert [plan.streams for plan in plans.values()] == [False, False, True]
-
-
-def test_budget_that_tensorrt_does_not_take_is_an_error() -> None:
-    plan = simulated_plan("unet", 4096)
-    assert isinstance(plan.engine, SimulatedEngine)
-    plan.engine.takes_budgets = False
-    with pytest.raises(EngineBuildError, match="unet: TensorRT refused to keep 100 bytes.*--gpu-weights"):
-        plan.stream_weights(100)
-
-
-def simulated_plan(name: str, weights: int) -> LoadedPlan:
-    """A plan with so many bytes of weights."""
-    engine = SimulatedEngine()
-    engine.streamable_weights_size = weights
-    return LoadedPlan(name, simulated_library(lambda log, plan: None), engine)
 
 
 def test_engines_that_hold_their_weights_are_left_alone_and_take_no_limit(
