@@ -36,7 +36,9 @@ from quest_deploy.config import BACKENDS, ParityConfig
 @click.option("--steps", type=int, default=ParityConfig.steps, show_default=True)
 @click.option("--guidance-scale", type=float, default=ParityConfig.guidance_scale, show_default=True)
 @click.option("--scheduler", metavar="NAME", help="For example ddim.  [default: the model's own]")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the first prompt's noise.")
+@click.option(
+    "--seed", type=int, default=ParityConfig.seed, show_default=True, help="Of the first prompt's noise."
+)
 @click.option("--batch-size", type=int, default=ParityConfig.batch_size, show_default=True)
 @click.option(
     "--debug-engines",

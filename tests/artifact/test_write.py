@@ -13,6 +13,7 @@ import pytest
 
 from quest_deploy.artifacts import MANIFEST_NAME, check_output, read_artifact, write_artifact
 from quest_deploy.errors import ArtifactError, ConfigError, StaleArtifactError
+from quest_deploy.files import hash_directory
 from tests.artifact.conftest import CONFIG, fail_inside, make, names
 
 # Output that must not be replaced
@@ -303,3 +304,17 @@ def test_an_input_that_changed_while_it_was_read_is_told_and_nothing_written(tmp
         with write_artifact(tmp_path / "b", stage="engines", config=CONFIG, **places):
             make(source, text="new", overwrite=True)
     assert names(tmp_path) == ["a", "source"]
+
+
+def test_a_model_with_another_tools_graph_beside_its_weights_is_the_same_model(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    (model / "unet").mkdir(parents=True)
+    (model / "model_index.json").write_text("{}")
+    for name in ("model.onnx", "diffusion_pytorch_model.safetensors"):
+        (model / "unet" / name).write_text(name)
+    inputs = {"source": hash_directory(model)}
+    with write_artifact(
+        tmp_path / "a", stage="checkpoint", config=CONFIG, inputs=inputs, sources={"source": model}
+    ):
+        pass
+    assert read_artifact(tmp_path / "a").manifest.inputs == inputs
