@@ -11,7 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from quest_deploy.artifacts import Artifact, check_output, read_artifact, write_artifact
+from quest_deploy.artifacts import Artifact, artifact_digest, check_output, read_artifact, write_artifact
 from quest_deploy.config import BuildConfig, to_dict
 from quest_deploy.engines import ladder
 from quest_deploy.engines.foreign import fitted_components, is_foreign, to_json
@@ -110,7 +110,7 @@ def build_engine(
             stage="engines",
             config=to_dict(config),
             inputs={"onnx": source.digest},
-            sources={"onnx": source.path},
+            sources={"onnx": (source.path, artifact_digest)},
             overwrite=overwrite,
         ) as writer:
             copy_companions(source, writer.path)

@@ -16,6 +16,7 @@ from torch import nn
 
 from quest_deploy.artifacts import (
     Artifact,
+    artifact_digest,
     hash_directory,
     read_artifact,
     stage_of,
@@ -84,7 +85,7 @@ def export(
         stage=STAGE,
         config=to_dict(config),
         inputs={"source": digest},
-        sources={"source": source},
+        sources={"source": (source, hash_directory if checkpoint is None else artifact_digest)},
         overwrite=overwrite,
     ) as writer:
         model = load_source(source, config)

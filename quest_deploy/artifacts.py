@@ -10,7 +10,7 @@ import contextlib
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,8 @@ __all__ = [
     "STAGES",
     "Artifact",
     "ArtifactWriter",
+    "Source",
+    "artifact_digest",
     "FileEntry",
     "Manifest",
     "check_output",
@@ -75,6 +77,9 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
+Source = tuple[Path, Callable[[Path], str]]
+"""Where an input lies, and what gives its digest as the stage took it."""
 
 _MAX_PROBLEMS = 5
 
@@ -163,6 +168,11 @@ def _differences(path: Path, manifest: Manifest, verify: bool) -> list[str]:
         if name not in manifest.files and name != MANIFEST_NAME and not is_hidden(name)
     ]
     return problems + [f"{name} is not in the manifest (move it away)" for name in extra]
+
+
+def artifact_digest(path: Path) -> str:
+    """The digest of an artifact, its files verified; errors as of :func:`read_artifact`."""
+    return read_artifact(path).digest
 
 
 def stage_of(path: Path) -> str:
@@ -260,7 +270,7 @@ def write_artifact(
     stage: str,
     config: Mapping[str, Any],
     inputs: Mapping[str, str] | None = None,
-    sources: Mapping[str, Path] | None = None,
+    sources: Mapping[str, Source] | None = None,
     overwrite: bool = False,
 ) -> Iterator[ArtifactWriter]:
     """Write an artifact all at once: the body fills a temporary sibling, renamed to `output` at the end.
@@ -274,7 +284,7 @@ def write_artifact(
         stage: One of :data:`STAGES`.
         config: The stage's configuration as JSON types.
         inputs: Digest of each input, by role.
-        sources: Where inputs of such roles lie, which must still have those digests at the end.
+        sources: Inputs of such roles, which must still have those digests at the end.
         overwrite: Replace an existing artifact of the same stage.
 
     Raises:
@@ -320,13 +330,9 @@ def write_artifact(
     logger.debug("wrote %s to %s", stage, output)
 
 
-def _check_unchanged(sources: Mapping[str, Path], inputs: Mapping[str, str]) -> None:
-    for role, path in sources.items():
-        # A model may have another tool's ONNX beside its weights, and is known by all its files then, too.
-        same = hash_directory(path) == inputs[role]
-        if not same and path.is_dir() and stage_of(path) != "model":
-            same = read_artifact(path).digest == inputs[role]
-        if not same:
+def _check_unchanged(sources: Mapping[str, Source], inputs: Mapping[str, str]) -> None:
+    for role, (path, digest) in sources.items():
+        if digest(path) != inputs[role]:
             raise StaleArtifactError(
                 f"'{path}' was changed while it was read, so nothing is written; run the same command once nothing "
                 "changes it any more"

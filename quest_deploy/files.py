@@ -179,8 +179,9 @@ def list_files(path: Path, *, follow: bool = False) -> list[str]:
     names: list[str] = []
     with storage_errors(path):
         for folder, folders, files in os.walk(path, onerror=fail, followlinks=follow):
-            here = os.path.realpath(folder)
-            folders[:] = [name for name in folders if not _leads_up(Path(folder, name), here)]
+            if follow:
+                here = os.path.realpath(folder)
+                folders[:] = [name for name in folders if not _leads_up(Path(folder, name), here)]
             names.extend(Path(folder, name).relative_to(path).as_posix() for name in files)
     return sorted(names)
 

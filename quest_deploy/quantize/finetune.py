@@ -115,7 +115,7 @@ def finetune(
                     stage="checkpoint",
                     config=to_dict(config),
                     inputs=inputs,
-                    sources={"source": loaded.path},
+                    sources={"source": (loaded.path, hash_directory)},
                     overwrite=overwrite,
                 ) as writer:
                     save_checkpoint(

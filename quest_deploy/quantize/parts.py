@@ -142,9 +142,8 @@ def find_scales(
         if name not in qparams:
             own = for_layer(recipe, name, timeless)
             together = [other for other in beside.get(name, (name,)) if bits[other] == bits[name]]
-            # Each has its own sample of that tensor; inputs from a file come in another order.
             qparams |= initialize_together(
-                {other: layers[other] for other in together}, inputs[together[0]], bits[name], own
+                {other: layers[other] for other in together}, inputs[name], bits[name], own
             )
             if throttle.due() or done == len(inputs):
                 tensors, facts = flatten_qparams(qparams)

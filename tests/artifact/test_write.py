@@ -11,7 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from quest_deploy.artifacts import MANIFEST_NAME, check_output, read_artifact, write_artifact
+from quest_deploy.artifacts import (
+    MANIFEST_NAME,
+    artifact_digest,
+    check_output,
+    read_artifact,
+    write_artifact,
+)
 from quest_deploy.errors import ArtifactError, ConfigError, StaleArtifactError
 from quest_deploy.files import hash_directory
 from tests.artifact.conftest import CONFIG, fail_inside, make, names
@@ -297,7 +303,7 @@ def test_an_older_output_that_comes_back_is_not_replaced_unasked(tmp_path: Path)
 def test_an_input_that_changed_while_it_was_read_is_told_and_nothing_written(tmp_path: Path) -> None:
     source = make(tmp_path / "source")
     known = read_artifact(source).digest
-    places = {"inputs": {"onnx": known}, "sources": {"onnx": source}}
+    places = {"inputs": {"onnx": known}, "sources": {"onnx": (source, artifact_digest)}}
     with write_artifact(tmp_path / "a", stage="engines", config=CONFIG, **places):
         pass
     with pytest.raises(StaleArtifactError, match="'.*source' was changed while it was read"):
@@ -314,7 +320,11 @@ def test_a_model_with_another_tools_graph_beside_its_weights_is_the_same_model(t
         (model / "unet" / name).write_text(name)
     inputs = {"source": hash_directory(model)}
     with write_artifact(
-        tmp_path / "a", stage="checkpoint", config=CONFIG, inputs=inputs, sources={"source": model}
+        tmp_path / "a",
+        stage="checkpoint",
+        config=CONFIG,
+        inputs=inputs,
+        sources={"source": (model, hash_directory)},
     ):
         pass
     assert read_artifact(tmp_path / "a").manifest.inputs == inputs
