@@ -150,6 +150,7 @@ def latent_ranges(model_dir: Path, denoiser: ComponentSpec, config: ProfileConfi
 
     Raises:
         ConfigError: a size is not a multiple of what the VAE and the denoiser divide it by, or the model has one size.
+        ModelLoadError: a range is left out, and the model does not say its own size.
     """
     configs = component_configs(model_dir)
     denoiser_config = configs[denoiser.name]
@@ -157,7 +158,9 @@ def latent_ranges(model_dir: Path, denoiser: ComponentSpec, config: ProfileConfi
     step = scale * latent_granularity(denoiser_config)
     resizable = is_resizable(denoiser)
     ranges = {}
-    for axis, own in zip(("height", "width"), latent_size(denoiser_config), strict=True):
+    asked = config.height is not None and config.width is not None
+    sides = (0, 0) if resizable and asked else latent_size(denoiser_config)
+    for axis, own in zip(("height", "width"), sides, strict=True):
         wanted: ShapeRange | None = getattr(config, axis)
         pixels = wanted or ShapeRange(min=own * scale, opt=own * scale, max=own * scale)
         if not resizable and {pixels.min, pixels.max} != {own * scale}:

@@ -36,6 +36,7 @@ from quest_deploy.foreign import (
     MODEL_INDEX_NAME,
     OWN_PATTERNS,
     foreign_manifest,
+    has_weights,
     is_foreign_onnx,
 )
 from quest_deploy.lock import locked
@@ -185,7 +186,8 @@ def stage_of(path: Path) -> str:
     elif path.is_dir() and not (path / MANIFEST_NAME).exists():
         if is_foreign_onnx(path):
             return "onnx"
-        graphs = [file for pattern in (*OWN_PATTERNS, GRAPH_PATTERN) for file in path.glob(pattern)]
+        patterns = OWN_PATTERNS if has_weights(path) else (*OWN_PATTERNS, GRAPH_PATTERN)
+        graphs = [file for pattern in patterns for file in path.glob(pattern)]
         if (path / MODEL_INDEX_NAME).is_file() and not graphs:
             return "model"
         what = (

@@ -16,14 +16,21 @@ GRAPH_PATTERN = "*/model.onnx"
 def is_foreign_onnx(path: Path) -> bool:
     """Whether `path` is a directory of ONNX files in optimum-onnx's layout that another tool wrote.
 
-    A directory of quest-deploy that lost its manifest is none, as far as it can be told by its other files.
+    A directory of quest-deploy that lost its manifest is none, as far as it can be told by its other files; nor is a
+    model of diffusers that has ONNX beside its weights, as Stable Diffusion XL has on the hub.
     """
     return (
         not (path / MANIFEST_NAME).exists()
         and (path / MODEL_INDEX_NAME).is_file()
         and any(path.glob(GRAPH_PATTERN))
         and not any(file for pattern in OWN_PATTERNS for file in path.glob(pattern))
+        and not has_weights(path)
     )
+
+
+def has_weights(path: Path) -> bool:
+    """Whether graphs at `path` have weights beside them that torch would load."""
+    return any(any(graph.parent.glob("*.safetensors")) for graph in path.glob(GRAPH_PATTERN))
 
 
 def foreign_manifest(path: Path) -> Manifest:

@@ -60,19 +60,20 @@ class Step:
     noise_pred: Tensor
 
 
-def make_scheduler(name: str | None, config: Any) -> Any:
+def make_scheduler(name: str | None, config: Any, *, own: str | None = None) -> Any:
     """A fresh diffusers scheduler with the model's noise schedule.
 
     Args:
         name: A short name, a diffusers class name, or None for the model's own scheduler.
         config: The scheduler configuration of the model.
+        own: The class of the model's own scheduler, where its configuration may name another.
 
     Raises:
         ConfigError: the name is unknown.
     """
     import diffusers
 
-    own = str(config.get("_class_name"))
+    own = str(own or config.get("_class_name"))
     class_name = own if name is None else SCHEDULERS.get(name.lower(), name)
     if class_name not in {*SCHEDULERS.values(), own} or not hasattr(diffusers, str(class_name)):
         known = ", ".join(SCHEDULERS)
@@ -252,9 +253,13 @@ def denoise(
         Latents, [n, c, h, w].
     """
     schedule = timesteps(scheduler, steps, noise.device, flow=flow, size=noise.shape[-2:])
-    extra = {}
-    if generators is not None and "generator" in inspect.signature(scheduler.step).parameters:
+    extra: dict[str, Any] = {}
+    options = inspect.signature(scheduler.step).parameters
+    if generators is not None and "generator" in options:
         extra["generator"] = list(generators)
+    if "eta" in options:
+        # The pipelines' own, also for schedulers whose default is another: TCD's.
+        extra["eta"] = 0.0
     # Flow-matching schedulers have neither: they start from unit noise and scale nothing.
     scale = getattr(scheduler, "scale_model_input", lambda sample, timestep: sample)
     latents = noise * getattr(scheduler, "init_noise_sigma", 1.0)

@@ -89,7 +89,7 @@ def default_dimensions(root: Path) -> dict[str, int]:
     sizes = {"batch": 1, "steps": 1}
     configs = {file.parent.name: read_json(file) for file in root.glob("*/config.json")}
     for name in ("unet", "transformer"):
-        if "sample_size" in configs.get(name, {}):
+        if configs.get(name, {}).get("sample_size") is not None:
             sizes["height"], sizes["width"] = latent_size(configs[name])
     if "max_position_embeddings" in configs.get("text_encoder", {}):
         sizes["sequence"] = int(configs["text_encoder"]["max_position_embeddings"])

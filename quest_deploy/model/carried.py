@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from quest_deploy.errors import ArtifactError
-from quest_deploy.files import refuse_pickle
+from quest_deploy.files import copy_tree, refuse_pickle
+from quest_deploy.model.weights import stray_weights
 
 logger = logging.getLogger(__name__)
 
@@ -21,6 +22,23 @@ SAFETY = (SAFETY_CHECKER, FEATURE_EXTRACTOR)
 # Not the same weights in another precision, such as model.fp16.safetensors.
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
 _CONFIGURATION = ".json"
+_OF_PARTS = (".json", ".txt", ".model", ".safetensors")
+
+
+def copy_part(source: Path, output: Path, library: str) -> None:
+    """Copy one part of a pipeline as it lies on disk: what `library` loads, and nothing else that was left there.
+
+    Args:
+        source: Its folder.
+        output: The folder to make.
+        library: As for :func:`quest_deploy.model.weights.weight_files`.
+    """
+
+    def others(folder: str, names: list[str]) -> set[str]:
+        unknown = {name for name in names if name.startswith(".") or Path(name).suffix not in _OF_PARTS}
+        return unknown | stray_weights(Path(folder), library)
+
+    copy_tree(source, output, others)
 
 
 def copy_notices(source: Path, output: Path) -> None:

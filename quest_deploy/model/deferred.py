@@ -8,7 +8,6 @@ otherwise, it raises: torch itself would multiply by whatever lies in memory.
 from __future__ import annotations
 
 import contextlib
-import json
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from quest_deploy.errors import ModelLoadError
+from quest_deploy.model.weights import weight_files
 
 Read = Callable[[], Tensor]
 Owner = tuple[nn.Module, str]
@@ -28,7 +28,6 @@ Owner = tuple[nn.Module, str]
 META = torch.device("meta")
 # Smaller ones are read at once. Operators on them may be computed while a graph is cleaned; larger ones never are.
 DEFERRED_BYTES = 1 << 18
-INDEX_SUFFIX = ".index.json"
 
 _usable: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _readers: weakref.WeakKeyDictionary[nn.Module, dict[str, Read]] = weakref.WeakKeyDictionary()
@@ -93,23 +92,17 @@ class StoredFile(Mapping[str, Tensor]):
         return StoredTensor(self.file, name, tuple(self._handle.get_slice(name).get_shape()))
 
 
-def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """What the safetensors files of a component's folder hold, by name.
+def stored_tensors(folder: Path, library: str) -> dict[str, StoredTensor]:
+    """What the files hold that a component's library would load, by name.
 
-    Of several variants ("fp16", "non_ema") the one without a name counts, as in diffusers; the parts of a model are
-    those that its index lists.
+    Args:
+        folder: The component's.
+        library: As for :func:`quest_deploy.model.weights.weight_files`.
 
     Raises:
         ModelLoadError: a file is corrupt.
     """
-    index = next(
-        (file for file in sorted(folder.glob(f"*{INDEX_SUFFIX}")) if file.name.count(".") == 3), None
-    )
-    if index is not None:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        files = [folder / name for name in sorted(names)]
-    else:
-        files = [file for file in sorted(folder.glob("*.safetensors")) if file.name.count(".") == 1]
+    files = weight_files(folder, library)
     return {name: stored.stored(name) for stored in map(_opened, files) for name in stored}
 
 

@@ -26,10 +26,24 @@ CONTROL = "controlnet_cond"
 DOWN_RESIDUAL, MID_RESIDUAL = "down_block_additional_residuals.", "mid_block_additional_residual"
 
 
-def latent_size(config: Config) -> tuple[int, int]:
-    """Height and width of the latents that a denoiser of this configuration was trained for."""
+def latent_size(config: Config, default: int | None = None) -> tuple[int, int]:
+    """Height and width of the latents that a denoiser of this configuration was trained for.
+
+    Args:
+        config: The denoiser's.
+        default: For one that does not say.
+
+    Raises:
+        ModelLoadError: it does not say, and there is no default.
+    """
     # FLUX has no field for it; this is its pipeline's default.
-    size = config.get("sample_size", PACKED_SIZE) if is_packed(config) else config["sample_size"]
+    size = config.get("sample_size", PACKED_SIZE if is_packed(config) else None)
+    size = default if size is None else size
+    if size is None:
+        raise ModelLoadError(
+            "the denoiser's config.json has no sample_size, the height and width of the latents that it was trained "
+            "for (64 for 512 pixels where a latent is 8); write it there, or, to draw, give --height and --width"
+        )
     height, width = (size, size) if isinstance(size, int) else size
     return int(height), int(width)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,6 +39,7 @@ from quest_deploy.model.spec import (
     read_config,
     vae_scale_factor,
 )
+from quest_deploy.model.weights import DIFFUSERS, TRANSFORMERS, check_weights
 
 SINGLE_FILE_SUFFIX = ".safetensors"
 SINGLE_FILE_FAMILY = FAMILIES["StableDiffusionPipeline"]
@@ -171,7 +172,8 @@ def load_directory(directory: Path, *, deferred: bool = False, **components: Any
     _hide_loading_bars()
     family = family_of(directory)
     needed = sorted(set(family.weights) - components.keys())
-    _refuse_pickled_weights(directory, needed)
+    for name in needed:
+        check_weights(directory / name, TRANSFORMERS if name in family.text_encoders else DIFFUSERS)
     index = read_config(directory / "model_index.json")
     with loading_errors(directory):
         for name in needed:
@@ -213,8 +215,9 @@ def _load_deferred(folder: Path, component_class: Any) -> nn.Module | None:
     """One part with its large weights left in their files; None where that cannot be."""
     from accelerate import init_empty_weights
 
+    library = component_class.__module__.partition(".")[0]
     with init_empty_weights(include_buffers=False):
-        if component_class.__module__.startswith("transformers."):
+        if library == TRANSFORMERS:
             component: nn.Module = component_class(
                 component_class.config_class.from_pretrained(folder, local_files_only=True)
             )
@@ -224,7 +227,7 @@ def _load_deferred(folder: Path, component_class: Any) -> nn.Module | None:
             )
     # A configuration may ask for the type that its weights are stored in.
     component.float()
-    stored = matching(component, stored_tensors(folder))
+    stored = matching(component, stored_tensors(folder, library))
     if stored is None:
         return None
     fill(component, stored)
@@ -355,17 +358,6 @@ def _hide_loading_bars() -> None:
 
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
-
-
-def _refuse_pickled_weights(directory: Path, components: Sequence[str]) -> None:
-    for component in components:
-        folder = directory / component
-        if not any(folder.glob("*.safetensors")):
-            for file in sorted(folder.glob("*")):
-                refuse_pickle(file)
-            raise ModelLoadError(
-                f"{folder}: holds no .safetensors weights; restore the model from its source"
-            )
 
 
 def _snapshot(source: str) -> Path:

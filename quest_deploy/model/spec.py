@@ -15,6 +15,7 @@ from typing import Any
 
 from quest_deploy.errors import ArtifactError, ConfigError, ModelLoadError
 from quest_deploy.model.corrections import corrected_denoiser
+from quest_deploy.model.defaults import DIFFUSERS_DEFAULTS, TRANSFORMERS_DEFAULTS
 from quest_deploy.model.denoisers import (
     controlnet_spec,
     denoiser_spec,
@@ -108,7 +109,7 @@ def family_of(model_dir: Path) -> Family:
 def classes_of(model_dir: Path) -> Classes | None:
     """The classes of a class-conditional model, checkpoint, ONNX or engine directory, else None."""
     index = read_config(model_dir / "model_index.json")
-    return read_classes(index, read_config(model_dir / family_of(model_dir).denoiser / "config.json"))
+    return read_classes(index, component_configs(model_dir)[family_of(model_dir).denoiser])
 
 
 def config_paths(model_dir: Path) -> dict[str, Path]:
@@ -166,14 +167,30 @@ def decoder_granularity(vae_config: Config) -> int:
 
 
 def component_configs(model_dir: Path) -> dict[str, dict[str, Any]]:
-    """The configuration of every component, by component name.
+    """The configuration of every component, by component name, as its class would read the file.
 
     Raises:
         ArtifactError: a file is missing or corrupt.
     """
-    family = family_of(model_dir)
-    configs = {name: read_config(path) for name, path in config_paths(model_dir).items()}
+    family, index = family_of(model_dir), read_config(model_dir / "model_index.json")
+    configs = {}
+    for name, path in config_paths(model_dir).items():
+        config = read_config(path)
+        configs[name] = {**_defaults(family, name, config, index), **config}
     return {**configs, family.denoiser: dict(corrected_denoiser(configs[family.denoiser], family))}
+
+
+def _defaults(family: Family, name: str, config: Config, index: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What the fields are that a configuration of the component `name` leaves out."""
+    for part in family.text:
+        if name == part.name:
+            return TRANSFORMERS_DEFAULTS[part.kind.removesuffix("-projection")]
+    folder = str(family.autoencoder) if name in (VAE_DECODER, VAE_ENCODER) else name
+    entry = index.get(folder)
+    named = entry[-1] if isinstance(entry, list) and entry else None
+    usual = family.denoiser_class if name == family.denoiser else None
+    kinds = (config.get("_class_name"), named, usual)
+    return next((DIFFUSERS_DEFAULTS[kind] for kind in kinds if kind in DIFFUSERS_DEFAULTS), {})
 
 
 def _text_encoder(part: TextPart, config: Config) -> ComponentSpec:
@@ -249,10 +266,10 @@ def component_specs(model_dir: Path) -> dict[str, ComponentSpec]:
         ModelLoadError: the pipeline is of a kind that is not supported.
     """
     family = family_of(model_dir)
-    specs = {}
+    specs, configs = {}, component_configs(model_dir)
     for name, path in config_paths(model_dir).items():
         try:
-            specs[name] = make_spec(family, name, read_config(path))
+            specs[name] = make_spec(family, name, configs[name])
         except KeyError as error:
             raise ArtifactError(
                 f"{path}: has no {error}; is it a {name} configuration of diffusers?"

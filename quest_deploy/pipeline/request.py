@@ -60,7 +60,10 @@ def own_scheduler(path: Path) -> Any:
         ConfigError: it is of a class that diffusers does not have.
     """
     config = read_config(path / "scheduler" / "scheduler_config.json")
-    return corrected_scheduler(sampling.make_scheduler(None, config), family_of(path))
+    # The file may be of another class: diffusers goes by the index.
+    entry = read_config(path / "model_index.json").get("scheduler")
+    own = entry[-1] if isinstance(entry, list) and entry else None
+    return corrected_scheduler(sampling.make_scheduler(None, config, own=own), family_of(path))
 
 
 def check_prompts(family: Family, classes: Classes | None, config: GenerateConfig) -> None:
@@ -107,11 +110,13 @@ def latent_shape(
 
     Raises:
         ConfigError: the size is not a multiple of what the model divides it by, or the model has one size only.
+        ModelLoadError: a side is left out, and the model does not say its own.
     """
     config, scale = configs[denoiser.name], vae_scale_factor(configs.get(VAE_DECODER))
     resizable = is_resizable(denoiser)
-    sides = []
-    for name, pixels, side in zip(("height", "width"), (height, width), latent_size(config), strict=True):
+    sides, asked = [], height is not None and width is not None
+    own = (0, 0) if resizable and asked else latent_size(config)
+    for name, pixels, side in zip(("height", "width"), (height, width), own, strict=True):
         if pixels is not None and not resizable and pixels != side * scale:
             raise ConfigError(
                 f"{name} is {pixels} pixels, but this model draws {side * scale} only; leave it out"

@@ -24,12 +24,13 @@ from torch import Tensor, nn
 from quest_deploy.artifacts import read_artifact
 from quest_deploy.config import Recipe, to_dict
 from quest_deploy.errors import ArtifactError, CalibrationError, StaleArtifactError
-from quest_deploy.files import copy_tree, give_usual_mode, read_json, write_json
-from quest_deploy.model.carried import copy_notices, copy_safety
+from quest_deploy.files import give_usual_mode, read_json, write_json
+from quest_deploy.model.carried import copy_notices, copy_part, copy_safety
 from quest_deploy.model.components import parameters_frozen
 from quest_deploy.model.deferred import DEFERRED_BYTES, META, StoredFile, defer, fill
 from quest_deploy.model.load import LoadedModel, load_directory
 from quest_deploy.model.spec import family_of
+from quest_deploy.model.weights import DIFFUSERS, TRANSFORMERS
 from quest_deploy.quantize.attention import OperandQParams, insert_attention, operand_quantizers
 from quest_deploy.quantize.context import Knots
 from quest_deploy.quantize.insert import LayerQParams, insert, quantized_layers, replace_layers
@@ -45,9 +46,8 @@ READABLE_VERSIONS = (1, 2, SCHEMA_VERSION)
 SUMMARY = "quest.json"
 WEIGHTS = "quest.safetensors"
 REST = "rest."
-CARRIED = (".json", ".txt", ".model", ".safetensors")  # of parts that are not quantized
 MALFORMED = (AttributeError, RuntimeError, TypeError, ValueError)
-LIBRARIES = ("diffusers", "transformers")
+LIBRARIES = (DIFFUSERS, TRANSFORMERS)
 
 
 def freeze(denoiser: nn.Module) -> None:
@@ -128,7 +128,8 @@ def save_checkpoint(
         elif name in companions:
             write_component(folder / name, companions[name])
         elif source.is_dir():
-            copy_tree(source, folder / name, _not_carried)
+            library = TRANSFORMERS if name in model.family.text_encoders else DIFFUSERS
+            copy_part(source, folder / name, library)
         else:
             part.save_pretrained(folder / name)
     index = model_index(model)
@@ -198,10 +199,6 @@ def _describe_tables(denoiser: nn.Module, context: TimestepContext) -> dict[str,
         "tables": {name: list(table.table.shape) for name, table in time_tables(denoiser).items()},
         "unused": unused_layers(denoiser),
     }
-
-
-def _not_carried(source: str, names: list[str]) -> set[str]:
-    return {name for name in names if name.startswith(".") or Path(name).suffix not in CARRIED}
 
 
 def parts(model: LoadedModel) -> dict[str, Any]:

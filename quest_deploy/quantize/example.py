@@ -20,7 +20,9 @@ GRANULES = 2
 def example_inputs(spec: ComponentSpec, config: Any) -> dict[str, Tensor]:
     """The least inputs that a denoiser of that specification and configuration takes, all zero."""
     granularity = latent_granularity(config)
-    height, width = (min(size, GRANULES * granularity) for size in latent_size(config))
+    height, width = (
+        min(size, GRANULES * granularity) for size in latent_size(config, GRANULES * granularity)
+    )
     sizes = {"batch": BATCH, "steps": BATCH, "sequence": TOKENS, "height": height, "width": width}
     sizes["image_tokens"] = IMAGE_TOKENS
 

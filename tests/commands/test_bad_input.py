@@ -145,7 +145,7 @@ MODEL_DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated configuration": (lambda m: truncate(m / "unet" / "config.json"), "unet/config.json"),
 }
 WEIGHT_DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
-    "missing weights": (lambda m: (m / UNET).unlink(), "unet: holds no .safetensors weights"),
+    "missing weights": (lambda m: (m / UNET).unlink(), "unet: holds no diffusion_pytorch_model.safetensors"),
     "truncated weights": (lambda m: truncate(m / UNET), UNET),
     "bit-flipped header": (lambda m: flip_bit(m / UNET, 0.0), UNET),
     "pickled weights": (

@@ -52,7 +52,7 @@ def emptied(folder: Path) -> tuple[nn.Sequential, nn.Sequential]:
     layers = two_layers()
     save_file(layers.state_dict(), folder / "model.safetensors")
     empty = two_layers().to("meta")
-    stored = matching(empty, stored_tensors(folder))
+    stored = matching(empty, stored_tensors(folder, "transformers"))
     assert stored is not None
     fill(empty, stored)
     return layers, empty
@@ -114,7 +114,7 @@ def test_weights_that_another_module_reads_are_in_memory(tmp_path: Path) -> None
     attention = nn.Sequential(nn.MultiheadAttention(SIDE, 2))
     save_file(attention.state_dict(), tmp_path / "model.safetensors")
     empty = nn.Sequential(nn.MultiheadAttention(SIDE, 2)).to("meta")
-    stored = matching(empty, stored_tensors(tmp_path))
+    stored = matching(empty, stored_tensors(tmp_path, "transformers"))
     assert stored is not None
     fill(empty, stored)
     assert not is_deferred(empty)
@@ -129,13 +129,13 @@ def test_what_does_not_match_is_left_to_the_library(tmp_path: Path, change: str)
     else:
         tensors["1.bias"] = torch.zeros(3)
     save_file(tensors, tmp_path / "model.safetensors")
-    assert matching(two_layers().to("meta"), stored_tensors(tmp_path)) is None
+    assert matching(two_layers().to("meta"), stored_tensors(tmp_path, "transformers")) is None
 
 
 def test_a_common_prefix_is_found(tmp_path: Path) -> None:
     tensors = {f"text_model.{name}": value for name, value in two_layers().state_dict().items()}
     save_file(tensors, tmp_path / "model.safetensors")
-    stored = matching(two_layers().to("meta"), stored_tensors(tmp_path))
+    stored = matching(two_layers().to("meta"), stored_tensors(tmp_path, "transformers"))
     assert stored is not None
     assert stored["0.weight"].key == "text_model.0.weight"
 
@@ -151,13 +151,15 @@ def test_parts_are_those_that_the_index_lists(tmp_path: Path) -> None:
     save_file({"0.weight": torch.zeros(1)}, tmp_path / "model.fp16.safetensors")
     weight_map = {name: file for file, names in parts.items() for name in names}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    assert {name: one.file.name for name, one in stored_tensors(tmp_path).items()} == weight_map
+    assert {
+        name: one.file.name for name, one in stored_tensors(tmp_path, "transformers").items()
+    } == weight_map
 
 
 def test_variants_are_not_mixed_with_the_model(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
     save_file({"a": torch.zeros(2)}, tmp_path / "model.fp16.safetensors")
-    assert stored_tensors(tmp_path)["a"].shape == (1,)
+    assert stored_tensors(tmp_path, "transformers")["a"].shape == (1,)
 
 
 def test_a_stored_file_has_no_other_names(tmp_path: Path) -> None:
