@@ -107,6 +107,11 @@ class LoadedModel:
         return timestep.to(torch.float32) / self.family.timestep_divisor
 
     @property
+    def last_time(self) -> float:
+        """The largest timestep of the noise schedule, as the denoiser is told it."""
+        return float(self.denoiser_time(torch.tensor(self.scheduler.config.num_train_timesteps - 1)))
+
+    @property
     def control(self) -> ControlNet | None:
         """The ControlNet with the inputs of its specification, or None."""
         if self.controlnet is None:

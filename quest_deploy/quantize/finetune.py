@@ -223,10 +223,7 @@ def _quantize(
     # The others find every part finished, and only read it.
     with workers.main_first():
         data = record(model, config, work, progress)
-        siblings = trace.siblings if recipe.shared_inputs else ()
-        qparams = find_scales(
-            model, data, bits, config, work, progress, timeless=trace.timeless, siblings=siblings
-        )
+        qparams = find_scales(model, data, bits, config, work, progress, trace=trace)
         report = reporter(progress, "collect attention operands")
         operands = find_operands(
             model.denoiser,
@@ -250,7 +247,7 @@ def _quantize(
     student = make_student(model, qparams, rounded, context)
     trace = insert_tables(student, model.denoiser, trace, context, data.device)
     insert_attention(student, operands, context)
-    share_quantizers(student, siblings)
+    share_quantizers(student, trace.siblings if recipe.shared_inputs else ())
     student.to(data.device)
     inputs = Inputs(
         model=model,

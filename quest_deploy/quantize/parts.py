@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,8 @@ from quest_deploy.quantize.memory import (
 from quest_deploy.quantize.resume import Throttle, WorkDirectory, flatten_qparams, unflatten_qparams
 from quest_deploy.quantize.schedule import recording_config
 from quest_deploy.quantize.select import for_layer
+from quest_deploy.quantize.time_inputs import inputs_over_time
+from quest_deploy.quantize.trace import Trace
 
 logger = logging.getLogger(__name__)
 
@@ -104,12 +106,12 @@ def find_scales(
     work: WorkDirectory,
     progress: Progress,
     *,
-    timeless: Collection[str] = (),
-    siblings: Iterable[Sequence[str]] = (),
+    trace: Trace,
 ) -> dict[str, LayerQParams]:
     """Starting scales of every layer with `bits`, from what it is given on the recorded trajectories.
 
-    The `timeless` ones have one scale for all timesteps; `siblings` of the same bits share scales and channel row.
+    Those that carry time are given every timestep; the timeless ones have one scale for all. Where the recipe shares
+    inputs, siblings of the same bits share scales and channel row.
     """
     recipe = config.recipe
     saved = work.load("inputs")
@@ -127,6 +129,15 @@ def find_scales(
                 model, data, recipe, PROMPTS_PER_STEP, _seen_bytes(model, data, list(bits))
             ),
         )
+        inputs |= inputs_over_time(
+            model.denoiser,
+            trace,
+            data,
+            bits,
+            last_time=model.last_time,
+            positions=POSITIONS_PER_STEP,
+            seed=config.seed,
+        )
         work.save("inputs", inputs)
         work.drop(work.names(calibrate.PIECES))
     else:
@@ -137,10 +148,11 @@ def find_scales(
     qparams = {} if saved is None else unflatten_qparams(*saved)
     throttle = Throttle()
     layers = quantizable_layers(model.denoiser)
+    siblings = trace.siblings if recipe.shared_inputs else ()
     beside = {name: [other for other in names if other in inputs] for names in siblings for name in names}
     for done, name in enumerate(inputs, start=1):
         if name not in qparams:
-            own = for_layer(recipe, name, timeless)
+            own = for_layer(recipe, name, trace.timeless)
             together = [other for other in beside.get(name, (name,)) if bits[other] == bits[name]]
             qparams |= initialize_together(
                 {other: layers[other] for other in together}, inputs[name], bits[name], own

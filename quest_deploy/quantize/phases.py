@@ -100,7 +100,6 @@ def make_task(inputs: Inputs) -> train.Task:
     if recipe.memory_limit_gb is not None:
         max_pairs, max_walks = _slices(inputs, recipe.memory_limit_gb, steps)
         logger.info("at most %d pairs or %d walks at once", max_pairs, max_walks)
-    last = torch.tensor(inputs.model.scheduler.config.num_train_timesteps - 1)
     with train.autocast(data.device, recipe.precision):
         objective = make_objective(
             inputs.student,
@@ -124,7 +123,7 @@ def make_task(inputs: Inputs) -> train.Task:
         objective=objective,
         context=inputs.context,
         seed=inputs.config.seed,
-        last_time=float(inputs.model.denoiser_time(last)),
+        last_time=inputs.model.last_time,
         precision=recipe.precision,
         workers=inputs.workers,
     )

@@ -52,7 +52,7 @@ def test_layers_that_read_one_tensor_start_from_one_grid_and_row(
 
 
 def test_scales_come_in_the_order_of_the_layers_after_an_interruption_too(
-    float_model: LoadedModel, recorded: CalibrationSet, work: WorkDirectory
+    float_model: LoadedModel, recorded: CalibrationSet, work: WorkDirectory, traced: Trace
 ) -> None:
     names = ("time_embedding.linear_1", "conv_in", "conv_out")
     assert list(names) != sorted(names)
@@ -60,7 +60,7 @@ def test_scales_come_in_the_order_of_the_layers_after_an_interruption_too(
     config = FinetuneConfig(recipe=RECIPE)
 
     def scales() -> dict[str, LayerQParams]:
-        return find_scales(float_model, recorded, bits, config, work, lambda event: None)
+        return find_scales(float_model, recorded, bits, config, work, lambda event: None, trace=traced)
 
     fresh = scales()
     work.drop(["scales"])  # as where the run was killed before these
