@@ -21,9 +21,15 @@ from quest_deploy.model.load import LoadedModel
 from quest_deploy.quantize.calibrate import CalibrationSet, told_to
 from quest_deploy.quantize.insert import quantized_layers
 from quest_deploy.quantize.layers import TimestepContext
-from quest_deploy.quantize.losses import Draw, Objective, network_loss
+from quest_deploy.quantize.losses import (
+    Draw,
+    Objective,
+    network_loss,
+    temporal_conditioning,
+    temporal_loss,
+)
 from quest_deploy.quantize.pictures import control_shape, sees_pictures, without_pictures
-from quest_deploy.quantize.trace import tensors_in
+from quest_deploy.quantize.trace import Trace, tensors_in
 from quest_deploy.quantize.walk import Steps
 
 META = torch.device("meta")
@@ -195,6 +201,35 @@ def pass_memory(
     context.now = before
     each = max(1, peaks[1] - peaks[0])
     return PassMemory(fixed=max(0, peaks[0] - each), each=each)
+
+
+def temporal_memory(
+    student: nn.Module,
+    teacher: nn.Module,
+    trace: Trace,
+    data: CalibrationSet,
+    context: TimestepContext,
+    count: int,
+) -> int:
+    """Peak bytes of gradients of the temporal layers' own loss at `count` timesteps, beside the parameters.
+
+    Args:
+        student: Its parameters that ask for gradients are the ones that learn. No value is read.
+        teacher: Full precision.
+        trace: Theirs.
+        data: Gives shapes.
+        context: The student's.
+        count: Timesteps.
+    """
+    before, shapes = context.now, without_trajectories(data)
+    bare, target = without_values(student, context), without_values(teacher, context)
+    conditioning = temporal_conditioning(trace, shapes, count, torch.Generator())
+    with PeakMemory() as memory:
+        loss = temporal_loss(bare, target, trace, torch.empty(count, device=META), conditioning, context)
+        if loss.requires_grad:
+            loss.backward()
+    context.now = before
+    return memory.peak
 
 
 @torch.no_grad()

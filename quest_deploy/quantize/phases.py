@@ -22,6 +22,7 @@ from quest_deploy.quantize.memory import (
     limit_slices,
     pass_memory,
     size_bytes,
+    temporal_memory,
     weight_bytes,
 )
 from quest_deploy.quantize.parallel import ALONE, Workers
@@ -150,6 +151,10 @@ def phase_memory(
     pairs = pass_memory(student, data, inputs.context, bare, walks=False)
     walking = steps is not None and steps.starts(recipe.walk_length) > 0
     walks = pass_memory(student, data, inputs.context, bare, walks=True) if walking else None
+    if name == "temporal" and inputs.trace.ends:
+        count = train.TIMESTEPS_PER_LOCAL_BATCH
+        # Beside a pass over pairs, whose update it is part of.
+        held += temporal_memory(student, model.denoiser, inputs.trace, data, inputs.context, count)
     student.requires_grad_(False)
     # Adam's two moments and the best tensors so far; gradients are part of a pass.
     return held + 3 * learned, pairs, walks

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from quest_deploy.artifacts import write_artifact
 from quest_deploy.errors import ArtifactError, StaleArtifactError
+from quest_deploy.model.carried import copy_part
 from quest_deploy.model.components import predict
 from quest_deploy.model.load import LoadedModel
 from quest_deploy.quantize.calibrate import CalibrationSet
 from quest_deploy.quantize.checkpoint import (
     SUMMARY,
-    _not_carried,
     freeze,
     load_checkpoint,
     save_checkpoint,
@@ -247,9 +247,13 @@ def test_a_layer_that_the_model_lacks_is_refused(damaged: Callable) -> None:
         load_checkpoint(path)
 
 
-def test_tokenizers_of_sentencepiece_are_carried_and_pickles_are_not() -> None:
-    names = ["spiece.model", "tokenizer_config.json", "merges.txt", "pytorch_model.bin", ".cache"]
-    assert _not_carried("tokenizer", names) == {"pytorch_model.bin", ".cache"}
+def test_tokenizers_of_sentencepiece_are_carried_and_pickles_are_not(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer").mkdir()
+    for name in ("spiece.model", "tokenizer_config.json", "merges.txt", "pytorch_model.bin", ".cache"):
+        (tmp_path / "tokenizer" / name).touch()
+    copy_part(tmp_path / "tokenizer", tmp_path / "copy", "transformers")
+    kept = sorted(file.name for file in (tmp_path / "copy").iterdir())
+    assert kept == ["merges.txt", "spiece.model", "tokenizer_config.json"]
 
 
 def test_codes_can_be_read_by_whoever_reads_the_rest(tiny_checkpoint: Path) -> None:

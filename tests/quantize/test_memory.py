@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from quest_deploy.errors import ConfigError
+from quest_deploy.model.load import LoadedModel
 from quest_deploy.quantize import losses
 from quest_deploy.quantize.calibrate import CalibrationSet, from_tensors
 from quest_deploy.quantize.insert import quantized_layers
@@ -22,8 +23,10 @@ from quest_deploy.quantize.memory import (
     enable_checkpointing,
     limit_slices,
     pass_memory,
+    temporal_memory,
     without_values,
 )
+from quest_deploy.quantize.trace import Trace
 from quest_deploy.quantize.train import autocast
 from quest_deploy.quantize.walk import fit_steps
 
@@ -125,6 +128,22 @@ def test_the_memory_of_a_pass_is_found_without_computing_it(student, recorded, o
     with PeakMemory() as memory, sdpa_kernel(SDPBackend.MATH):
         losses.network_loss(denoiser, recorded, objective, drawn).backward()
     assert 0.9 * memory.peak <= found.fixed + 2 * found.each <= 1.2 * memory.peak
+
+
+@pytest.mark.parametrize("count", [16, 256])
+def test_the_memory_of_the_temporal_loss_is_found_without_computing_it(  # type: ignore[no-untyped-def]
+    student, float_model: LoadedModel, recorded: CalibrationSet, traced: Trace, count: int
+) -> None:
+    denoiser, context = student
+    found = temporal_memory(denoiser, float_model.denoiser, traced, recorded, context, count)
+    timestep = torch.linspace(0, 999, count)
+    conditioning = losses.temporal_conditioning(traced, recorded, count, torch.Generator())
+    with PeakMemory() as memory:
+        losses.temporal_loss(
+            denoiser, float_model.denoiser, traced, timestep, conditioning, context
+        ).backward()
+    assert 0.9 * memory.peak <= found <= 1.1 * memory.peak
+    assert all(p.grad is not None for n, p in denoiser.named_parameters() if n.startswith("time_embedding"))
 
 
 def test_measuring_leaves_the_student_alone(student, recorded, objective) -> None:  # type: ignore[no-untyped-def]
