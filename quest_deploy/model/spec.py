@@ -189,7 +189,7 @@ def _defaults(family: Family, name: str, config: Config, index: Mapping[str, Any
     entry = index.get(folder)
     named = entry[-1] if isinstance(entry, list) and entry else None
     usual = family.denoiser_class if name == family.denoiser else None
-    kinds = (config.get("_class_name"), named, usual)
+    kinds = map(str, (config.get("_class_name"), named, usual))
     return next((DIFFUSERS_DEFAULTS[kind] for kind in kinds if kind in DIFFUSERS_DEFAULTS), {})
 
 

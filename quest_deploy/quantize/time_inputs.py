@@ -12,9 +12,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from quest_deploy.quantize.calibrate import CPU, CalibrationSet
+from quest_deploy.quantize.calibrate import CalibrationSet
 from quest_deploy.quantize.insert import channel_axis, quantizable_layers
 from quest_deploy.quantize.losses import temporal_conditioning
+from quest_deploy.quantize.recomputed import CPU
 from quest_deploy.quantize.trace import Trace
 
 
