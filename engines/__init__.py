@@ -96,7 +96,7 @@ def load_engines(
 
 
 def check_run(backend: str, run: RunConfig) -> None:
-    """Refuse what a backend does not have: execution providers, weights that stay in host memory.
+    """Refuse what a backend does not have: execution providers, CUDA graphs, weights that stay in host memory.
 
     Raises:
         ConfigError: it has none.
@@ -105,6 +105,11 @@ def check_run(backend: str, run: RunConfig) -> None:
         raise ConfigError(
             f"gpu_weights_gb is {run.gpu_weights_gb:g}, but only TensorRT engines stream weights and {backend} runs "
             "this; leave --gpu-weights out"
+        )
+    if not run.cuda_graphs and backend not in TENSORRT_BACKENDS:
+        raise ConfigError(
+            f"cuda_graphs is off, but only TensorRT engines have them and {backend} runs this; leave --no-cuda-graphs "
+            "out"
         )
     if run.provider is not None and backend != "onnxruntime":
         raise ConfigError(

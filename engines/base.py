@@ -98,11 +98,24 @@ def cannot_run(
     spec: ComponentSpec, runtime: str, inputs: Mapping[str, Tensor], cause: str
 ) -> EngineInputError:
     """The error of a runtime that fails on inputs which the specification allows."""
-    shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in inputs.items())
     return EngineInputError(
-        f"{spec.name}: {runtime} cannot run it on {shapes}: {cause}; "
+        f"{spec.name}: {runtime} cannot run it on {_shapes(inputs)}: {cause}; "
         "check the values, and that the model can halve the image sizes as often as it does"
     )
+
+
+def cannot_compile(
+    spec: ComponentSpec, runtime: str, inputs: Mapping[str, Tensor], cause: str
+) -> EngineInputError:
+    """The error of a runtime that makes no kernels for inputs which the specification allows."""
+    return EngineInputError(
+        f"{spec.name}: {runtime} cannot compile it for {_shapes(inputs)}: {cause}; "
+        "run the same directory with --backend onnxruntime, or take another image size"
+    )
+
+
+def _shapes(inputs: Mapping[str, Tensor]) -> str:
+    return ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in inputs.items())
 
 
 def _check_tensor(

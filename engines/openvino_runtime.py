@@ -11,21 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quest_deploy.artifacts import read_artifact
+from quest_deploy.artifacts import Artifact, read_artifact, read_json
 from quest_deploy.engines.adapted import AdaptedEngine
-from quest_deploy.engines.base import Closing, Engine, as_arrays, cannot_run, check_inputs
+from quest_deploy.engines.base import Closing, Engine, as_arrays, cannot_compile, cannot_run, check_inputs
 from quest_deploy.engines.foreign import fitted_components
-from quest_deploy.errors import ArtifactError, MissingDependencyError, StaleArtifactError
+from quest_deploy.errors import ArtifactError, ConfigError, MissingDependencyError, StaleArtifactError
 from quest_deploy.model.spec import ComponentSpec, component_specs
 
 logger = logging.getLogger(__name__)
 
-ONNX_NAME = "model.onnx"
+ONNX_NAME, SUMMARY = "model.onnx", "quest.json"
 DEVICE = "CPU"
 # OpenVINO computes floats in bf16 where the CPU has it, which flips int8 codes and misses the parity gate.
 PRECISION = "f32"
-# Its own place in the source comes before the cause.
-_NOISE = ("Exception from ", "Check '")
+# It would round activations to 8 bits before products with packed weights, where the graph has them in float.
+DYNAMIC_QUANTIZATION = 0
+# Its own place in the source comes before the cause, which may be a failed check alone.
+_PLACE, _CHECK = "Exception from ", "Check '"
 
 
 # Graphs of fixed shapes are faster; each is a copy of the weights.
@@ -91,8 +93,8 @@ class OpenVinoEngine(Closing):
         graph = self.graph
         if graph is None:
             raise RuntimeError(f"{self.spec.name}: the engine is closed")
+        request = self._request(graph, inputs)
         try:
-            request = self._request(graph, inputs)
             request.infer(as_arrays(inputs))
         except RuntimeError as error:
             raise cannot_run(self.spec, "OpenVINO", inputs, _cause(error)) from error
@@ -100,13 +102,20 @@ class OpenVinoEngine(Closing):
         return {name: torch.from_numpy(request.get_tensor(name).data.copy()) for name in outputs}
 
     def _request(self, graph: Graph, inputs: Mapping[str, Tensor]) -> Any:
-        """What runs inputs of these shapes in this thread."""
+        """What runs inputs of these shapes in this thread.
+
+        Raises:
+            EngineInputError: OpenVINO compiles no graph for them.
+        """
         shapes: Shapes | None = tuple((name, tuple(tensor.shape)) for name, tensor in sorted(inputs.items()))
         with self._lock:
             if shapes not in self.compiled and len(self.compiled) >= MAX_STATIC:
                 shapes = None
             if shapes not in self.compiled:
-                self.compiled[shapes] = graph.compile(shapes)
+                try:
+                    self.compiled[shapes] = graph.compile(shapes)
+                except RuntimeError as error:
+                    raise cannot_compile(self.spec, "OpenVINO", inputs, _cause(error)) from error
             compiled = self.compiled[shapes]
         mine = self.requests.by_shapes
         if shapes not in mine:
@@ -129,6 +138,7 @@ def load_openvino_engines(onnx_dir: Path, *, threads: int | None = None) -> dict
     Raises:
         MissingDependencyError: OpenVINO is not installed.
         ArtifactError: not an `onnx` artifact, changed since it was written, or not a graph that can be run.
+        ConfigError: OpenVINO computes something else.
         StaleArtifactError: the graphs' inputs or outputs are not this version's.
     """
     try:
@@ -138,10 +148,9 @@ def load_openvino_engines(onnx_dir: Path, *, threads: int | None = None) -> dict
             f"OpenVINO cannot be imported ({error}); run `pip install 'quest-deploy[openvino]'`"
         ) from error
     source = read_artifact(Path(onnx_dir), stage="onnx")
+    check_attention(source)
     core = openvino.Core()
-    options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": PRECISION, "PERFORMANCE_HINT": "LATENCY"}
-    if threads is not None:
-        options["INFERENCE_NUM_THREADS"] = threads
+    options = compile_options(threads)
     engines: dict[str, Engine] = {}
     fitted = fitted_components(source)
     for name, spec in component_specs(source.path).items():
@@ -153,6 +162,32 @@ def load_openvino_engines(onnx_dir: Path, *, threads: int | None = None) -> dict
         engines[name] = OpenVinoEngine(spec, graph)
     logger.debug("read %s with OpenVINO at %s", source.path, PRECISION)
     return engines
+
+
+def compile_options(threads: int | None) -> dict[str, Any]:
+    """What every graph is compiled with, so that it computes what it says, soon."""
+    options: dict[str, Any] = {
+        "INFERENCE_PRECISION_HINT": PRECISION,
+        "PERFORMANCE_HINT": "LATENCY",
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": DYNAMIC_QUANTIZATION,
+    }
+    return options if threads is None else {**options, "INFERENCE_NUM_THREADS": threads}
+
+
+def check_attention(source: Artifact) -> None:
+    """Refuse quantized attention in bfloat16: OpenVINO 2026.4 does not compile it, or draws something else.
+
+    Raises:
+        ConfigError: the graphs have it.
+    """
+    config, summary = source.manifest.config, source.path / SUMMARY
+    if config.get("dtype") != "bf16" or config.get("mode") != "int8" or not summary.is_file():
+        return
+    if read_json(summary).get("attention"):
+        raise ConfigError(
+            f"'{source.path}' has quantized attention in bf16, which OpenVINO computes wrongly; export it with "
+            "--dtype fp32 or fp16, or finetune it without attention_bits"
+        )
 
 
 def check_names(spec: ComponentSpec, model: Any) -> None:
@@ -178,5 +213,6 @@ def check_names(spec: ComponentSpec, model: Any) -> None:
 
 def _cause(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    telling = [line for line in lines if not line.startswith(_NOISE)]
-    return (telling or lines or [type(error).__name__])[0].rstrip(":.")[:300]
+    causes = [line for line in lines if not line.startswith(_PLACE)]
+    telling = [line for line in causes if not line.startswith(_CHECK)]
+    return (telling or causes or lines or [type(error).__name__])[0].rstrip(":.")[:300]

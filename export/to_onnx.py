@@ -52,6 +52,7 @@ MODEL_FILE = "model.onnx"
 EXTERNAL_DATA_FILE = "model.onnx_data"
 # protobuf ends at 2 GB; but checking a file holds it several times, and without its weights it is small.
 INLINE_LIMIT_BYTES = 50_000_000
+INT4_BITS = 4
 INDEX, SUMMARY = "model_index.json", "quest.json"
 
 
@@ -127,7 +128,7 @@ def export(
         writer.details.update({} if checkpoint is None else merged_details(checkpoint.manifest))
         writer.details.update(
             components=components,
-            opset=config.opset,
+            opset=max(component["opset"] for component in components.values()),
             target=config.target,
             lowering=config.mode,
             dtype=config.dtype,
@@ -312,9 +313,16 @@ def load_source(source: Path, config: ExportConfig) -> LoadedModel:
     if check_mode(source, config) == "model":
         return load_model(source, deferred=True)
     from quest_deploy.quantize.checkpoint import load_checkpoint
+    from quest_deploy.quantize.insert import quantized_layers
 
     model = load_checkpoint(source, deferred=True)
     if config.mode == "int4-weight-only":
+        if not any(layer.weight_bits == INT4_BITS for layer in quantized_layers(model.denoiser).values()):
+            logger.warning(
+                "no weight of %s has 4 bits, so that int4-weight-only stores all of them in 8; finetune with "
+                "weight_bits: 4 for less",
+                source,
+            )
         drop_activation_quantizers(model.denoiser)
     return model
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from numbers import Integral, Real
 
 from quest_deploy.errors import ConfigError
 
@@ -24,17 +25,36 @@ def one_of(problems: list[str], name: str, value: object, allowed: tuple[str, ..
 
 
 def at_least(problems: list[str], minimum: float, **values: float) -> None:
-    """Note a problem for each named value that is not finite, or below `minimum`."""
+    """Note a problem for each named value that is no finite number, or below `minimum`."""
     for name, value in values.items():
-        if not value >= minimum:
+        if not _is_a(Real, value):
+            problems.append(f"{name} is {value!r}, expected a number")
+        elif not value >= minimum:
             problems.append(f"{name} is {value}, expected at least {minimum:g}")
         elif value == math.inf:
             problems.append(f"{name} is {value}, expected a finite number")
 
 
+def whole_at_least(problems: list[str], minimum: int, **values: int) -> None:
+    """Note a problem for each named value that is no whole number, or below `minimum`."""
+    for name, value in values.items():
+        if _is_a(Integral, value):
+            at_least(problems, minimum, **{name: value})
+        else:
+            problems.append(f"{name} is {value!r}, expected a whole number")
+
+
+def _is_a(kind: type, value: object) -> bool:
+    """Whether `value` is a number of that kind: not True, nor text."""
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
 def seeds_fit(problems: list[str], seed: int, count: int) -> None:
     """Note a problem where `seed`, or one of the `count` - 1 after it, is none that torch takes."""
-    at_least(problems, 0, seed=seed)
+    before = len(problems)
+    whole_at_least(problems, 0, seed=seed)
+    if len(problems) > before:
+        return
     last = MAX_SEED + 1 - max(1, count)
     if seed > last:
         problems.append(
@@ -42,9 +62,18 @@ def seeds_fit(problems: list[str], seed: int, count: int) -> None:
         )
 
 
-def are_text(problems: list[str], name: str, texts: Iterable[str]) -> None:
-    """Note a problem for the first of `texts` that is not text: a terminal's bytes in another encoding than UTF-8."""
+def are_text(problems: list[str], name: str, texts: Iterable[object] | None) -> None:
+    """Note a problem for the first of `texts` that is not text: a terminal's bytes in another encoding than UTF-8.
+
+    One text in place of several is a problem, too: its letters would pass for them.
+    """
+    if isinstance(texts, str) or not isinstance(texts, Iterable):
+        problems.append(f"{name}s are {texts!r}, expected a tuple of texts: ({texts!r},)")
+        return
     for text in texts:
+        if not isinstance(text, str):
+            problems.append(f"{name} is {text!r}, expected a text")
+            return
         try:
             text.encode()
         except UnicodeEncodeError:

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -24,6 +25,7 @@ from quest_deploy.checks import at_least as at_least
 from quest_deploy.checks import one_of as one_of
 from quest_deploy.checks import raise_if_any as raise_if_any
 from quest_deploy.checks import seeds_fit as seeds_fit
+from quest_deploy.checks import whole_at_least as whole_at_least
 from quest_deploy.recipe_config import BitsOverride as BitsOverride
 from quest_deploy.recipe_config import PhaseConfig as PhaseConfig
 from quest_deploy.recipe_config import Precision as Precision
@@ -124,15 +126,17 @@ class GenerateConfig:
 
     def __post_init__(self) -> None:
         problems: list[str] = []
-        at_least(problems, 1, steps=self.steps, num_images=self.num_images, batch_size=self.batch_size)
+        whole_at_least(problems, 1, steps=self.steps, num_images=self.num_images, batch_size=self.batch_size)
         at_least(problems, 0, guidance_scale=self.guidance_scale)
-        seeds_fit(problems, self.seed, max(1, len(self.prompts)) * self.num_images)
         are_text(problems, "prompt", self.prompts)
         are_text(problems, "negative_prompt", (self.negative_prompt,))
+        if not problems:
+            seeds_fit(problems, self.seed, max(1, len(self.prompts)) * self.num_images)
         for name in ("height", "width"):
             value = getattr(self, name)
-            if value is not None and (value < 8 or value % 8):
-                problems.append(f"{name} is {value}, expected a positive multiple of 8 pixels")
+            whole = isinstance(value, Integral)
+            if value is not None and not (whole and value >= 8 and value % 8 == 0):
+                problems.append(f"{name} is {value!r}, expected a positive multiple of 8 pixels")
         raise_if_any(problems, "generate")
 
 
@@ -160,10 +164,13 @@ class ParityConfig:
 
     def __post_init__(self) -> None:
         problems: list[str] = []
-        at_least(problems, 1, num_prompts=self.num_prompts, steps=self.steps, batch_size=self.batch_size)
+        whole_at_least(
+            problems, 1, num_prompts=self.num_prompts, steps=self.steps, batch_size=self.batch_size
+        )
         at_least(problems, 0, guidance_scale=self.guidance_scale)
-        seeds_fit(problems, self.seed, len(self.prompts) or self.num_prompts)
         are_text(problems, "prompt", self.prompts)
+        if not problems:
+            seeds_fit(problems, self.seed, len(self.prompts) or self.num_prompts)
         raise_if_any(problems, "parity")
 
 
@@ -201,10 +208,10 @@ class BenchConfig:
 
     def __post_init__(self) -> None:
         problems: list[str] = []
-        at_least(problems, 1, runs=self.runs, rounds=self.rounds)
-        at_least(problems, 0, warmup=self.warmup)
+        whole_at_least(problems, 1, runs=self.runs, rounds=self.rounds)
+        whole_at_least(problems, 0, warmup=self.warmup)
         if self.threads is not None:
-            at_least(problems, 1, threads=self.threads)
+            whole_at_least(problems, 1, threads=self.threads)
         raise_if_any(problems, "bench")
         GenerateConfig(**self.request())
 
@@ -280,7 +287,7 @@ class FinetuneConfig:
         are_text(problems, "prompt", self.prompts)
         if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
             problems.append(f"device is {self.device!r}, expected cpu, cuda or cuda:N")
-        if 0 < len(self.prompts) < self.recipe.calibration_prompts:
+        if not problems and 0 < len(self.prompts) < self.recipe.calibration_prompts:
             problems.append(
                 f"{len(self.prompts)} prompts were given, "
                 f"recipe {self.recipe.name} calibrates on {self.recipe.calibration_prompts}"

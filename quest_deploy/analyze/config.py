@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from quest_deploy.config import Recipe, are_text, at_least, raise_if_any, seeds_fit
+from quest_deploy.config import Recipe, are_text, raise_if_any, seeds_fit, whole_at_least
 from quest_deploy.errors import ConfigError
 from quest_deploy.quantize.allocate import Bits
 
@@ -38,12 +38,12 @@ class AnalyzeConfig:
 
     def __post_init__(self) -> None:
         problems: list[str] = []
-        at_least(problems, 1, num_prompts=self.num_prompts, sensitivity_steps=self.sensitivity_steps)
-        at_least(problems, 1, sensitivity_prompts=self.sensitivity_prompts)
-        at_least(problems, 2, steps=self.steps)
+        whole_at_least(problems, 1, num_prompts=self.num_prompts, sensitivity_steps=self.sensitivity_steps)
+        whole_at_least(problems, 1, sensitivity_prompts=self.sensitivity_prompts)
+        whole_at_least(problems, 2, steps=self.steps)
         seeds_fit(problems, self.seed, self.num_prompts)
         are_text(problems, "prompt", self.prompts)
-        if 0 < len(self.prompts) < self.num_prompts:
+        if not problems and 0 < len(self.prompts) < self.num_prompts:
             problems.append(f"{len(self.prompts)} prompts were given, num_prompts is {self.num_prompts}")
         if not self.bits:
             problems.append("bits is empty, expected for example w4 and a4")

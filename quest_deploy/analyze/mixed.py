@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from quest_deploy.config import Recipe, raise_if_any, to_dict
 from quest_deploy.files import write_text
 from quest_deploy.quantize.allocate import (
     Allocation,
+    Bits,
     Budget,
     allocate,
     layers_to_finetune,
@@ -53,12 +54,18 @@ class RecipeRequest:
 
 
 def request_of(
-    path: Path | None, finetune_share: float | None, **budget: float | None
+    path: Path | None, finetune_share: float | None, bits: Sequence[str], **budget: float | None
 ) -> RecipeRequest | None:
     """The request of the given options; None where nothing is asked for.
 
+    Args:
+        path: Where the recipe is written.
+        finetune_share: As of :class:`RecipeRequest`.
+        bits: What each layer's damage will be measured at.
+        budget: As of :class:`Budget`.
+
     Raises:
-        ConfigError: a budget without a file to write, or the other way round.
+        ConfigError: a budget without a file to write, or the other way round, or without the damages that it needs.
     """
     given = {name: value for name, value in budget.items() if value is not None}
     if path is None:
@@ -70,11 +77,32 @@ def request_of(
             "analyze",
         )
         return None
+    missing = missing_bits(bits) if given else []
+    raise_if_any(
+        [
+            f"a budget of bits chooses among 4 and 8, and bits lack {', '.join(missing)}; add them, or leave --bits out"
+        ]
+        if missing
+        else [],
+        "analyze",
+    )
     return RecipeRequest(
         path=path,
         budget=Budget(**given) if given else None,  # type: ignore[arg-type]
         finetune_share=finetune_share,
     )
+
+
+def missing_bits(bits: Sequence[str]) -> list[str]:
+    """Which bits of a layer have no damage, where it is measured at `bits`, together or one by one."""
+    measured = {str(Bits.parse(name)) for name in bits}
+    widths = (8, 4)
+    return [
+        f"w{weight}a{activation}"
+        for weight in widths
+        for activation in widths
+        if f"w{weight}a{activation}" not in measured and not {f"w{weight}", f"a{activation}"} <= measured
+    ]
 
 
 def write_mixed_recipe(

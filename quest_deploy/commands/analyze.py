@@ -131,6 +131,7 @@ def analyze(
     request = request_of(
         write_recipe,
         finetune_share,
+        config.bits,
         average_weight_bits=average_weight_bits,
         weight_bytes=allocate_bytes,
         average_activation_bits=average_activation_bits,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from quest_deploy.commands.progress import show_progress
 from quest_deploy.commands.verb import (
@@ -17,6 +19,8 @@ from quest_deploy.commands.verb import (
     verb,
 )
 from quest_deploy.config import DTYPES, MODES, TARGETS, ExportConfig
+
+logger = logging.getLogger(__name__)
 
 
 @click.command(short_help="A model or checkpoint to ONNX.")
@@ -72,7 +76,15 @@ def export(
     build = f"quest-deploy build-engine {output} -o DIR --backend {target}"
     draw = f"quest-deploy generate {output} PROMPT -o DIR"
     if dtype == "bf16":
-        draw += " --backend openvino (ONNX Runtime runs no bf16 on the CPU)"
+        draw += " --backend openvino (ONNX Runtime runs no bf16 on the CPU, nor OpenVINO quantized attention in it)"
+    written = artifact.manifest.details["opset"]
+    if (
+        written > opset
+        and click.get_current_context().get_parameter_source("opset") == ParameterSource.COMMANDLINE
+    ):
+        logger.warning(
+            "graphs of %s have operator set %d, which its quantizers need, not %d", dtype, written, opset
+        )
     return artifact_result(artifact, draw if target == "onnxruntime" else build)
 
 

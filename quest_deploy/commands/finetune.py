@@ -55,7 +55,7 @@ RESUME_HINT = "run the same command with --resume to go on from the last saved s
 @click.option("--dry-run", is_flag=True, help="Only tell what time, memory and disk each part will take.")
 @click.option("--resume", is_flag=True, help="Go on where an interrupted run stopped.")
 @overwrite_option
-@verb(when_interrupted=RESUME_HINT)
+@verb(when_interrupted=RESUME_HINT, together=True)
 def finetune(
     *,
     model: str,

@@ -40,6 +40,8 @@ def describe(path: Path, *, verify: bool = False) -> dict[str, Any]:
     stage = stage_of(path)
     data: dict[str, Any] = {"path": str(path), "stage": stage}
     if stage == "model":
+        if path.is_file():
+            data["tensors"] = count_tensors(path)
         data["digest"] = hash_directory(path)
         files = _sizes(path)
     else:
@@ -69,6 +71,23 @@ def describe(path: Path, *, verify: bool = False) -> dict[str, Any]:
     if (path / "quest.json").is_file():
         data["quantization"] = summarize_layers(path / "quest.json")
     return data
+
+
+def count_tensors(path: Path) -> int:
+    """How many tensors a safetensors file holds.
+
+    Raises:
+        ArtifactError: it is none, or corrupt.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    from quest_deploy.errors import ArtifactError
+
+    try:
+        with safe_open(path, framework="numpy") as stored:
+            return len(stored.keys())
+    except (SafetensorError, OSError) as error:
+        raise ArtifactError(f"'{path}' is corrupt or no safetensors file ({error}); copy it anew") from error
 
 
 def _sizes(path: Path) -> dict[str, int]:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from quest_deploy.export.lint.report import LintReport
 
 _MARKS = {"int8": "green", "int4 storage": "cyan", "float": "yellow", "breaks": "bold red"}
+_MAX_SIZE = 2**31 - 1
 _SEVERITY = {"error": "bold red", "warning": "yellow", "info": "dim"}
 _NO_TERMINAL_WIDTH = 100_000
 
@@ -56,6 +57,10 @@ def parse_dimensions(options: tuple[str, ...]) -> dict[str, int]:
         name, equals, size = option.partition("=")
         if not equals or not name.strip() or not size.strip().isdigit():
             raise click.BadParameter(f"got {option!r}, expected NAME=SIZE", param_hint="--dim")
+        if len(size.strip()) > len(str(_MAX_SIZE)) or not 1 <= int(size) <= _MAX_SIZE:
+            raise click.BadParameter(
+                f"got {option!r}, expected a size of 1 to {_MAX_SIZE}", param_hint="--dim"
+            )
         sizes[name.strip()] = int(size)
     return sizes
 

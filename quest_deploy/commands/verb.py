@@ -36,6 +36,9 @@ _TERMINAL = "quest_deploy.terminal"
 
 NOTHING_LEFT = "nothing half-written was left; run the same command again"
 
+# How torch tells of a process that is gone: by its own types, and in gloo's words.
+_LOST_PEER, _PEER_CLOSED = ("DistNetworkError", "DistBackendError"), "Connection closed by peer"
+
 logger = logging.getLogger("quest_deploy")
 
 
@@ -60,11 +63,14 @@ overwrite_option = click.option(
 )
 
 
-def verb(*, when_interrupted: str = NOTHING_LEFT) -> Callable[[Callable[..., Result]], Callable[..., None]]:
+def verb(
+    *, when_interrupted: str = NOTHING_LEFT, together: bool = False
+) -> Callable[[Callable[..., Result]], Callable[..., None]]:
     """Decorate the body of a command: it returns a :class:`Result` and raises :class:`QuestDeployError`.
 
     Args:
         when_interrupted: What to tell somebody who pressed Ctrl-C.
+        together: Whether several processes may run it as one, of which the first alone prints the result.
     """
 
     def decorate(body: Callable[..., Result]) -> Callable[..., None]:
@@ -75,6 +81,7 @@ def verb(*, when_interrupted: str = NOTHING_LEFT) -> Callable[[Callable[..., Res
         @functools.wraps(body)
         def command(*, as_json: bool, verbose: bool, **options: Any) -> None:
             started = time.monotonic()
+            number = int(os.environ.get("RANK", "0")) if together and "WORLD_SIZE" in os.environ else 0
             failure: tuple[str, str, int] | None = None
             _escape_what_streams_cannot_encode()
             click.get_current_context().meta[_TERMINAL] = sys.stdout is not None and sys.stdout.isatty()
@@ -84,17 +91,19 @@ def verb(*, when_interrupted: str = NOTHING_LEFT) -> Callable[[Callable[..., Res
                 except click.ClickException:
                     raise
                 except (Exception, KeyboardInterrupt, Terminated) as error:
-                    failure = _explain(error, when_interrupted)
+                    failure = _explain(error, when_interrupted, number)
                     if verbose:
                         with contextlib.suppress(OSError):
                             traceback.print_exc()
             if failure is not None:
                 kind, message, code = failure
                 _print(f"Error: {message}" if code == ERROR else message, err=True)
-                if as_json:
+                if as_json and number == 0:
                     _print(json.dumps({"error": {"type": kind, "message": message}}))
                 sys.exit(code)
-            if as_json:
+            if number > 0:
+                refused = None
+            elif as_json:
                 seconds = round(time.monotonic() - started, 3)
                 refused = _print(json.dumps({**result.data, "seconds": seconds}, ensure_ascii=False))
             else:
@@ -143,12 +152,33 @@ def result_to_terminal() -> bool:
     return bool(click.get_current_context().meta[_TERMINAL])
 
 
-def _explain(error: BaseException, when_interrupted: str) -> tuple[str, str, int]:
-    """Type, one message and exit code for whatever ended a verb."""
-    if isinstance(error, KeyboardInterrupt):
+def _explain(error: BaseException, when_interrupted: str, number: int = 0) -> tuple[str, str, int]:
+    """Type, one message and exit code for whatever ended a verb, or its process of that number."""
+    # A library that is being imported may raise an error of its own for it.
+    signals = [one for one in _chain(error) if isinstance(one, KeyboardInterrupt | Terminated)]
+    if signals and isinstance(signals[0], KeyboardInterrupt):
         return "Interrupted", f"Interrupted: {when_interrupted}", INTERRUPTED
-    if isinstance(error, Terminated):
+    if signals:
         return "Terminated", f"Terminated: {when_interrupted}", TERMINATED
+    kind, message, code = _explain_error(error)
+    if number == 0:
+        return kind, message, code
+    if any(type(one).__name__ in _LOST_PEER or _PEER_CLOSED in str(one) for one in _chain(error)):
+        message = "another process of this run ended; see its message"
+    return kind, f"process {number}: {message}", code
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """An error, and those that it was raised for."""
+    seen: set[int] = set()
+    one: BaseException | None = error
+    while one is not None and id(one) not in seen:
+        yield one
+        seen.add(id(one))
+        one = one.__cause__ or one.__context__
+
+
+def _explain_error(error: BaseException) -> tuple[str, str, int]:
     known = error if isinstance(error, QuestDeployError) else storage_error(error, Path.cwd())
     if known is not None:
         return type(known).__name__, str(known), ERROR

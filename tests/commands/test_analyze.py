@@ -96,6 +96,10 @@ def test_a_recipe_is_not_written_into_the_analysis(tmp_path: Path) -> None:
         (["--write-recipe", "nowhere/mixed.yaml", "--finetune-share", "2"], "expected above 0 and at most 1"),
         (["--bits", "w4,w3"], "'w3' are unknown"),
         (["--steps", "1"], "steps is 1, expected at least 2"),
+        (
+            ["--bits", "w8,a8,w4a8", "--average-weight-bits", "6", "--write-recipe", "mixed.yaml"],
+            "bits lack w8a4, w4a4; add them",
+        ),
     ],
 )
 def test_options_that_do_not_fit_are_refused_before_anything_is_loaded(

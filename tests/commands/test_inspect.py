@@ -100,6 +100,16 @@ def test_single_safetensors_file_is_a_model(tmp_path: Path, reference_model: Pat
     file = tmp_path / "model.safetensors"
     shutil.copy(reference_model / "unet" / "diffusion_pytorch_model.safetensors", file)
     assert inspect(file)["size_bytes"] == file.stat().st_size
+    assert inspect(file)["tensors"] > 100
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff" * 1000, b"\x08\0\0\0\0\0\0\0notjson!"])
+def test_a_file_that_is_no_safetensors_is_an_error(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(content)
+    done = CliRunner().invoke(main, ["inspect", str(file)])
+    assert done.exit_code == 1
+    assert "is corrupt or no safetensors file" in done.stderr
 
 
 @pytest.mark.parametrize(

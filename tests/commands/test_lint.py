@@ -45,7 +45,9 @@ def test_bad_input_is_exit_code_1(tmp_path: Path) -> None:
     assert done.stderr.startswith("Error: ")
 
 
-@pytest.mark.parametrize("value", ["height", "height=", "height=big", "=4"])
+@pytest.mark.parametrize(
+    "value", ["height", "height=", "height=big", "=4", "batch=0", "batch=99999999999999999999"]
+)
 def test_a_bad_dimension_is_a_usage_error(tmp_path: Path, value: str) -> None:
     assert run(tmp_path, "conv_w8a8", "--dim", value).exit_code == 2
 

@@ -17,7 +17,7 @@ import torch
 from click.testing import CliRunner, Result
 
 from quest_deploy.commands.verb import Result as VerbResult
-from quest_deploy.commands.verb import format_size, format_table, verb
+from quest_deploy.commands.verb import Terminated, format_size, format_table, verb
 from quest_deploy.errors import ConfigError
 
 
@@ -205,3 +205,58 @@ def test_format_size(size_bytes: int, text: str) -> None:
 
 def test_format_table_aligns_columns() -> None:
     assert format_table([("a", "bb"), ("ccc", "d")]) == "a    bb\nccc  d"
+
+
+class Raised(Exception):
+    """A library's own error for whatever went wrong."""
+
+
+@pytest.mark.parametrize(("signalled", "code"), [(KeyboardInterrupt, 130), (Terminated, 143)])
+@pytest.mark.parametrize("how", ["cause", "context"])
+def test_a_signal_that_a_library_answers_with_an_error_of_its_own_is_a_signal(
+    signalled: type[BaseException], code: int, how: str
+) -> None:
+    def body() -> VerbResult:
+        try:
+            raise signalled
+        except BaseException as error:
+            if how == "cause":
+                raise Raised("cannot be imported") from error
+            raise Raised("cannot be imported")  # noqa: B904
+
+    done = run(body)
+    assert done.exit_code == code
+    assert "go on with --resume" in done.stderr
+
+
+def run_process(body: object, number: int, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Result:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", str(number))
+    command = click.command()(verb(together=True)(body))  # type: ignore[arg-type]
+    return CliRunner().invoke(command, list(arguments))
+
+
+@pytest.mark.parametrize("arguments", [(), ("--json",)])
+def test_of_several_processes_the_first_prints_the_result(
+    monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
+) -> None:
+    assert "x" in run_process(succeed, 0, monkeypatch, *arguments).stdout
+    worker = run_process(succeed, 1, monkeypatch, *arguments)
+    assert (worker.exit_code, worker.stdout, worker.stderr) == (0, "", "")
+
+
+def test_a_processs_error_says_whose_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = run_process(fail_with(ConfigError("no such GPU")), 1, monkeypatch, "--json")
+    assert (done.exit_code, done.stdout, done.stderr) == (1, "", "Error: process 1: no such GPU\n")
+
+
+def test_a_process_that_lost_another_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:2")
+    done = run_process(fail_with(gone), 1, monkeypatch)
+    assert done.stderr == "Error: process 1: another process of this run ended; see its message\n"
+
+
+def test_other_verbs_do_not_care_about_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert run(succeed).stdout == "x: done\n"

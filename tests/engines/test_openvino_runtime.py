@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from quest_deploy.engines import load_engines, resolve_backend
+from quest_deploy.artifacts import read_artifact, write_artifact
+from quest_deploy.config import RunConfig
+from quest_deploy.engines import check_run, load_engines, resolve_backend
 from quest_deploy.engines.base import Engine
+from quest_deploy.engines.openvino_runtime import Graph, check_attention, load_openvino_engines
 from quest_deploy.engines.ort_runtime import load_ort_engines
 from quest_deploy.errors import ArtifactError, ConfigError, EngineInputError, MissingDependencyError
 
@@ -106,3 +109,64 @@ def test_onnx_runtime_stays_the_default(tiny_onnx: Path) -> None:
 def test_openvino_does_not_run_a_model(reference_model: Path) -> None:
     with pytest.raises(ConfigError, match="openvino cannot run"):
         resolve_backend(reference_model, "openvino")
+
+
+PLACES = "Exception from src/core.cpp:117:\nException from src/plugin.cpp:54:\n"
+CHECK = "Check 'convert->constant_fold(values)' failed at src/core/src/pass/constant_folding.cpp:71"
+
+
+@pytest.mark.parametrize(
+    ("text", "cause"),
+    [
+        (f"{PLACES}{CHECK}\n\n", CHECK),
+        (f"{PLACES}{CHECK}:\nno kernel for it\n\n", "no kernel for it"),
+        (PLACES, "Exception from src/core.cpp:117"),
+    ],
+    ids=["check", "reason", "places alone"],
+)
+def test_what_openvino_does_not_compile_is_told_with_its_cause_and_what_runs_it(
+    tiny_onnx: Path, monkeypatch: pytest.MonkeyPatch, text: str, cause: str
+) -> None:
+    pytest.importorskip("openvino")
+    engine = load_engines(tiny_onnx, backend="openvino", threads=1)["unet"]
+
+    def refuse(self: Graph, shapes: object) -> None:
+        raise RuntimeError(text)
+
+    monkeypatch.setattr(Graph, "compile", refuse)
+    with pytest.raises(EngineInputError) as caught:
+        engine(**denoiser_inputs(1, 1))
+    assert "unet: OpenVINO cannot compile it for sample [1, 4, 8, 8], timestep [1], encoder" in str(
+        caught.value
+    )
+    assert f": {cause}; run the same directory with --backend onnxruntime" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "attention", "refused"),
+    [
+        ({"dtype": "bf16", "mode": "int8"}, True, True),
+        ({"dtype": "bf16", "mode": "int8"}, False, False),
+        ({"dtype": "bf16", "mode": "int4-weight-only"}, True, False),
+        ({"dtype": "fp16", "mode": "int8"}, True, False),
+    ],
+)
+def test_quantized_attention_in_bfloat16_is_refused(
+    tmp_path: Path, config: dict[str, str], attention: bool, refused: bool
+) -> None:
+    pytest.importorskip("openvino")
+    path = tmp_path / "onnx"
+    with write_artifact(path, stage="onnx", config=config) as writer:
+        (writer.path / "quest.json").write_text('{"attention": {"mid.query": {}}}' if attention else "{}")
+    if not refused:
+        check_attention(read_artifact(path))
+        return
+    with pytest.raises(ConfigError, match="OpenVINO computes wrongly; export it with --dtype fp32 or fp16"):
+        load_openvino_engines(path)
+
+
+@pytest.mark.parametrize("backend", ["torch", "onnxruntime", "openvino"])
+def test_cuda_graphs_cannot_be_switched_off_where_there_are_none(backend: str) -> None:
+    with pytest.raises(ConfigError, match="only TensorRT engines have them"):
+        check_run(backend, RunConfig(cuda_graphs=False))
+    check_run("tensorrt-rtx", RunConfig(cuda_graphs=False))

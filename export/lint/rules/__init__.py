@@ -53,6 +53,7 @@ from quest_deploy.export.lint.rules.structure import (
     unsupported_type,
 )
 from quest_deploy.export.lint.rules.types import (
+    bfloat16_attention,
     bfloat16_opset,
     double_precision,
     mixed_types,
@@ -79,6 +80,7 @@ RULES: tuple[Rule, ...] = (
     packed_scale_type,
     output_type_opset,
     bfloat16_opset,
+    bfloat16_attention,
     mixed_types,
     double_precision,
     mismatched_scales,

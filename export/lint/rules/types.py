@@ -91,6 +91,25 @@ def bfloat16_opset(view: View, target: str) -> Iterator[Problem]:
             )
 
 
+def bfloat16_attention(view: View, target: str) -> Iterator[Problem]:
+    """OpenVINO does not multiply two quantized activations in bfloat16.
+
+    1. Such a product breaks: it is not compiled, or computes something else.
+    2. Must not fire on other float types, on stored weights, nor for other runtimes.
+    """
+    if target != OPENVINO:
+        return
+    for product in view.products:
+        kinds = types_of(product.node)
+        if product.weight is None and product.both_quantized() and ir.DataType.BFLOAT16 in kinds:
+            yield Problem(
+                node=product.node,
+                breaks=True,
+                message="it multiplies two quantized activations in bfloat16, which OpenVINO computes wrongly; "
+                "export with --dtype fp32 or fp16",
+            )
+
+
 def mixed_types(view: View, target: str) -> Iterator[Problem]:
     """Float operands of one operator have one type.
 

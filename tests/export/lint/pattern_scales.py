@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from tests.export.lint.net import FLOAT, INT4, INT8, INT32, Net
+from tests.export.lint.net import BFLOAT16, FLOAT, INT4, INT8, INT32, Net
 from tests.export.lint.pattern_products import CONV, IMAGE, PATTERNS, ROWS, K, N, pattern
 
 for _name, _value in {"zero": 0.0, "negative": -0.05, "nan": np.nan, "inf": np.inf}.items():
@@ -174,10 +174,19 @@ def matmul_time_aware() -> onnx.ModelProto:
     return net.finish(net.op("Add", net.op("Div", product, r), net.floats((N,))))
 
 
-def attention(*, probabilities: bool = True, scale_before: bool = False, kind: int = INT8) -> onnx.ModelProto:
-    """Two products of activations around a softmax; [1, heads 2, tokens 16, 8]."""
-    net = Net()
-    q, k, v = (net.input((1, 2, 16, 8), name) for name in "qkv")
+def attention(
+    *,
+    probabilities: bool = True,
+    scale_before: bool = False,
+    kind: int = INT8,
+    data: int = FLOAT,
+    outer: int | None = None,
+) -> onnx.ModelProto:
+    """Two products of activations around a softmax; [1, heads 2, tokens 16, 8], which are given as `outer`."""
+    net = Net(data=data)
+    q, k, v = (net.input((1, 2, 16, 8), name, outer) for name in "qkv")
+    if outer not in (None, data):
+        q, k, v = (net.op("Cast", value, to=data) for value in (q, k, v))
     k = net.op("Transpose", k, perm=[0, 1, 3, 2])
     scores = net.op("MatMul", net.quantize(q, kind=kind), net.quantize(k, kind=kind))
     if scale_before:
@@ -185,7 +194,10 @@ def attention(*, probabilities: bool = True, scale_before: bool = False, kind: i
     share = net.op("Softmax", scores, axis=-1)
     if probabilities:
         share = net.quantize(share, scale=net.scale(1 / 127), kind=kind)
-    return net.finish(net.op("MatMul", share, net.quantize(v, kind=kind)))
+    product = net.op("MatMul", share, net.quantize(v, kind=kind))
+    if outer not in (None, data):
+        product = net.op("Cast", product, to=outer)
+    return net.finish(product, kind=outer)
 
 
 PATTERNS |= {
@@ -193,6 +205,8 @@ PATTERNS |= {
     "attention_scaled": lambda: attention(scale_before=True),
     "attention_int4": lambda: attention(kind=INT4),
     "attention_softmax_float": lambda: attention(probabilities=False),
+    "attention_bf16": lambda: attention(data=BFLOAT16),
+    "attention_softmax_float_bf16": lambda: attention(probabilities=False, data=BFLOAT16),
 }
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 
 from quest_deploy.export.lint import lint
 from tests.export.lint.attempts import Outcome, attempt
 from tests.export.lint.combinations import draw
+from tests.export.lint.net import BFLOAT16, FLOAT
+from tests.export.lint.pattern_scales import attention
 from tests.export.lint.patterns import PATTERNS
 
 MODULES = {"tensorrt-rtx": "tensorrt_rtx", "onnxruntime": "onnxruntime", "openvino": "openvino"}
@@ -22,6 +25,8 @@ INTEGER_KERNELS = {
 KERNELS_HIDDEN = {
     ("openvino", name) for name in ("attention_scaled", "shared_dequantize", "product_in_a_branch")
 }
+# Compiled, and computed wrongly: see test_openvino_computes_attention_in_bfloat16_wrongly.
+WRONG_RESULTS = {("openvino", "attention_bf16")}
 RANDOM = 200
 # Of the random ones; TensorRT for RTX and ONNX Runtime agree everywhere on these seeds.
 TOLERATED = {"tensorrt-rtx": 0, "onnxruntime": 0, "openvino": 4}
@@ -36,7 +41,7 @@ def differences(target: str, models: Mapping[str, onnx.ModelProto], folder: Path
         path = folder / "model.onnx"
         path.write_bytes(model.SerializeToString())
         report, outcome = lint(path, target), outcomes[name]
-        if report.breaks == outcome.works:
+        if report.breaks == outcome.works and not (report.breaks and (target, name) in WRONG_RESULTS):
             found.append(f"{name}: lint says {'breaks' if report.breaks else 'works'}, {outcome}")
         promised = sum(layer.execution == "int8" for layer in report.layers)
         if (
@@ -127,6 +132,23 @@ def test_tensorrt_for_rtx_on_representative_patterns(tmp_path: Path) -> None:
 def test_onnx_runtime_on_every_pattern(tmp_path: Path) -> None:
     models = {name: make() for name, make in PATTERNS.items()}
     assert differences("onnxruntime", models, tmp_path) == []
+
+
+def test_openvino_computes_attention_in_bfloat16_wrongly(tmp_path: Path) -> None:
+    openvino = pytest.importorskip("openvino")
+    names = ("attention_bf16", "attention_softmax_float_bf16")
+    assert differences("openvino", {name: PATTERNS[name]() for name in names}, tmp_path) == []
+    products = []
+    values = np.random.default_rng(0).standard_normal((3, 1, 2, 16, 8), dtype=np.float32)
+    for data in (FLOAT, BFLOAT16):
+        onnx.save(attention(data=data, outer=FLOAT), tmp_path / "model.onnx")
+        compiled = openvino.Core().compile_model(
+            tmp_path / "model.onnx", "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
+        )
+        products.append(compiled(dict(zip("qkv", values, strict=True)))[0])
+    exact, rounded = products
+    # As far off as zeros are: a mended OpenVINO fails here, and the rule can go.
+    assert np.square(rounded - exact).mean() > 0.5 * np.square(exact).mean()
 
 
 @pytest.mark.slow

@@ -68,6 +68,7 @@ FIRES: dict[str, list[tuple[str, str, str]]] = {
         ("quantize_output_type_opset19", ORT, BREAKS),
     ],
     "bfloat16-opset": [("float_conv_bf16_opset21", ORT, BREAKS), ("float_conv_bf16_opset21", RTX, WARNING)],
+    "bfloat16-attention": [("attention_bf16", OV, BREAKS), ("attention_softmax_float_bf16", OV, BREAKS)],
     "mixed-types": [
         *(("mixed_add", target, BREAKS) for target in (RTX, ORT, OV)),
         ("mixed_matmul", RTX, BREAKS),
@@ -170,6 +171,11 @@ SILENT: dict[str, list[tuple[str, str]]] = {
         ("float_conv_bf16_opset22", ORT),
         ("float_matmul_bf16", RTX),
         ("float_conv_fp16", ORT),
+    ],
+    "bfloat16-attention": [
+        ("attention_bf16", RTX),
+        ("attention_qkv_softmax", OV),
+        ("mode_int8_bf16", OV),
     ],
     "mixed-types": [
         ("mode_int8_fp16", RTX),
