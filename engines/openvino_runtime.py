@@ -13,9 +13,17 @@ from torch import Tensor
 
 from quest_deploy.artifacts import Artifact, read_artifact, read_json
 from quest_deploy.engines.adapted import AdaptedEngine
-from quest_deploy.engines.base import Closing, Engine, as_arrays, cannot_compile, cannot_run, check_inputs
+from quest_deploy.engines.base import (
+    Closing,
+    Engine,
+    as_arrays,
+    cannot_compile,
+    cannot_run,
+    check_inputs,
+)
 from quest_deploy.engines.foreign import fitted_components
 from quest_deploy.errors import ArtifactError, ConfigError, MissingDependencyError, StaleArtifactError
+from quest_deploy.files import check_name
 from quest_deploy.model.spec import ComponentSpec, component_specs
 
 logger = logging.getLogger(__name__)
@@ -44,6 +52,7 @@ class Graph:
     """
 
     def __init__(self, core: Any, path: Path, options: Mapping[str, Any]) -> None:
+        check_name(path, "OpenVINO")
         self.core, self.path, self.options = core, path, options
         try:
             self.model: Any = core.read_model(path)

@@ -19,6 +19,7 @@ from quest_deploy.engines.base import Closing, Engine, cannot_run, check_inputs
 from quest_deploy.engines.foreign import fitted_components
 from quest_deploy.engines.libraries import gpus
 from quest_deploy.errors import ArtifactError, MissingDependencyError, StaleArtifactError
+from quest_deploy.files import check_name
 from quest_deploy.model.spec import ComponentSpec, TensorSpec, component_specs
 
 logger = logging.getLogger(__name__)
@@ -204,6 +205,7 @@ def open_session(path: Path, options: Any, providers: list[Any], dtype: str | No
     """
     import onnxruntime
 
+    check_name(path, "ONNX Runtime")
     try:
         return onnxruntime.InferenceSession(str(path), sess_options=options, providers=providers)
     except _runtime_errors() as error:

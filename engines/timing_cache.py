@@ -12,10 +12,46 @@ import os
 from pathlib import Path
 from typing import Any
 
+from quest_deploy.config import BuildConfig
 from quest_deploy.errors import ArtifactError, ConfigError
 from quest_deploy.files import check_writable
 
 logger = logging.getLogger(__name__)
+
+
+def used_timing_cache(config: BuildConfig) -> Path | None:
+    """The timing cache of a build; None where there is none to read or write.
+
+    Raises:
+        ConfigError: it cannot be read or written.
+    """
+    if config.timing_cache is None:
+        return None
+    if config.backend == "tensorrt-rtx":
+        logger.warning(
+            "timing cache %s is ignored: TensorRT for RTX times no kernels while it builds, it chooses them on the GPU",
+            config.timing_cache,
+        )
+        return None
+    check_timing_cache(Path(config.timing_cache))
+    return Path(config.timing_cache)
+
+
+def check_place_of_timing_cache(config: BuildConfig, *directories: Path) -> None:
+    """Refuse a timing cache in a directory whose files have digests: what is added there makes it another one.
+
+    Raises:
+        ConfigError: it lies in one of them.
+    """
+    if config.timing_cache is None:
+        return
+    path = Path(config.timing_cache).resolve()
+    for directory in directories:
+        if path.is_relative_to(directory.resolve()):
+            raise ConfigError(
+                f"--timing-cache: '{config.timing_cache}' lies in '{directory}', whose files no build may change; "
+                "choose a path outside"
+            )
 
 
 def check_timing_cache(path: Path) -> None:

@@ -24,7 +24,7 @@ from quest_deploy.engines.libraries import (
     title_of,
 )
 from quest_deploy.engines.profiles import Profile, all_profiles
-from quest_deploy.engines.timing_cache import check_timing_cache
+from quest_deploy.engines.timing_cache import check_place_of_timing_cache, used_timing_cache
 from quest_deploy.engines.trt_process import Progress
 from quest_deploy.engines.up_to_date import (
     companions_digest,
@@ -34,6 +34,7 @@ from quest_deploy.engines.up_to_date import (
     in_words,
 )
 from quest_deploy.errors import ArtifactError, EngineBuildError, MissingDependencyError
+from quest_deploy.files import check_name
 from quest_deploy.lock import locked
 from quest_deploy.model.merged import merged_details
 
@@ -86,6 +87,7 @@ def build_engine(
     """
     # What no build can write to is told before anything else; what lies there is judged once nobody else changes it.
     check_output(Path(output), stage="engines", overwrite=True)
+    check_place_of_timing_cache(config, Path(onnx_dir), Path(output))
     check_tensorrt(config.backend)
     if config.backend == "tensorrt" and not gpus():
         raise MissingDependencyError(
@@ -104,6 +106,7 @@ def build_engine(
             return read_artifact(output, stage="engines")
         wanted = {name: own for name, own in profiles.items() if name not in kept}
         for name in wanted:
+            check_name(source.path / name / ONNX_NAME, "TensorRT")
             check_graph(name, source.path / name / ONNX_NAME, config.backend)
         with write_artifact(
             output,
@@ -247,18 +250,10 @@ def make_job(
     Raises:
         ConfigError: the timing cache cannot be read or written.
     """
-    timing_cache = config.timing_cache
-    if timing_cache is not None and config.backend == "tensorrt-rtx":
-        logger.warning(
-            "timing cache %s is ignored: TensorRT for RTX times no kernels while it builds, it chooses them on the GPU",
-            timing_cache,
-        )
-        timing_cache = None
-    if timing_cache is not None:
-        check_timing_cache(Path(timing_cache))
+    timing_cache = used_timing_cache(config)
     return {
         "backend": config.backend,
-        "timing_cache": None if timing_cache is None else str(Path(timing_cache).absolute()),
+        "timing_cache": None if timing_cache is None else str(timing_cache.absolute()),
         "components": [
             {
                 "name": name,

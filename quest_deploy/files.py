@@ -135,6 +135,20 @@ def refuse_pickle(path: Path) -> None:
         )
 
 
+def check_name(path: Path, runtime: str) -> None:
+    """Refuse a path whose bytes are not UTF-8 text, which runtimes' own code cannot open.
+
+    Raises:
+        ArtifactError: names it.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise ArtifactError(
+            f"'{path}': the name is not UTF-8 text, which {runtime} needs to open it; rename the directory"
+        ) from error
+
+
 def hash_file(path: Path) -> str:
     """Hex sha256 of a file, read in pieces."""
     digest = hashlib.sha256()

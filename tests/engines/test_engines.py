@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -53,3 +54,11 @@ def test_building_imports_neither_torch_nor_tensorrt_here() -> None:
     code = f"import sys, quest_deploy.engines.trt_build; print({heavy} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_a_name_that_is_no_text_is_told(tiny_onnx: Path, tmp_path: Path, backend: str) -> None:
+    pytest.importorskip(backend)
+    path = shutil.copytree(tiny_onnx, tmp_path / "caf\udce9")
+    with pytest.raises(ArtifactError, match="the name is not UTF-8 text, which .* needs to open it; rename"):
+        load_engines(path, backend=backend)

@@ -9,7 +9,7 @@ import pytest
 
 from quest_deploy.config import BuildConfig
 from quest_deploy.engines.timing_cache import check_timing_cache, load_timing_cache, save_timing_cache
-from quest_deploy.engines.trt_build import make_job
+from quest_deploy.engines.trt_build import build_engine, make_job
 from quest_deploy.errors import ConfigError
 
 
@@ -121,6 +121,16 @@ def test_a_place_without_room_for_a_file_is_refused_before_building(
     config = BuildConfig(backend="tensorrt", timing_cache=str(tmp_path / name))
     with pytest.raises(ConfigError, match=f"--timing-cache: .*{words}.*; choose another path"):
         make_job(tmp_path, tmp_path, {}, config)
+
+
+@pytest.mark.parametrize("name", ["onnx/cache", "engines/deep/cache", "engines"])
+def test_a_place_whose_files_have_digests_is_refused_before_anything_else(tmp_path: Path, name: str) -> None:
+    config = BuildConfig(backend="tensorrt", timing_cache=str(tmp_path / name))
+    with pytest.raises(
+        ConfigError, match="lies in '.*', whose files no build may change; choose a path outside"
+    ):
+        build_engine(tmp_path / "onnx", tmp_path / "engines", config)
+    assert list(tmp_path.iterdir()) == []
 
 
 SAVE = """

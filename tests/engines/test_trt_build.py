@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -343,3 +344,10 @@ def test_worker_exits_when_its_parent_is_killed(held_build: subprocess.Popen[str
     held_build.kill()
     held_build.communicate(timeout=20)
     wait_until(lambda: not [c for c in children if c.is_running() and c.status() != psutil.STATUS_ZOMBIE])
+
+
+def test_a_name_that_is_no_text_is_told_before_building(tiny_onnx: Path, tmp_path: Path) -> None:
+    path = shutil.copytree(tiny_onnx, tmp_path / "caf\udce9")
+    with pytest.raises(ArtifactError, match="the name is not UTF-8 text, which TensorRT needs"):
+        build_engine(path, tmp_path / "engines", BuildConfig())
+    assert not (tmp_path / "engines").exists()
