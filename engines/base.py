@@ -95,27 +95,17 @@ def as_arrays(inputs: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def cannot_run(
-    spec: ComponentSpec, runtime: str, inputs: Mapping[str, Tensor], cause: str
+    spec: ComponentSpec, runtime: str, inputs: Mapping[str, Tensor], cause: str, *, compiling: bool = False
 ) -> EngineInputError:
-    """The error of a runtime that fails on inputs which the specification allows."""
-    return EngineInputError(
-        f"{spec.name}: {runtime} cannot run it on {_shapes(inputs)}: {cause}; "
-        "check the values, and that the model can halve the image sizes as often as it does"
-    )
-
-
-def cannot_compile(
-    spec: ComponentSpec, runtime: str, inputs: Mapping[str, Tensor], cause: str
-) -> EngineInputError:
-    """The error of a runtime that makes no kernels for inputs which the specification allows."""
-    return EngineInputError(
-        f"{spec.name}: {runtime} cannot compile it for {_shapes(inputs)}: {cause}; "
-        "run the same directory with --backend onnxruntime, or take another image size"
-    )
-
-
-def _shapes(inputs: Mapping[str, Tensor]) -> str:
-    return ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in inputs.items())
+    """The error of a runtime that fails on inputs which the specification allows, or makes no kernels for them."""
+    shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in inputs.items())
+    if compiling:
+        does = "compile it for"
+        advice = "run the same directory with --backend onnxruntime, or take another image size"
+    else:
+        does = "run it on"
+        advice = "check the values, and that the model can halve the image sizes as often as it does"
+    return EngineInputError(f"{spec.name}: {runtime} cannot {does} {shapes}: {cause}; {advice}")
 
 
 def _check_tensor(

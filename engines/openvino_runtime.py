@@ -17,7 +17,6 @@ from quest_deploy.engines.base import (
     Closing,
     Engine,
     as_arrays,
-    cannot_compile,
     cannot_run,
     check_inputs,
 )
@@ -124,7 +123,7 @@ class OpenVinoEngine(Closing):
                 try:
                     self.compiled[shapes] = graph.compile(shapes)
                 except RuntimeError as error:
-                    raise cannot_compile(self.spec, "OpenVINO", inputs, _cause(error)) from error
+                    raise cannot_run(self.spec, "OpenVINO", inputs, _cause(error), compiling=True) from error
             compiled = self.compiled[shapes]
         mine = self.requests.by_shapes
         if shapes not in mine:
