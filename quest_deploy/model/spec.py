@@ -121,8 +121,9 @@ def config_paths(model_dir: Path) -> dict[str, Path]:
     names = [*family.text_encoders, family.denoiser, *([family.controlnet] if family.controlnet else [])]
     paths = {name: model_dir / name / "config.json" for name in names}
     if family.autoencoder is not None:
-        exported = model_dir / VAE_DECODER / "config.json"
-        paths[VAE_DECODER] = exported if exported.exists() else model_dir / family.autoencoder / "config.json"
+        own, exported = (model_dir / name / "config.json" for name in (family.autoencoder, VAE_DECODER))
+        # A model may have another tool's export beside its weights.
+        paths[VAE_DECODER] = exported if exported.exists() and not own.exists() else own
         if family.reads_images:
             paths[VAE_ENCODER] = paths[VAE_DECODER]
     return paths

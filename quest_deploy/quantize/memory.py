@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -280,9 +281,16 @@ def limit_count(most: int, held_bytes: float, limit_gb: float | None, each: Pass
 
 def _too_little(limit_gb: float, needed_bytes: float, otherwise: str) -> ConfigError:
     return ConfigError(
-        f"memory_limit_gb is {limit_gb:g}, expected at least {needed_bytes / GIGABYTE:.2f} for this model and recipe; "
+        f"memory_limit_gb is {limit_gb:g}, expected at least {_rounded_up(needed_bytes)} for this model and recipe; "
         f"raise it{otherwise}"
     )
+
+
+def _rounded_up(size_bytes: float) -> str:
+    """In gigabytes, with three digits, and never less than it is."""
+    gigabytes = size_bytes / GIGABYTE
+    unit = 10.0 ** (math.floor(math.log10(gigabytes)) - 2)
+    return f"{math.ceil(gigabytes / unit) * unit:.6g}"
 
 
 def placeholder(model: LoadedModel, config: FinetuneConfig) -> CalibrationSet:

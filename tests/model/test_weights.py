@@ -17,6 +17,7 @@ from quest_deploy.errors import ModelLoadError
 from quest_deploy.model.carried import copy_part
 from quest_deploy.model.deferred import deferred_tensors
 from quest_deploy.model.load import load_model
+from quest_deploy.model.spec import component_configs
 from quest_deploy.model.weights import check_weights, stray_weights, weight_files
 
 NAMES = {"diffusers": "diffusion_pytorch_model.safetensors", "transformers": "model.safetensors"}
@@ -176,3 +177,13 @@ def test_onnx_beside_weights_is_a_model_and_alone_it_is_onnx(copy: Path, folder:
     for file in copy.glob("*/*.safetensors"):
         file.unlink()
     assert stage_of(copy) == "onnx"
+
+
+def test_another_tools_export_beside_weights_does_not_configure_the_model(copy: Path) -> None:
+    (copy / "vae_decoder").mkdir()
+    (copy / "vae_decoder" / "model.onnx").touch()
+    (copy / "vae_decoder" / "config.json").write_text('{"scaling_factor": 7.0}')
+    expected = json.loads((copy / "vae" / "config.json").read_text())["scaling_factor"]
+    assert component_configs(copy)["vae_decoder"]["scaling_factor"] == expected
+    shutil.rmtree(copy / "vae")
+    assert component_configs(copy)["vae_decoder"]["scaling_factor"] == 7.0

@@ -174,8 +174,16 @@ def test_slices_fill_the_limit() -> None:
 def test_a_limit_below_one_pair_is_refused_with_what_is_needed() -> None:
     gb = 10**9
     pairs, walks = PassMemory(fixed=gb, each=gb), PassMemory(fixed=2 * gb, each=3 * gb)
-    with pytest.raises(ConfigError, match=r"memory_limit_gb is 5, expected at least 6\.00 .* raise it"):
+    with pytest.raises(ConfigError, match=r"memory_limit_gb is 5, expected at least 6 for .* raise it"):
         limit_slices(gb, 5.0, pairs, walks)
+
+
+@pytest.mark.parametrize(
+    ("needed_bytes", "told"), [(4_215_001, "0.00422"), (1_000_000_000, "1"), (23_456_789_012, "23.5")]
+)
+def test_what_is_needed_is_told_however_little(needed_bytes: int, told: str) -> None:
+    with pytest.raises(ConfigError, match=rf"memory_limit_gb is 1e-05, expected at least {told} for"):
+        limit_slices(needed_bytes - 1, 1e-5, PassMemory(fixed=0, each=1), None)
 
 
 def test_codes_are_the_same_in_bfloat16(student, recorded) -> None:  # type: ignore[no-untyped-def]
