@@ -85,9 +85,14 @@ def main() -> int:
 
 
 def run_all(arguments: list[str]) -> int:
-    """Each benchmark in a process of its own, since one that holds torch cannot measure the memory of others."""
+    """Each benchmark in a process of its own, since one that holds torch cannot measure the memory of others.
+
+    Returns:
+        1 where one of them failed or was killed.
+    """
     rest = [word for word in arguments if word != "all"]
-    return max(subprocess.call([sys.executable, "-m", "benchmarks", name, *rest]) for name in HERE)
+    codes = [subprocess.call([sys.executable, "-m", "benchmarks", name, *rest]) for name in HERE]
+    return int(any(codes))
 
 
 if __name__ == "__main__":

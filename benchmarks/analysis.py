@@ -7,17 +7,20 @@ from typing import Any
 
 from benchmarks.environment import header
 from benchmarks.settings import MODEL, Settings
+from benchmarks.stages import QUANTIZER, sources_digest
 from benchmarks.tables import Table, megabytes, number
 from quest_deploy.analyze.config import AnalyzeConfig
 from quest_deploy.analyze.measure import start
 from quest_deploy.analyze.stage import DOCUMENT, analyze
 from quest_deploy.artifacts import read_json
 from quest_deploy.config import BitsOverride, Recipe
+from quest_deploy.files import hash_mapping
+from quest_deploy.manifest import tool_versions
 from quest_deploy.model.load import load_model
 from quest_deploy.prompts import load_prompts
 from quest_deploy.quantize import calibrate
 from quest_deploy.quantize.allocate import Budget, allocate, overrides, read_table, summarize
-from quest_deploy.quantize.parts import BATCH_PROMPTS, POSITIONS_PER_STEP, PROMPTS_PER_STEP
+from quest_deploy.quantize.parts import BATCH_PROMPTS, layer_inputs
 from quest_deploy.quantize.recipe import load_recipe
 from quest_deploy.quantize.select import layer_bits
 from quest_deploy.quantize.sensitivity import choose_pairs, damage_between, predict
@@ -33,7 +36,10 @@ ACTIVATION_BITS = (4.25, 4.5, 5.0, 6.0)
 def run(settings: Settings) -> dict[str, Any]:
     """Analyze the model, then quantize it to the bits that the analysis chooses."""
     config = configuration(settings)
-    artifact = analyze(MODEL, settings.work / "analysis", config, progress=None, resume=True)
+    # A finished analysis is taken as it is: one of other code or libraries lies elsewhere.
+    made_by = {"code": sources_digest((*QUANTIZER, "quest_deploy/analyze")), "tools": tool_versions()}
+    output = settings.work / f"analysis-{hash_mapping(made_by)[:12]}"
+    artifact = analyze(MODEL, output, config, progress=None, resume=True)
     document = read_json(artifact.path / DOCUMENT)
     return {
         **header(settings),
@@ -103,7 +109,8 @@ def allocations(config: AnalyzeConfig, document: dict[str, Any]) -> list[dict[st
 def whole_network(config: AnalyzeConfig, recipes: dict[str, Recipe]) -> dict[str, float]:
     """Noise SNR of the denoiser quantized by each recipe, on the pairs that the sensitivity was measured on."""
     model = load_model(MODEL)
-    roles = trace(model).roles
+    traced = trace(model)
+    roles = traced.roles
     data = calibrate.record_trajectories(
         model,
         config.prompts,
@@ -112,13 +119,7 @@ def whole_network(config: AnalyzeConfig, recipes: dict[str, Recipe]) -> dict[str
         seed=config.seed,
         batch_size=BATCH_PROMPTS,
     )
-    inputs = calibrate.collect_inputs(
-        model.denoiser,
-        data,
-        prompts_per_step=PROMPTS_PER_STEP,
-        positions=POSITIONS_PER_STEP,
-        seed=config.seed,
-    )
+    inputs = layer_inputs(model, traced, data, seed=config.seed)
     pairs = choose_pairs(data, steps=config.sensitivity_steps, prompts=config.sensitivity_prompts)
     scale = config.recipe.guidance_scale
     reference = predict(model.denoiser, data, pairs, scale)

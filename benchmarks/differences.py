@@ -37,6 +37,8 @@ from quest_deploy.quantize.operands import (
     collect_operands,
     initialize_operands,
 )
+from quest_deploy.quantize.parts import layer_inputs
+from quest_deploy.quantize.trace import trace
 
 NAME = "differences"
 PROMPTS, CALIBRATION_PROMPTS = 16, 32
@@ -85,8 +87,13 @@ def recorded(
     heldout = _record(model, settings.prompts[: 2 if few else PROMPTS], settings, settings.noise_seeds[0])
     prompts = load_prompts(default="calibration")[: 2 if few else CALIBRATION_PROMPTS]
     data = _record(model, prompts, settings, settings.seed)
-    inputs = calibrate.collect_inputs(
-        model.denoiser, data, prompts_per_step=PROMPTS_PER_STEP, positions=POSITIONS, seed=settings.seed
+    inputs = layer_inputs(
+        model,
+        trace(model),
+        data,
+        seed=settings.seed,
+        prompts_per_step=PROMPTS_PER_STEP,
+        positions=POSITIONS,
     )
     return heldout, data, inputs
 

@@ -106,6 +106,7 @@ def draw_features(settings: Settings, label: str, onnx: Path, prompts: list[str]
         "steps": settings.denoising_steps,
         "guidance_scale": settings.guidance_scale,
         "count": len(prompts),
+        "versions": _versions(),
     }
     folder = settings.work / NAME / f"{label}-{hash_mapping(subject)[:12]}"
     starts = range(0, len(prompts), CHUNK)

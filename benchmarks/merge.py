@@ -18,7 +18,10 @@ BY_RECIPE = (
     "recipe_digests",
 )
 # What others are compared with, which must not have changed between.
-SHARED = ("fp32", "openvino")
+SHARED = ("fp32", "openvino", "modelopt", "prompts")
+# Of every result that has full precision beside the recipes, what does not depend on how busy the machine is.
+SHARED_SIZES = "denoiser_bytes"
+FLOATS = ("fp32", "fp16")
 PROVENANCE = ("date", "machine", "versions", "commit", "uncommitted_changes")
 MEASURED = "measured"
 
@@ -40,7 +43,9 @@ def merged(file: Path, result: dict[str, Any]) -> dict[str, Any]:
     kept = {name for key in keys for name in old[key]} - {name for key in keys for name in result[key]}
     if not kept:
         return result
-    changed = any(old.get(key) != result.get(key) for key in SHARED)
+    changed = any(old.get(key) != result.get(key) for key in SHARED) or any(
+        old.get(SHARED_SIZES, {}).get(name) != result.get(SHARED_SIZES, {}).get(name) for name in FLOATS
+    )
     if changed or _conditions(old) != _conditions(result):
         raise SystemExit(
             f"benchmarks: {file} was measured with other settings than these; measure all recipes, or remove it"

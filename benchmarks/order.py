@@ -153,7 +153,7 @@ def _task(*, quick: bool) -> tuple[Task, dict[str, PhaseConfig]]:
     from quest_deploy.quantize.insert import quantizable_layers
     from quest_deploy.quantize.layers import TimestepContext
     from quest_deploy.quantize.parallel import find_workers
-    from quest_deploy.quantize.parts import initialize_one
+    from quest_deploy.quantize.parts import initialize_one, layer_inputs
     from quest_deploy.quantize.phases import Inputs, make_task
     from quest_deploy.quantize.recipe import load_recipe
     from quest_deploy.quantize.select import layer_bits
@@ -171,7 +171,7 @@ def _task(*, quick: bool) -> tuple[Task, dict[str, PhaseConfig]]:
         seed=0,
         batch_size=PROMPTS,
     )
-    inputs = calibrate.collect_inputs(model.denoiser, data, prompts_per_step=1, positions=16, seed=0)
+    inputs = layer_inputs(model, trace, data, seed=0, prompts_per_step=1, positions=16)
     layers, bits = quantizable_layers(model.denoiser), layer_bits(trace.roles, recipe)
     qparams = {name: initialize_one(layers[name], inputs[name], bits[name], recipe) for name in inputs}
     context = TimestepContext(data.boundaries())

@@ -12,9 +12,9 @@ from benchmarks.rows import MEASURED_BY, Bench
 from benchmarks.settings import MODEL, Settings
 from benchmarks.stages import identity, sources_digest
 from benchmarks.tables import Table, interval, number
-from quest_deploy.config import Recipe
+from quest_deploy.config import Recipe, to_dict
 from quest_deploy.files import hash_mapping
-from quest_deploy.manifest import MANIFEST_NAME
+from quest_deploy.manifest import MANIFEST_NAME, tool_versions
 
 NAME = "quality"
 ROWS = {
@@ -89,9 +89,10 @@ def minmax(settings: Settings, name: str, folder: Path) -> Path:
         "steps": recipe.calibration_steps,
         "guidance_scale": recipe.guidance_scale,
         "seed": settings.seed,
+        "tools": tool_versions(),
     }
     cache = folder / f"calibration-{hash_mapping(calibration)[:12]}"
-    output = cache / f"{name}-minmax"
+    output = cache / f"{name}-minmax-{hash_mapping(to_dict(recipe))[:12]}"
     if not (output / MANIFEST_NAME).is_file():
         from benchmarks.trajectories import minmax_checkpoint
 

@@ -12,6 +12,7 @@ from benchmarks.settings import MODEL, Settings
 from benchmarks.stages import identity, sources_digest
 from quest_deploy.artifacts import read_json, write_json
 from quest_deploy.files import hash_mapping
+from quest_deploy.manifest import tool_versions
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,8 +20,15 @@ if TYPE_CHECKING:
     from benchmarks.trajectories import Reference
 
 FOLDER = "quality"
-MEASURED_BY = (*stages.QUANTIZER, "quest_deploy/metrics.py", "benchmarks/trajectories.py")
-
+MEASURED_BY = (
+    *stages.QUANTIZER,
+    "quest_deploy/pipeline",
+    "quest_deploy/prompts.py",
+    "quest_deploy/metrics.py",
+    "engines/base.py",
+    "engines/torch_runtime.py",
+    "benchmarks/trajectories.py",
+)
 
 Row = tuple[dict[str, Any], "Tensor"]
 """Figures and images [P, 3, H, W] of one row."""
@@ -50,7 +58,9 @@ def bench(settings: Settings) -> Bench:
     from benchmarks.trajectories import reference
 
     conditions = {**settings.describe(), "recipes": None, "noise_seeds": None, "model": identity(MODEL)}
-    key = hash_mapping({"conditions": conditions, "code": sources_digest(MEASURED_BY)})
+    key = hash_mapping(
+        {"conditions": conditions, "code": sources_digest(MEASURED_BY), "tools": tool_versions()}
+    )
     folder = settings.work / FOLDER / f"reference-{key[:12]}"
     known = tuple(reference(MODEL, settings, folder, seed) for seed in settings.noise_seeds)
     return Bench(settings=settings, key=key, known=known)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from benchmarks.settings import MODEL, ROOT, Settings, write_recipe
 from quest_deploy.artifacts import hash_directory, read_json, write_json
 from quest_deploy.config import FinetuneConfig, Recipe, to_dict
 from quest_deploy.files import hash_file, hash_mapping
-from quest_deploy.manifest import MANIFEST_NAME, read_manifest
+from quest_deploy.manifest import MANIFEST_NAME, read_manifest, tool_versions
 from quest_deploy.prompts import load_prompts
 from quest_deploy.quantize.recipe import PACKAGED, recipe_from_dict
 from scripts import demo
@@ -56,6 +58,7 @@ def make(
     *,
     inputs: Sequence[Path],
     sources: Sequence[str] = PACKAGE,
+    settings_read: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Run one stage, or look up what it took.
 
@@ -66,33 +69,42 @@ def make(
         output: The artifact.
         inputs: Artifacts that are read: the stage is run again when one of them changed.
         sources: Code that the result depends on.
+        settings_read: What the files say that `arguments` name.
 
     Returns:
         The fields of :class:`scripts.demo.Outcome`, and `resumed`: whether an interrupted run was finished, whose
         time is then not all there.
     """
     record = settings.work / "stages" / f"{name}.json"
+    begun = record.with_suffix(".begun")
+    made_by = sources_digest(sources)
     key = hash_mapping(
         {
             "arguments": list(arguments),
             "inputs": [identity(path) for path in inputs],
-            "sources": sources_digest(sources),
+            "sources": made_by,
+            "settings": dict(settings_read),
+            "tools": tool_versions(),
         }
     )
     if record.is_file() and (output / MANIFEST_NAME).is_file():
         known: dict[str, Any] = read_json(record)
         if known["key"] == key and known["output"] == identity(output):
             return known["outcome"]
-    resumed = (output.parent / f".{output.name}.finetune").is_dir()
-    output.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = output.parent / f".{output.name}.finetune"
+    if unfinished.is_dir() and (not begun.is_file() or begun.read_text(encoding="utf-8") != key):
+        # Of other code or settings: nothing of it may be gone on with.
+        shutil.rmtree(unfinished)
+    resumed = unfinished.is_dir()
+    for folder in (output.parent, record.parent):
+        folder.mkdir(parents=True, exist_ok=True)
+    begun.write_text(key, encoding="utf-8")
     print(f"\n{name}", flush=True)
     stage = demo.Stage(name=name, arguments=(*arguments, "-o", str(output)), output=output)
     outcome = {**asdict(run(stage)), "resumed": resumed}
     if outcome["exit_code"] == demo.INTERRUPTED:
         raise KeyboardInterrupt
     if outcome["exit_code"] in FINISHED:
-        record.parent.mkdir(parents=True, exist_ok=True)
-        made_by = sources_digest(sources)
         write_json(record, {"key": key, "sources": made_by, "output": identity(output), "outcome": outcome})
     return outcome
 
@@ -121,21 +133,23 @@ def finetune(settings: Settings, recipe: Recipe, output: Path, *, model: Path = 
     source = recipe.name if packaged else str(write_recipe(recipe, settings.work / "recipes"))
     arguments = ("finetune", str(model), "--recipe", source, "--seed", str(settings.seed))
     name = f"finetune {recipe.name}" if model == MODEL else f"finetune {model.name} {recipe.name}"
-    return required(make(settings, name, arguments, output, inputs=(model,), sources=QUANTIZER))
+    read = {"recipe": to_dict(recipe)}
+    made = make(settings, name, arguments, output, inputs=(model,), sources=QUANTIZER, settings_read=read)
+    return required(made)
 
 
 def finetuned(settings: Settings, name: str) -> tuple[Path, dict[str, Any]]:
-    """The checkpoint of a packaged recipe, whichever session made it, and what making it took.
+    """The checkpoint of a packaged recipe, and what making it took.
 
-    A checkpoint that is there is used as it is, since it took long to make (a quick run's is made anew when the code
-    changes). Seconds and memory are None where it was made otherwise than by a benchmark here. `made_by` in the outcome
-    says whether that was this code.
+    It is made by this code, unless `--checkpoints` gives one that is there: that is used as it is. Its seconds and
+    memory are None where it was made otherwise than by a benchmark here, and `made_by` in the outcome says whether this
+    code made it.
 
     Raises:
         SystemExit: it was made with other settings than the recipe has now.
     """
     path, recipe = settings.checkpoint(name), settings.recipe(name)
-    if not (path / MANIFEST_NAME).is_file() or (settings.quick and settings.checkpoints is None):
+    if settings.checkpoints is None or not (path / MANIFEST_NAME).is_file():
         return path, {**finetune(settings, recipe, path), "made_by": "this code"}
     config = FinetuneConfig(recipe=recipe, prompts=load_prompts(default="calibration"), seed=settings.seed)
     if not made_with(config, read_manifest(path).config):

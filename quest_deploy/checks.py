@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
 
 from quest_deploy.errors import ConfigError
@@ -38,10 +38,15 @@ def at_least(problems: list[str], minimum: float, **values: float) -> None:
 def whole_at_least(problems: list[str], minimum: int, **values: int) -> None:
     """Note a problem for each named value that is no whole number, or below `minimum`."""
     for name, value in values.items():
-        if _is_a(Integral, value):
+        if is_whole(value):
             at_least(problems, minimum, **{name: value})
         else:
             problems.append(f"{name} is {value!r}, expected a whole number")
+
+
+def is_whole(value: object) -> bool:
+    """Whether `value` is a whole number."""
+    return _is_a(Integral, value)
 
 
 def _is_a(kind: type, value: object) -> bool:
@@ -60,6 +65,11 @@ def seeds_fit(problems: list[str], seed: int, count: int) -> None:
         problems.append(
             f"seed is {seed}, expected at most {last} (the last of {max(1, count)} may be 2^64 - 1)"
         )
+
+
+def count_of(texts: object) -> int:
+    """How many texts were given; 0 where they are not several (:func:`are_text` notes that)."""
+    return len(texts) if isinstance(texts, Sequence) and not isinstance(texts, str) else 0
 
 
 def are_text(problems: list[str], name: str, texts: Iterable[object] | None) -> None:

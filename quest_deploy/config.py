@@ -10,7 +10,6 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -22,6 +21,8 @@ from quest_deploy.build_config import ShapeRange as ShapeRange
 from quest_deploy.build_config import TensorRTBackend as TensorRTBackend
 from quest_deploy.checks import are_text as are_text
 from quest_deploy.checks import at_least as at_least
+from quest_deploy.checks import count_of as count_of
+from quest_deploy.checks import is_whole as is_whole
 from quest_deploy.checks import one_of as one_of
 from quest_deploy.checks import raise_if_any as raise_if_any
 from quest_deploy.checks import seeds_fit as seeds_fit
@@ -130,12 +131,11 @@ class GenerateConfig:
         at_least(problems, 0, guidance_scale=self.guidance_scale)
         are_text(problems, "prompt", self.prompts)
         are_text(problems, "negative_prompt", (self.negative_prompt,))
-        if not problems:
-            seeds_fit(problems, self.seed, max(1, len(self.prompts)) * self.num_images)
+        images = self.num_images if is_whole(self.num_images) else 1
+        seeds_fit(problems, self.seed, max(1, count_of(self.prompts)) * images)
         for name in ("height", "width"):
             value = getattr(self, name)
-            whole = isinstance(value, Integral)
-            if value is not None and not (whole and value >= 8 and value % 8 == 0):
+            if value is not None and not (is_whole(value) and value >= 8 and value % 8 == 0):
                 problems.append(f"{name} is {value!r}, expected a positive multiple of 8 pixels")
         raise_if_any(problems, "generate")
 
@@ -169,8 +169,8 @@ class ParityConfig:
         )
         at_least(problems, 0, guidance_scale=self.guidance_scale)
         are_text(problems, "prompt", self.prompts)
-        if not problems:
-            seeds_fit(problems, self.seed, len(self.prompts) or self.num_prompts)
+        number = self.num_prompts if is_whole(self.num_prompts) else 1
+        seeds_fit(problems, self.seed, count_of(self.prompts) or number)
         raise_if_any(problems, "parity")
 
 
@@ -287,7 +287,7 @@ class FinetuneConfig:
         are_text(problems, "prompt", self.prompts)
         if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
             problems.append(f"device is {self.device!r}, expected cpu, cuda or cuda:N")
-        if not problems and 0 < len(self.prompts) < self.recipe.calibration_prompts:
+        if 0 < count_of(self.prompts) < self.recipe.calibration_prompts:
             problems.append(
                 f"{len(self.prompts)} prompts were given, "
                 f"recipe {self.recipe.name} calibrates on {self.recipe.calibration_prompts}"

@@ -9,11 +9,12 @@ import torch
 
 from benchmarks.rows import Bench
 from benchmarks.settings import MODEL, Settings
-from benchmarks.stages import identity, sources_digest
+from benchmarks.stages import QUANTIZER, identity, sources_digest
 from benchmarks.trajectories import predicted, record
 from quest_deploy.artifacts import read_json, write_json
 from quest_deploy.config import Recipe
 from quest_deploy.files import hash_mapping
+from quest_deploy.manifest import tool_versions
 from quest_deploy.pipeline import Pipeline, load_pipeline
 from quest_deploy.prompts import load_prompts
 from quest_deploy.quantize.calibrate import CalibrationSet
@@ -21,17 +22,19 @@ from quest_deploy.quantize.calibrate import CalibrationSet
 
 def calibration_trajectories(settings: Settings, recipe: Recipe, first: int, last: int) -> CalibrationSet:
     """Calibration prompts `first` to `last` (without it), from the noise that `finetune` gives them."""
+    prompts = load_prompts(default="calibration")[first:last]
     what = {
         "model": identity(MODEL),
-        "code": sources_digest(("quest_deploy/quantize/calibrate.py", "quest_deploy/sampling.py")),
-        "prompts": [first, last],
+        "code": sources_digest(QUANTIZER),
+        "tools": tool_versions(),
+        "prompts": list(prompts),
         "steps": recipe.calibration_steps,
         "guidance_scale": recipe.guidance_scale,
         "seed": settings.seed,
     }
     return record(
         MODEL,
-        load_prompts(default="calibration")[first:last],
+        prompts,
         steps=recipe.calibration_steps,
         guidance_scale=recipe.guidance_scale,
         seed=settings.seed + first,

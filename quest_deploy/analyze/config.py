@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from quest_deploy.config import Recipe, are_text, raise_if_any, seeds_fit, whole_at_least
+from quest_deploy.config import Recipe, are_text, count_of, is_whole, raise_if_any, seeds_fit, whole_at_least
 from quest_deploy.errors import ConfigError
 from quest_deploy.quantize.allocate import Bits
 
@@ -41,9 +41,10 @@ class AnalyzeConfig:
         whole_at_least(problems, 1, num_prompts=self.num_prompts, sensitivity_steps=self.sensitivity_steps)
         whole_at_least(problems, 1, sensitivity_prompts=self.sensitivity_prompts)
         whole_at_least(problems, 2, steps=self.steps)
-        seeds_fit(problems, self.seed, self.num_prompts)
+        number = self.num_prompts if is_whole(self.num_prompts) else 1
+        seeds_fit(problems, self.seed, number)
         are_text(problems, "prompt", self.prompts)
-        if not problems and 0 < len(self.prompts) < self.num_prompts:
+        if 0 < count_of(self.prompts) < number:
             problems.append(f"{len(self.prompts)} prompts were given, num_prompts is {self.num_prompts}")
         if not self.bits:
             problems.append("bits is empty, expected for example w4 and a4")

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from quest_deploy.analyze import activations, temporal
 from quest_deploy.analyze.config import AnalyzeConfig
 from quest_deploy.config import ProgressEvent
-from quest_deploy.quantize import calibrate
+from quest_deploy.model.load import LoadedModel
 from quest_deploy.quantize.allocate import Bits, read_table, summarize
 from quest_deploy.quantize.attention import OperandQParams, insert_attention
 from quest_deploy.quantize.calibrate import CalibrationSet
 from quest_deploy.quantize.insert import Role, insert, quantizable_layers
 from quest_deploy.quantize.layers import TimestepContext
 from quest_deploy.quantize.operands import find_operands
-from quest_deploy.quantize.parts import POSITIONS_PER_STEP, PROMPTS_PER_STEP, initialize_one
+from quest_deploy.quantize.parts import PROMPTS_PER_STEP, initialize_one, layer_inputs
 from quest_deploy.quantize.resume import Throttle, WorkDirectory
 from quest_deploy.quantize.select import for_layer, layer_bits
 from quest_deploy.quantize.sensitivity import (
@@ -30,6 +30,7 @@ from quest_deploy.quantize.sensitivity import (
     measure_sensitivity,
     predict,
 )
+from quest_deploy.quantize.trace import Trace
 
 HISTOGRAM_STEPS = 4
 HISTOGRAM_LAYERS = 6
@@ -37,27 +38,26 @@ Progress = Callable[[ProgressEvent], None]
 
 
 def measure(
-    denoiser: nn.Module,
+    model: LoadedModel,
+    trace: Trace,
     quantized: nn.Module | None,
     data: CalibrationSet,
-    roles: Mapping[str, Role],
     config: AnalyzeConfig,
     work: WorkDirectory,
     progress: Progress,
-    timeless: Collection[str] = (),
 ) -> dict[str, Any]:
     """Everything of the document that is measured.
 
     Args:
-        denoiser: Full precision.
-        quantized: The checkpoint's, or None.
+        model: Full precision.
+        trace: Of its denoiser: the part that each layer plays.
+        quantized: The checkpoint's denoiser, or None.
         data: Recorded trajectories.
-        roles: The part that each layer plays.
         config: How much is measured.
         work: Where finished layers are kept.
         progress: Told how far each part is.
-        timeless: Layers that the timestep does not reach, which have one activation scale.
     """
+    denoiser, roles, timeless = model.denoiser, trace.roles, trace.timeless
     keep = sorted(
         {int(step) for step in torch.linspace(0, data.timesteps.numel() - 1, HISTOGRAM_STEPS).round()}
     )
@@ -65,13 +65,8 @@ def measure(
     if quantized is not None:
         observed["after"] = _observe(quantized, data, keep, config, progress, "checkpoint")
     run_order = list(observed["before"])
-    inputs = calibrate.collect_inputs(
-        denoiser,
-        data,
-        prompts_per_step=PROMPTS_PER_STEP,
-        positions=POSITIONS_PER_STEP,
-        seed=config.seed,
-        report=reporter(progress, "collect activations"),
+    inputs = layer_inputs(
+        model, trace, data, seed=config.seed, report=reporter(progress, "collect activations")
     )
     operands = find_operands(
         denoiser,
@@ -129,7 +124,7 @@ def start(
 
     Args:
         denoiser: Full precision.
-        inputs: What each layer was given, from `collect_inputs`.
+        inputs: What each layer was given, from `layer_inputs`.
         operands: Scales of quantized attention, from `find_operands`; empty where it stays in float.
         data: Recorded trajectories.
         roles: The part that each layer plays.

@@ -132,7 +132,7 @@ def analyze(
             "checkpoint": None
             if checkpoint is None
             else {"path": str(checkpoint), "digest": inputs["checkpoint"]},
-            **measure(loaded.denoiser, quantized, data, traced.roles, config, work, report, traced.timeless),
+            **measure(loaded, traced, quantized, data, config, work, report),
         }
         with write_artifact(
             output, stage="analysis", config=to_dict(config), inputs=inputs, overwrite=overwrite

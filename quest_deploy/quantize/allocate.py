@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from quest_deploy.errors import ConfigError
 
 if TYPE_CHECKING:
-    from quest_deploy.quantize.insert import Role
+    from quest_deploy.quantize.insert import Role, Roles
 
 WIDTHS = (4, 8)
 """Bits that a layer can have."""
@@ -31,6 +31,8 @@ BOUNDARY = (8, 8)
 RELATIVE_GAP = 1e-3
 """How far from the least damage the solver may stop; the last tenth of a per cent takes longer than all before."""
 MAX_ROUNDS = 8
+SLACKS = (0.0, 1e-9, 1e-8, 1e-7, 1e-6)
+"""By which share limits are lowered, one after the other, until the solver's choice keeps what was asked for."""
 LEAST_DAMAGE = 1e-20
 """Stands for no damage at all where its logarithm is taken: 200 dB."""
 
@@ -67,6 +69,7 @@ class LayerSensitivity:
     Attributes:
         name: Of the layer in the denoiser.
         role: "boundary" layers keep 8 bits.
+        outlet: Whether it carries time, and its output meets a stream.
         weights: How many values its weight has.
         macs: Multiplications and additions for one image's forward pass of one guidance branch.
         damage: Mean squared error of the noise prediction over its mean square, by what was quantized, at each
@@ -78,6 +81,7 @@ class LayerSensitivity:
     weights: int
     macs: int
     damage: Mapping[Bits, tuple[float, ...]]
+    outlet: bool = False
 
     def damage_of(self, weight_bits: int, activation_bits: int) -> tuple[float, ...]:
         """As measured together, else the sum of both alone.
@@ -141,12 +145,12 @@ def allocate(table: Sequence[LayerSensitivity], budget: Budget) -> Allocation:
         for index, layer in enumerate(table)
         for weight_bits, activation_bits in _allowed(layer)
     ]
-    limits = _limits(table, choices, budget)
+    _check_budget(table, budget)
     # The first round takes the timesteps as the worst bits have them.
     scale = _add(max(layer.damage_of(w, a) for w, a in _allowed(layer)) for layer in table)
     best: Allocation | None = None
     for _ in range(MAX_ROUNDS):
-        found = summarize(table, _solve(table, choices, limits, scale))
+        found = _solve(table, choices, budget, scale)
         if best is not None and found.snr_db <= best.snr_db:
             break
         best = found
@@ -158,10 +162,68 @@ def allocate(table: Sequence[LayerSensitivity], budget: Budget) -> Allocation:
 def _solve(
     table: Sequence[LayerSensitivity],
     choices: Sequence[tuple[int, int, int]],
+    budget: Budget,
+    scale: Sequence[float],
+) -> Allocation:
+    """One round: the choices of least damage over `scale`, one a layer, that keep the budget to the byte."""
+    # The solver keeps limits within a tolerance of its own.
+    for slack in SLACKS:
+        bits = _chosen(table, choices, _limits(table, choices, budget, slack), scale)
+        found = None if bits is None else summarize(table, bits)
+        if found is not None and _keeps(found, budget):
+            return found
+    # Little more than the least: nothing else is left to choose.
+    return summarize(table, _fewest_bits(table, budget))
+
+
+def _keeps(found: Allocation, budget: Budget) -> bool:
+    return all(
+        limit is None or value <= limit
+        for value, limit in (
+            (found.weight_bytes, budget.weight_bytes),
+            (found.average_weight_bits, budget.average_weight_bits),
+            (found.average_activation_bits, budget.average_activation_bits),
+        )
+    )
+
+
+def _fewest_bits(table: Sequence[LayerSensitivity], budget: Budget) -> dict[str, tuple[int, int]]:
+    """The fewest bits of what the budget limits, and the most of what it does not."""
+    limited = (
+        budget.weight_bytes is not None or budget.average_weight_bits is not None,
+        budget.average_activation_bits is not None,
+    )
+    weight, activation = (min(WIDTHS) if few else max(WIDTHS) for few in limited)
+    return {layer.name: BOUNDARY if layer.role == "boundary" else (weight, activation) for layer in table}
+
+
+def _check_budget(table: Sequence[LayerSensitivity], budget: Budget) -> None:
+    """Raise a ConfigError that says the least that can be had where even that is more than the budget."""
+    least = summarize(table, _fewest_bits(table, budget))
+    for what, limit, value in (
+        ("average_weight_bits", budget.average_weight_bits, least.average_weight_bits),
+        ("weight_bytes", budget.weight_bytes, least.weight_bytes),
+        ("average_activation_bits", budget.average_activation_bits, least.average_activation_bits),
+    ):
+        if limit is not None and not limit >= value:
+            asked, least_of = (
+                (str(limit), str(value))
+                if what == "weight_bytes"
+                else (f"{limit:g}", f"{math.ceil(value * 1e4) / 1e4:g}")
+            )
+            raise ConfigError(
+                f"{what} is {asked}, below {least_of}, the least that this model can have with first and last "
+                "convolution at 8 bits; ask for at least that"
+            )
+
+
+def _chosen(
+    table: Sequence[LayerSensitivity],
+    choices: Sequence[tuple[int, int, int]],
     limits: Sequence[tuple[list[float], float]],
     scale: Sequence[float],
-) -> dict[str, tuple[int, int]]:
-    """One round: the choices of least damage over `scale`, one a layer."""
+) -> dict[str, tuple[int, int]] | None:
+    """The choices of least damage over `scale`, one a layer; None where the solver finds none within the limits."""
     import numpy
     from scipy.optimize import LinearConstraint
 
@@ -175,7 +237,7 @@ def _solve(
     costs = [_relative(table[i].damage_of(w, a), scale) for i, w, a in choices]
     taken = _program(costs, constraints)
     if taken is None:
-        raise ConfigError("no bits were found that keep the budget; ask for more")
+        return None
     return {table[i].name: (w, a) for (i, w, a), chosen in zip(choices, taken, strict=True) if chosen}
 
 
@@ -216,31 +278,27 @@ def _allowed(layer: LayerSensitivity) -> list[tuple[int, int]]:
 
 
 def _limits(
-    table: Sequence[LayerSensitivity], choices: Sequence[tuple[int, int, int]], budget: Budget
+    table: Sequence[LayerSensitivity],
+    choices: Sequence[tuple[int, int, int]],
+    budget: Budget,
+    slack: float,
 ) -> list[tuple[list[float], float]]:
-    """A coefficient for each choice and the limit of their sum, as averages so that all numbers are of one size."""
+    """A coefficient for each choice and the limit of their sum, as averages so that all numbers are of one size.
+
+    Limits are lowered by the share `slack`.
+    """
     weights, macs = sum(layer.weights for layer in table), sum(layer.macs for layer in table)
     by_weights = [table[i].weights * w / weights for i, w, _ in choices]
     by_macs = [table[i].macs * a / macs for i, _, a in choices]
-    limits = []
-    for what, coefficients, limit, unit in (
-        ("average_weight_bits", by_weights, budget.average_weight_bits, 1.0),
-        ("weight_bytes", by_weights, budget.weight_bytes, weights / 8),
-        ("average_activation_bits", by_macs, budget.average_activation_bits, 1.0),
-    ):
-        if limit is None:
-            continue
-        least = sum(
-            min(c for c, (j, _, _) in zip(coefficients, choices, strict=True) if j == i)
-            for i in range(len(table))
+    return [
+        (coefficients, limit / unit * (1 - slack))
+        for coefficients, limit, unit in (
+            (by_weights, budget.average_weight_bits, 1.0),
+            (by_weights, budget.weight_bytes, weights / 8),
+            (by_macs, budget.average_activation_bits, 1.0),
         )
-        if not limit / unit >= least:
-            raise ConfigError(
-                f"{what} is {limit:g}, below {least * unit:.5g}, the least that this model can have with first and "
-                "last convolution at 8 bits; ask for at least that"
-            )
-        limits.append((coefficients, limit / unit))
-    return limits
+        if limit is not None
+    ]
 
 
 def summarize(table: Sequence[LayerSensitivity], bits: Mapping[str, tuple[int, int]]) -> Allocation:
@@ -315,12 +373,20 @@ def literal(name: str) -> str:
     return re.sub(r"([*?[])", r"[\1]", name)
 
 
+def roles_of(table: Sequence[LayerSensitivity]) -> Roles:
+    """The part that each layer plays."""
+    from quest_deploy.quantize.insert import Roles  # which imports torch
+
+    return Roles({layer.name: layer.role for layer in table}, [layer.name for layer in table if layer.outlet])
+
+
 def read_table(sensitivity: Mapping[str, Any]) -> list[LayerSensitivity]:
     """The table from the `sensitivity` of an ``analysis.json``."""
     return [
         LayerSensitivity(
             name=layer["name"],
             role=layer["role"],
+            outlet=layer.get("outlet", False),
             weights=layer["weights"],
             macs=layer["macs"],
             damage={

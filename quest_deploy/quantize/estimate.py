@@ -16,10 +16,12 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from quest_deploy.config import FinetuneConfig, PhaseConfig, Precision
+from quest_deploy.model.carried import SAFETY_CHECKER
 from quest_deploy.model.components import predict
 from quest_deploy.model.load import LoadedModel
 from quest_deploy.model.products import float32_products
 from quest_deploy.model.spec import classes_of, family_of
+from quest_deploy.model.weights import DIFFUSERS, TRANSFORMERS, weight_files
 from quest_deploy.quantize import auto_layers, calibrate, losses, parts, train
 from quest_deploy.quantize.attention import insert_attention
 from quest_deploy.quantize.calibrate import CalibrationSet
@@ -136,21 +138,33 @@ def estimate(model: str | Path, config: FinetuneConfig) -> tuple[list[PartEstima
     if recipe.collapse_loss_db:
         result.append(collapsed(run))
     result += companions(run)
-    others = (
-        sum(f.stat().st_size for f in loaded.path.rglob("*.safetensors")) if loaded.path.is_dir() else weights
-    )
     codes = sum(layer.weight.numel() * bits[name][0] // 8 for name, layer in layers.items())
     codes += size_bytes([table.table for table in time_tables(student).values()])
-    floats = size_bytes([layer.weight for layer in quantizable_layers(loaded.denoiser).values()])
+    denoiser = size_bytes([*loaded.denoiser.parameters(), *loaded.denoiser.buffers()])
+    # What is not quantized of the denoiser is stored in float32, and other components as they lie on disk.
+    codes += denoiser - size_bytes([layer.weight for layer in layers.values()])
+    others = (
+        sum(file.stat().st_size for file in _carried(loaded)) if loaded.path.is_dir() else weights - denoiser
+    )
     result.append(
         PartEstimate(
             part="write checkpoint",
             seconds=0.0,
             memory_bytes=2 * weights,
-            disk_bytes=max(0, others - floats) + codes,
+            disk_bytes=others + codes,
         )
     )
     return result, speed
+
+
+def _carried(loaded: LoadedModel) -> list[Path]:
+    """The files of weights that a checkpoint has as the model's directory has them."""
+    family = loaded.family
+    files = list((loaded.path / SAFETY_CHECKER).glob("*.safetensors"))
+    for name in set(family.weights) - {family.denoiser}:
+        library = TRANSFORMERS if name in family.text_encoders else DIFFUSERS
+        files += weight_files(loaded.path / name, library)
+    return files
 
 
 def _any_scales(

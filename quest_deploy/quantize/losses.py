@@ -338,12 +338,20 @@ def temporal_loss(
 
 
 def temporal_conditioning(
-    trace: Trace, data: CalibrationSet, count: int, generator: torch.Generator
+    trace: Trace,
+    data: CalibrationSet,
+    count: int,
+    generator: torch.Generator,
+    prompts: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """`count` random choices of what the temporal layers depend on besides the timestep, from either branch."""
+    """`count` random choices of what the temporal layers depend on besides the timestep, from either branch.
+
+    Of the `prompts` int64 [n]; None means all.
+    """
     if not trace.conditions:
         return {}
-    prompt = torch.randint(data.num_prompts, (count,), generator=generator)
+    among = torch.arange(data.num_prompts) if prompts is None else prompts
+    prompt = among[torch.randint(among.numel(), (count,), generator=generator)]
     # Of many draws; what these layers do not read is large: text tokens, for one.
     positive, negative = (
         {name: value for name, value in branch.items() if name in trace.conditions}

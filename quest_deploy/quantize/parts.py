@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,27 +116,17 @@ def find_scales(
     recipe = config.recipe
     saved = work.load("inputs")
     if saved is None:
-        inputs = calibrate.collect_inputs(
-            model.denoiser,
+        inputs = layer_inputs(
+            model,
+            trace,
             data,
-            prompts_per_step=PROMPTS_PER_STEP,
-            positions=POSITIONS_PER_STEP,
             seed=config.seed,
             report=reporter(progress, "collect activations"),
-            work=work,
             names=bits,
+            work=work,
             at_once=prompts_at_once(
                 model, data, recipe, PROMPTS_PER_STEP, _seen_bytes(model, data, list(bits))
             ),
-        )
-        inputs |= inputs_over_time(
-            model.denoiser,
-            trace,
-            data,
-            bits,
-            last_time=model.last_time,
-            positions=POSITIONS_PER_STEP,
-            seed=config.seed,
         )
         work.save("inputs", inputs)
         work.drop(work.names(calibrate.PIECES))
@@ -162,6 +152,49 @@ def find_scales(
                 work.save("scales", tensors, **facts)
         progress(ProgressEvent(stage="search scales", completed=done, total=len(inputs)))
     return {name: qparams[name] for name in inputs}
+
+
+def layer_inputs(
+    model: LoadedModel,
+    trace: Trace,
+    data: CalibrationSet,
+    *,
+    seed: int,
+    names: Collection[str] | None = None,
+    report: Callable[[int, int], None] = lambda completed, total: None,
+    work: WorkDirectory | None = None,
+    at_once: int | None = None,
+    prompts_per_step: int = PROMPTS_PER_STEP,
+    positions: int = POSITIONS_PER_STEP,
+) -> dict[str, Tensor]:
+    """What starting scales are found from: as `collect_inputs` has it, and of layers of time at every timestep.
+
+    Args:
+        model: Full precision.
+        trace: Its.
+        data: Recorded trajectories.
+        seed: For the choice of positions.
+        names: The layers that are looked at; None means all.
+        report: Called after each timestep.
+        work: Where to keep what was seen, to go on from after an interruption.
+        at_once: The most prompts that are run together; None means all. The result is the same.
+        prompts_per_step: How many prompts are run at each timestep.
+        positions: How many tokens or pixels of each layer's input are kept per timestep.
+    """
+    inputs = calibrate.collect_inputs(
+        model.denoiser,
+        data,
+        prompts_per_step=prompts_per_step,
+        positions=positions,
+        seed=seed,
+        report=report,
+        work=work,
+        names=names,
+        at_once=at_once,
+    )
+    return inputs | inputs_over_time(
+        model.denoiser, trace, data, inputs, last_time=model.last_time, positions=positions, seed=seed
+    )
 
 
 def initialize_one(layer: Quantizable, inputs: Tensor, bits: tuple[int, int], recipe: Recipe) -> LayerQParams:

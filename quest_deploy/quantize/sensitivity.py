@@ -25,7 +25,7 @@ from quest_deploy.quantize.allocate import Bits
 from quest_deploy.quantize.calibrate import CalibrationSet
 from quest_deploy.quantize.grid import channel_shape, weight_bounds
 from quest_deploy.quantize.initialize import initialize_layer
-from quest_deploy.quantize.insert import Role, channel_axis, insert, quantizable_layers
+from quest_deploy.quantize.insert import Role, Roles, channel_axis, insert, quantizable_layers
 from quest_deploy.quantize.layers import ActivationQuantizer, Quantizable, TimestepContext
 from quest_deploy.quantize.select import for_layer
 
@@ -120,7 +120,7 @@ def measure_sensitivity(
     Args:
         denoiser: Full-precision diffusers module; its layers are changed and restored.
         data: Recorded trajectories.
-        inputs: What each layer was given, from `collect_inputs`.
+        inputs: What each layer was given, from `layer_inputs`.
         recipe: Guidance scale, and whether scales are time-aware and channel-wise.
         roles: The part that each layer plays.
         bits: What each layer is quantized to.
@@ -150,6 +150,7 @@ def measure_sensitivity(
             entry = {
                 "name": name,
                 "role": roles[name],
+                "outlet": isinstance(roles, Roles) and name in roles.outlets,
                 "weights": layer.weight.numel(),
                 "macs": macs[name],
                 "damage": damage,

@@ -292,7 +292,9 @@ def _backpropagate(task: Task, phase: PhaseConfig, step: int, *, temporal: bool)
 
 def _temporal_term(task: Task, generator: torch.Generator) -> Callable[[], Tensor]:
     timestep = torch.rand(TIMESTEPS_PER_LOCAL_BATCH, generator=generator) * task.last_time
-    conditioning = losses.temporal_conditioning(task.trace, task.data, timestep.numel(), generator)
+    conditioning = losses.temporal_conditioning(
+        task.trace, task.data, timestep.numel(), generator, task.training
+    )
     timestep = timestep.to(task.data.device)
 
     def term() -> Tensor:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import struct
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -46,8 +47,10 @@ def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-def make(*arguments: str) -> dict:
-    return stages.make(Work(), "a stage", arguments, Path("out"), inputs=[Path("in")], sources=("sources",))
+def make(*arguments: str, **changes: Any) -> dict:
+    return stages.make(
+        Work(), "a stage", arguments, Path("out"), inputs=[Path("in")], sources=("sources",), **changes
+    )
 
 
 def test_a_finished_stage_is_not_run_again(calls: list[str]) -> None:
@@ -76,9 +79,49 @@ def test_a_required_stage_that_failed_ends_the_benchmark(calls: list[str]) -> No
         stages.required(make("fail"))
 
 
-def test_a_finished_interrupted_run_says_so(calls: list[str]) -> None:
-    Path(".out.finetune").mkdir()
+def interrupted(*arguments: str, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
+    """A run that was killed, after it had left something to go on from."""
+
+    def killed(stage: demo.Stage) -> demo.Outcome:
+        Path(".out.finetune").mkdir(exist_ok=True)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(stages, "run", killed)
+        make(*arguments, **changes)
+
+
+def test_a_finished_interrupted_run_says_so(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupted("verb", monkeypatch=monkeypatch)
     assert make("verb")["resumed"] is True
+
+
+def test_what_another_run_left_is_not_gone_on_with(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupted("verb", monkeypatch=monkeypatch, settings_read={"weight_bits": 4})
+    assert make("verb", settings_read={"weight_bits": 8})["resumed"] is False
+    assert not Path(".out.finetune").exists()
+    Path(".out.finetune").mkdir()  # of a version that told nothing
+    Path("work/stages/a stage.begun").unlink()
+    assert make("verb", "--again")["resumed"] is False
+
+
+def test_another_content_of_the_recipe_or_another_library_runs_it_again(
+    calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make("verb", settings_read={"weight_bits": 4})
+    make("verb", settings_read={"weight_bits": 4})
+    make("verb", settings_read={"weight_bits": 8})
+    assert len(calls) == 2
+    monkeypatch.setattr(stages, "tool_versions", lambda: {"torch": "9"})
+    make("verb", settings_read={"weight_bits": 8})
+    assert len(calls) == 3
+
+
+def test_a_stage_is_of_the_code_that_it_began_with(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    digests = iter(["before", "while it ran", "afterwards"])
+    monkeypatch.setattr(stages, "sources_digest", lambda paths: next(digests))
+    make("verb")
+    assert json.loads(Path("work/stages/a stage.json").read_text())["sources"] == "before"
 
 
 def test_every_stage_is_a_valid_call_of_the_command(monkeypatch: pytest.MonkeyPatch) -> None:

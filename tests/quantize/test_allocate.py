@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import itertools
+import math
 import random
+import re
 
 import pytest
 
 from quest_deploy.config import BitsOverride, PhaseConfig, Recipe
 from quest_deploy.errors import ConfigError
+from quest_deploy.quantize import allocate as allocation
 from quest_deploy.quantize.allocate import (
     Bits,
     Budget,
@@ -117,9 +120,52 @@ def test_budget_that_cannot_be_kept_names_the_least_that_can() -> None:
     table = make_table(0)
     lowest = {layer.name: (8, 8) if layer.role == "boundary" else (4, 4) for layer in table}
     least = summarize(table, lowest).average_weight_bits
-    with pytest.raises(ConfigError, match=f"{least:.5g}"):
+    with pytest.raises(ConfigError, match=f"below {math.ceil(least * 1e4) / 1e4:g}"):
         allocate(table, Budget(average_weight_bits=least - 0.01))
     assert allocate(table, Budget(average_weight_bits=least + 1e-6)).bits["up.0.to_q"][0] == 4
+
+
+@pytest.mark.parametrize("what", ["average_weight_bits", "weight_bytes", "average_activation_bits"])
+@pytest.mark.parametrize("seed", range(6))
+def test_the_least_that_is_told_can_be_had(what: str, seed: int) -> None:
+    table = make_table(seed)
+    with pytest.raises(ConfigError) as caught:
+        allocate(table, Budget(**{what: 1}))
+    told = re.search(r"below ([\d.]+),", str(caught.value))
+    assert told is not None
+    least = int(told[1]) if what == "weight_bytes" else float(told[1])
+    assert getattr(allocate(table, Budget(**{what: least})), what) <= least
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_budget_of_bytes_is_kept_to_the_byte(seed: int) -> None:
+    table = [
+        dataclasses.replace(layer, weights=layer.weights * 100_003 + place)
+        for place, layer in enumerate(make_table(seed))
+    ]
+    least = summarize(table, {x.name: (8, 8) if x.role == "boundary" else (4, 4) for x in table}).weight_bytes
+    for extra in (0, 1, 12_345, 2_000_001):
+        assert allocate(table, Budget(weight_bytes=least + extra)).weight_bytes <= least + extra
+
+
+def test_a_choice_beyond_the_budget_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A solver whose tolerance is wide: limits are lowered until its choice keeps what was asked for."""
+    table, budget = make_table(0), Budget(average_weight_bits=6.5)
+    exact, limits = allocate(table, budget), []
+
+    def careless(
+        table: object, choices: object, budget: Budget, slack: float, own: object = allocation._limits
+    ) -> object:
+        limits.append(slack)
+        return [
+            (row, limit * (1.2 if slack == 0 else 1.0)) for row, limit in own(table, choices, budget, slack)
+        ]
+
+    monkeypatch.setattr(allocation, "_limits", careless)
+    found = allocate(table, budget)
+    assert found.average_weight_bits <= 6.5
+    assert limits[:2] == list(allocation.SLACKS[:2])
+    assert found.snr_db == pytest.approx(exact.snr_db, abs=0.1)
 
 
 def test_total_damage_is_the_mean_of_decibels_over_timesteps() -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from quest_deploy.config import FinetuneConfig
 from quest_deploy.model.load import LoadedModel
@@ -55,6 +57,26 @@ def test_the_checkpoint_has_the_size_that_was_told(
     size = sum(path.stat().st_size for path in tiny_checkpoint.rglob("*.safetensors"))
     # A model this small is mostly the headers of its files.
     assert found[0][-1].disk_bytes == pytest.approx(size, rel=0.25)
+
+
+def test_the_checkpoint_of_a_model_in_half_precision_has_the_size_that_was_told(
+    tiny_model: Path,
+    tiny_checkpoint: Path,
+    found: tuple[list[PartEstimate], Speed],
+    config: FinetuneConfig,
+    tmp_path: Path,
+) -> None:
+    half = shutil.copytree(tiny_model, tmp_path / "half")
+    saved = 0
+    for file in half.glob("*/*.safetensors"):
+        before = file.stat().st_size
+        save_file({name: value.half() for name, value in load_file(file).items()}, file, {"format": "pt"})
+        # What is quantized of the denoiser is stored by its codes, and the rest of it in float32, from either.
+        saved += before - file.stat().st_size if file.parent.name != "unet" else 0
+    (half / "unet" / "ema.safetensors").write_bytes(bytes(1_000_000))
+    told = estimate(half, config)[0][-1].disk_bytes
+    assert told == found[0][-1].disk_bytes - saved
+    assert saved > 0.1 * told
 
 
 @pytest.mark.thorough

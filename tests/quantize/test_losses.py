@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
+import pytest
 import torch
+from torch import Tensor
 
-from quest_deploy.quantize import losses
+from quest_deploy.quantize import losses, train
 from quest_deploy.quantize.calibrate import CalibrationSet
+from quest_deploy.quantize.parallel import ALONE
 from quest_deploy.quantize.trace import Trace
 
 
@@ -27,3 +31,31 @@ def test_of_what_networks_are_told_only_what_layers_of_time_read_is_gathered(
         (4.0, 5.0),
         (-1.0, -1.0),
     }
+
+
+def test_layers_of_time_learn_from_training_prompts_alone(
+    traced: Trace, recorded: CalibrationSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trace = dataclasses.replace(traced, conditions=frozenset({"pooled"}))
+    data = dataclasses.replace(recorded, positive={"pooled": torch.arange(4.0)[:, None]}, negative={})
+    seen: list[Tensor] = []
+
+    def keep(
+        student: object, teacher: object, trace: Trace, timestep: Tensor, told: dict, context: object
+    ) -> Tensor:
+        seen.append(told["pooled"])
+        return torch.zeros(())
+
+    monkeypatch.setattr(losses, "temporal_loss", keep)
+    task = SimpleNamespace(
+        student=None,
+        teacher=None,
+        trace=trace,
+        data=data,
+        training=torch.tensor([0, 2]),
+        context=None,
+        last_time=999.0,
+        workers=ALONE,
+    )
+    train._temporal_term(task, torch.Generator().manual_seed(0))()  # type: ignore[arg-type]
+    assert set(seen[0].flatten().tolist()) == {0.0, 2.0}
