@@ -110,7 +110,6 @@ def whole_network(config: AnalyzeConfig, recipes: dict[str, Recipe]) -> dict[str
     """Noise SNR of the denoiser quantized by each recipe, on the pairs that the sensitivity was measured on."""
     model = load_model(MODEL)
     traced = trace(model)
-    roles = traced.roles
     data = calibrate.record_trajectories(
         model,
         config.prompts,
@@ -127,10 +126,10 @@ def whole_network(config: AnalyzeConfig, recipes: dict[str, Recipe]) -> dict[str
     for name, recipe in recipes.items():
         quantized = start(
             model.denoiser,
+            traced,
             inputs,
             {},
             data,
-            roles,
             dataclasses.replace(config, recipe=recipe),
             progress=lambda event: None,
         )

@@ -24,6 +24,7 @@ MAX_QUANTILE_VALUES = 1 << 15
 KEPT_VALUES = 4096
 HISTOGRAM_BINS = 60
 TINY = 1e-12
+SMALLEST = torch.finfo(torch.float32).tiny
 Report = Callable[[int, int], None]
 
 
@@ -136,14 +137,15 @@ def describe(rows: Tensor, largest: Tensor, generator: torch.Generator) -> dict[
     mean = values.mean()
     centered = values - mean
     variance = centered.square().mean()
-    fourth = centered.square().square().mean()
+    # Of the standardized values: fourth powers of small ones are nothing.
+    standard = centered / variance.sqrt().clamp_min(SMALLEST)
     return {
         "min": float(values.min()),
         "max": float(values.max()),
         **{f"p{p:g}": value for p, value in zip(PERCENTILES, quantiles, strict=True)},
         "mean": float(mean),
         "std": float(variance.sqrt()),
-        "kurtosis": float(fourth / variance.square().clamp_min(TINY)),
+        "kurtosis": float(standard.square().square().mean()),
         "channel_imbalance": imbalance(largest),
     }
 

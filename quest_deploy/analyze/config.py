@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
+from quest_deploy.artifacts import read_artifact
 from quest_deploy.config import Recipe, are_text, count_of, is_whole, raise_if_any, seeds_fit, whole_at_least
 from quest_deploy.errors import ConfigError
 from quest_deploy.quantize.allocate import Bits
+from quest_deploy.quantize.recipe import recipe_from_dict
+
+ACTIVATION_BITS = ("a4", "a8")
+"""Of an input alone, the fewest first."""
 
 DEFAULT_BITS = ("w8", "w4", "a8", "a4", "w8a8", "w4a8", "w8a4", "w4a4")
 
@@ -54,3 +60,12 @@ class AnalyzeConfig:
             except ConfigError as error:
                 problems.append(str(error))
         raise_if_any(problems, "analyze")
+
+
+def recipe_of(checkpoint: Path) -> Recipe:
+    """What a checkpoint was made with.
+
+    Raises:
+        ArtifactError: it is none.
+    """
+    return recipe_from_dict(read_artifact(checkpoint, stage="checkpoint").manifest.config["recipe"])

@@ -10,16 +10,21 @@ import torch
 from torch import Tensor, nn
 
 from quest_deploy.analyze import activations, temporal
-from quest_deploy.analyze.config import AnalyzeConfig
+from quest_deploy.analyze.config import ACTIVATION_BITS, AnalyzeConfig
 from quest_deploy.config import ProgressEvent
 from quest_deploy.model.load import LoadedModel
-from quest_deploy.quantize.allocate import Bits, read_table, summarize
+from quest_deploy.quantize.allocate import Bits, read_table, roles_of, summarize
 from quest_deploy.quantize.attention import OperandQParams, insert_attention
 from quest_deploy.quantize.calibrate import CalibrationSet
-from quest_deploy.quantize.insert import Role, insert, quantizable_layers
+from quest_deploy.quantize.insert import LayerQParams, Role, insert, quantizable_layers
 from quest_deploy.quantize.layers import TimestepContext
 from quest_deploy.quantize.operands import find_operands
-from quest_deploy.quantize.parts import PROMPTS_PER_STEP, initialize_one, layer_inputs
+from quest_deploy.quantize.parts import (
+    PROMPTS_PER_STEP,
+    initialize_together,
+    layer_inputs,
+    sharing,
+)
 from quest_deploy.quantize.resume import Throttle, WorkDirectory
 from quest_deploy.quantize.select import for_layer, layer_bits
 from quest_deploy.quantize.sensitivity import (
@@ -76,7 +81,7 @@ def measure(
         seed=config.seed,
         report=reporter(progress, "collect attention operands"),
     )
-    student = start(denoiser, inputs, operands, data, roles, config, progress, timeless)
+    student = start(denoiser, trace, inputs, operands, data, config, progress)
     pairs = choose_pairs(data, steps=config.sensitivity_steps, prompts=config.sensitivity_prompts)
     entries = _sensitivity(denoiser, data, inputs, roles, pairs, config, work, progress, timeless)
     sensitivity = {
@@ -112,34 +117,36 @@ def measure(
 @torch.no_grad()
 def start(
     denoiser: nn.Module,
+    trace: Trace,
     inputs: Mapping[str, Tensor],
     operands: Mapping[str, OperandQParams],
     data: CalibrationSet,
-    roles: Mapping[str, Role],
     config: AnalyzeConfig,
     progress: Progress,
-    timeless: Collection[str] = (),
 ) -> nn.Module:
     """A copy of the denoiser quantized by the recipe, before finetuning and rounded to nearest.
 
     Args:
         denoiser: Full precision.
+        trace: The part that each of its layers plays.
         inputs: What each layer was given, from `layer_inputs`.
         operands: Scales of quantized attention, from `find_operands`; empty where it stays in float.
         data: Recorded trajectories.
-        roles: The part that each layer plays.
         config: Holds the recipe.
         progress: Told how far it is.
-        timeless: Layers that the timestep does not reach, which have one activation scale.
     """
     student = copy.deepcopy(denoiser)
-    qparams = {}
-    bits = layer_bits(roles, config.recipe)
+    qparams: dict[str, LayerQParams] = {}
+    bits = layer_bits(trace.roles, config.recipe)
     # Where tables take the place of layers that carry time, those start as exact as the layers themselves.
     layers = {name: layer for name, layer in quantizable_layers(denoiser).items() if name in bits}
-    for done, (name, layer) in enumerate(layers.items(), start=1):
-        recipe = for_layer(config.recipe, name, timeless)
-        qparams[name] = initialize_one(layer, inputs[name], bits[name], recipe)
+    for done, name in enumerate(layers, start=1):
+        if name not in qparams:
+            recipe = for_layer(config.recipe, name, trace.timeless)
+            together = sharing(name, trace, config.recipe, bits)
+            qparams |= initialize_together(
+                {other: layers[other] for other in together}, inputs[name], bits[name], recipe
+            )
         progress(ProgressEvent(stage="search scales", completed=done, total=len(layers)))
     context = TimestepContext(data.boundaries())
     insert(student, qparams, context)
@@ -189,7 +196,7 @@ def network_part(
         for when, model in models.items()
     }
     table = read_table(sensitivity)
-    bits = layer_bits({layer.name: layer.role for layer in table}, config.recipe)
+    bits = layer_bits(roles_of(table), config.recipe)
     table = [layer for layer in table if layer.name in bits]
     measured = set(map(Bits.parse, config.bits))
     known = all(
@@ -201,7 +208,7 @@ def network_part(
 
 def worst_layers(observed: Mapping[str, activations.Activations], entries: list[Entry]) -> list[str]:
     """The layers whose input loses most at the fewest activation bits measured alone; else the most imbalanced."""
-    for bits in ("a4", "a8"):
+    for bits in ACTIVATION_BITS:
         if entries and bits in entries[0]["damage"]:
             ranked = sorted(entries, key=lambda entry: entry["damage"][bits]["snr_db"])
             return [entry["name"] for entry in ranked[:HISTOGRAM_LAYERS]]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import yaml
 from quest_deploy.config import Recipe, raise_if_any, to_dict
 from quest_deploy.files import write_text
 from quest_deploy.quantize.allocate import (
+    BOUNDARY,
+    WIDTHS,
     Allocation,
     Bits,
     Budget,
@@ -20,6 +23,7 @@ from quest_deploy.quantize.allocate import (
     literal,
     overrides,
     read_table,
+    roles_of,
     summarize,
 )
 
@@ -54,13 +58,18 @@ class RecipeRequest:
 
 
 def request_of(
-    path: Path | None, finetune_share: float | None, bits: Sequence[str], **budget: float | None
+    path: Path | None,
+    finetune_share: float | None,
+    recipe: Recipe,
+    bits: Sequence[str],
+    **budget: float | None,
 ) -> RecipeRequest | None:
     """The request of the given options; None where nothing is asked for.
 
     Args:
         path: Where the recipe is written.
         finetune_share: As of :class:`RecipeRequest`.
+        recipe: What the new one is based on.
         bits: What each layer's damage will be measured at.
         budget: As of :class:`Budget`.
 
@@ -77,13 +86,11 @@ def request_of(
             "analyze",
         )
         return None
-    missing = missing_bits(bits) if given else []
+    needed = set(itertools.product(WIDTHS, WIDTHS)) if given else bits_of(recipe)
+    missing = missing_bits(bits, needed)
+    what = "a budget chooses among 4 and 8" if given else f"layers of recipe {recipe.name} have them"
     raise_if_any(
-        [
-            f"a budget of bits chooses among 4 and 8, and bits lack {', '.join(missing)}; add them, or leave --bits out"
-        ]
-        if missing
-        else [],
+        [f"bits lack {', '.join(missing)}, and {what}; add them, or leave --bits out"] if missing else [],
         "analyze",
     )
     return RecipeRequest(
@@ -93,14 +100,24 @@ def request_of(
     )
 
 
-def missing_bits(bits: Sequence[str]) -> list[str]:
-    """Which bits of a layer have no damage, where it is measured at `bits`, together or one by one."""
+def bits_of(recipe: Recipe) -> set[tuple[int, int]]:
+    """(weight bits, activation bits) that layers of a recipe may have."""
+    own = (recipe.weight_bits, recipe.activation_bits)
+    found = {own, BOUNDARY}
+    for override in recipe.overrides:
+        found |= {(override.weight_bits or w, override.activation_bits or a) for w, a in found}
+    return found
+
+
+def missing_bits(bits: Sequence[str], needed: Iterable[tuple[int, int]]) -> list[str]:
+    """Which of the `needed` (weight bits, activation bits) have no damage, where layers are measured at `bits`.
+
+    Both together, or each alone.
+    """
     measured = {str(Bits.parse(name)) for name in bits}
-    widths = (8, 4)
     return [
         f"w{weight}a{activation}"
-        for weight in widths
-        for activation in widths
+        for weight, activation in sorted(needed, reverse=True)
         if f"w{weight}a{activation}" not in measured and not {f"w{weight}", f"a{activation}"} <= measured
     ]
 
@@ -127,11 +144,11 @@ def write_mixed_recipe(
     )  # which imports torch: a mistyped option is found without it
 
     table = read_table(sensitivity)
-    if recipe.temporal_path == "table":
-        table = [layer for layer in table if layer.role != "temporal"]
+    bits = layer_bits(roles_of(table), recipe)
+    table = [layer for layer in table if layer.name in bits]
     fields = {name: value for name, value in to_dict(recipe).items() if name != "name"}
     if request.budget is None:
-        allocation = summarize(table, layer_bits({layer.name: layer.role for layer in table}, recipe))
+        allocation = summarize(table, bits)
     else:
         allocation = allocate(table, request.budget)
         base = (recipe.weight_bits, recipe.activation_bits)

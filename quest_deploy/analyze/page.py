@@ -12,7 +12,9 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from quest_deploy.analyze import figures
+from quest_deploy.analyze.config import ACTIVATION_BITS
 from quest_deploy.manifest import tool_versions
+from quest_deploy.quantize.allocate import Bits
 
 TEMPLATE = "analysis.html.j2"
 TABLE_ROWS = 12
@@ -67,11 +69,10 @@ def sections(document: Mapping[str, Any]) -> list[dict[str, Any]]:
         )
     ]
     for bits in lowest:
-        what = "input" if bits.startswith("a") else "weight"
         plots.append(
             plot(
                 f"Most sensitive at {bits.upper()}",
-                f"Layers whose {what} alone is quantized to {bits[1]} bits.",
+                f"Layers whose {_what(bits)}.",
                 figures.sensitivity_bars(sensitivity, bits),
             )
         )
@@ -86,7 +87,7 @@ def sections(document: Mapping[str, Any]) -> list[dict[str, Any]]:
         {
             "title": "Sensitivity",
             "text": "Squared error of the guided noise prediction over its square; geometric mean over "
-            f"{sensitivity['prompts_per_timestep']} trajectories at {len(sensitivity['timesteps'])} timesteps each.",
+            f"{len(sensitivity['timesteps'])} timesteps, {sensitivity['prompts_per_timestep']} trajectories at each.",
             "plots": plots,
         }
     ]
@@ -122,7 +123,7 @@ def sections(document: Mapping[str, Any]) -> list[dict[str, Any]]:
                 ),
                 plot(
                     "Distributions",
-                    "Inputs of the layers that suffer most from few activation bits."
+                    f"Inputs of the layers {_why_these(sensitivity)}."
                     + (" Dashed: after finetuning." if document["histograms"]["after"] else ""),
                     figures.histogram_grid(document["histograms"], timesteps),
                 ),
@@ -130,6 +131,22 @@ def sections(document: Mapping[str, Any]) -> list[dict[str, Any]]:
         }
     )
     return result
+
+
+def _what(text: str) -> str:
+    """What of a layer is quantized at bits such as "w4a8"."""
+    bits = Bits.parse(text)
+    parts = {"weight": bits.weight, "input": bits.activation}
+    told = [f"{what} is quantized to {width} bits" for what, width in parts.items() if width is not None]
+    return told[0].replace(" is", " alone is") if len(told) == 1 else " and whose ".join(told)
+
+
+def _why_these(sensitivity: Mapping[str, Any]) -> str:
+    """Why the layers of the distributions were chosen, as `quest_deploy.analyze.measure.worst_layers` does."""
+    lowest = next((bits for bits in ACTIVATION_BITS if bits in sensitivity["bits"]), None)
+    if lowest is None:
+        return "whose ranges change most with the timestep"
+    return f"that suffer most where their input alone is quantized to {lowest[1:]} bits"
 
 
 def plot(title: str, text: str, figure: Figure) -> dict[str, Any]:

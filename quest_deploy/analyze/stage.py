@@ -27,7 +27,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from quest_deploy.analyze.config import AnalyzeConfig
+from quest_deploy.analyze.config import AnalyzeConfig, recipe_of
 from quest_deploy.analyze.measure import Progress, measure, reporter
 from quest_deploy.analyze.page import write_page
 from quest_deploy.artifacts import (
@@ -42,8 +42,8 @@ from quest_deploy.artifacts import (
     write_artifact,
     write_json,
 )
-from quest_deploy.config import LoraConfig, to_dict
-from quest_deploy.errors import ArtifactError, StaleArtifactError
+from quest_deploy.config import LoraConfig, Recipe, to_dict
+from quest_deploy.errors import ArtifactError, ConfigError, StaleArtifactError
 from quest_deploy.model.families import Classes, Family, choose_prompts
 from quest_deploy.model.load import load_model
 from quest_deploy.model.lora import merge_loras
@@ -58,6 +58,20 @@ from quest_deploy.quantize.split import find_concatenations, split_channels, spl
 from quest_deploy.quantize.trace import trace
 
 SCHEMA_VERSION = 1
+# Fields of a recipe that decide what finetuning starts from.
+STARTS_FROM = (
+    "weight_bits",
+    "activation_bits",
+    "overrides",
+    "time_aware",
+    "channel_wise",
+    "migration_exponent",
+    "split",
+    "shared_inputs",
+    "temporal_path",
+    "attention_bits",
+    "softmax_bits",
+)
 DOCUMENT, PAGE = "analysis.json", "analysis.html"
 
 
@@ -88,18 +102,24 @@ def analyze(
     work = WorkDirectory(Path(output), "analyze")
     report = progress or (lambda event: None)
     with work.lock():
-        inputs = _inputs(model, checkpoint)
+        inputs, again = _inputs(model, checkpoint), resume and not overwrite
+        _check_recipe(config.recipe, checkpoint)
         if Path(model).is_dir():
             config = with_prompts(config, family_of(Path(model)), classes_of(Path(model)))
-        if resume and not overwrite and (finished := _finished(output, config, inputs)) is not None:
-            return finished
-        check_output(output, stage="analysis", overwrite=overwrite)
+            if again and (finished := _finished(output, config, inputs)) is not None:
+                return finished
+        # Of other models what they draw, and where they lie, is known when they are loaded.
+        if Path(model).is_dir() or not again:
+            check_output(output, stage="analysis", overwrite=overwrite)
         loras = _loras(checkpoint)
         loaded = load_model(model)
         merge_loras(loaded, loras)
         if not Path(model).is_dir():
             config = with_prompts(config, loaded.family, loaded.classes)
-        inputs.setdefault("source", _digest(loaded.path))
+            inputs.setdefault("source", _digest(loaded.path))
+            if again and (finished := _finished(output, config, inputs)) is not None:
+                return finished
+            check_output(output, stage="analysis", overwrite=overwrite)
         quantized = None if checkpoint is None else load_checkpoint(checkpoint).denoiser
         # Split as the checkpoint is, so that both have the same layers.
         if quantized is not None:
@@ -207,6 +227,23 @@ def _loras(checkpoint: Path | None) -> tuple[LoraConfig, ...]:
     return merged.loras
 
 
+def _check_recipe(recipe: Recipe, checkpoint: Path | None) -> None:
+    """Refuse to compare a checkpoint with the start of another recipe.
+
+    Raises:
+        ConfigError: its layers are quantized otherwise.
+    """
+    if checkpoint is None:
+        return
+    made_with = recipe_of(checkpoint)
+    other = [name for name in STARTS_FROM if getattr(made_with, name) != getattr(recipe, name)]
+    if other:
+        raise ConfigError(
+            f"recipe {recipe.name} is not that of '{checkpoint}', {made_with.name} ({', '.join(other)} differ): before "
+            "and after would be of two; leave --recipe out"
+        )
+
+
 def _digest(path: Path) -> str:
     return hash_directory(path) if path.is_dir() else hash_file(path)
 
@@ -221,4 +258,6 @@ def _finished(output: Path, config: AnalyzeConfig, inputs: Mapping[str, str]) ->
 
 
 def _without_steps(network: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value["snr_db"] if isinstance(value, dict) else value for name, value in network.items()}
+    return {
+        name: value["step_snr_db"] if isinstance(value, dict) else value for name, value in network.items()
+    }

@@ -107,8 +107,8 @@ def confusion(true: Tensor, quantized: Tensor) -> dict[str, Any]:
         whose nearest true embedding is another timestep's.
     """
     expected, got = true[0].double(), quantized[0].double()
-    distance = torch.cdist(got, expected) / expected.norm(dim=1).clamp_min(1e-30)
-    nearest = distance.argmin(dim=1)
+    apart = torch.cdist(got, expected)
+    distance, nearest = apart / expected.norm(dim=1).clamp_min(1e-30), apart.argmin(dim=1)
     return {
         "distance": [[round_figure(value) for value in line] for line in distance.tolist()],
         "nearest": nearest.tolist(),

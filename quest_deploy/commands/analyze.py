@@ -9,6 +9,7 @@ import click
 from quest_deploy.commands.progress import show_progress
 from quest_deploy.commands.verb import Result, artifact_result, output_option, overwrite_option, verb
 
+DEFAULT_RECIPE = "w4a4"
 RESUME_HINT = "run the same command with --resume to go on from the last saved state"
 
 
@@ -23,10 +24,8 @@ RESUME_HINT = "run the same command with --resume to go on from the last saved s
 )
 @click.option(
     "--recipe",
-    default="w4a4",
-    show_default=True,
     metavar="NAME|FILE",
-    help="How layers are quantized: w8a8, w4a8, w4a4, or a YAML file.",
+    help="How layers are quantized: w8a8, w4a8, w4a4, or a YAML file.  [default: the checkpoint's, else w4a4]",
 )
 @click.option(
     "--prompts",
@@ -82,7 +81,7 @@ def analyze(
     model: str,
     output: Path,
     checkpoint: Path | None,
-    recipe: str,
+    recipe: str | None,
     prompts: Path | None,
     num_prompts: int,
     steps: int,
@@ -103,7 +102,7 @@ def analyze(
     MODEL is the full-precision model. Writes analysis.json and analysis.html. With a budget and --write-recipe, also a
     recipe of mixed precision for `finetune`; with --resume from an analysis that is there already.
     """
-    from quest_deploy.analyze.config import DEFAULT_BITS, AnalyzeConfig
+    from quest_deploy.analyze.config import DEFAULT_BITS, AnalyzeConfig, recipe_of
     from quest_deploy.analyze.mixed import request_of, write_mixed_recipe
     from quest_deploy.artifacts import check_output
     from quest_deploy.errors import ConfigError
@@ -119,7 +118,9 @@ def analyze(
             "choose a path outside of it"
         )
     config = AnalyzeConfig(
-        recipe=load_recipe(recipe),
+        recipe=recipe_of(checkpoint)
+        if recipe is None and checkpoint is not None
+        else load_recipe(recipe or DEFAULT_RECIPE),
         prompts=() if prompts is None else load_prompts(prompts),
         num_prompts=num_prompts,
         steps=steps,
@@ -131,6 +132,7 @@ def analyze(
     request = request_of(
         write_recipe,
         finetune_share,
+        config.recipe,
         config.bits,
         average_weight_bits=average_weight_bits,
         weight_bytes=allocate_bytes,

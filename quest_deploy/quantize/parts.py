@@ -138,12 +138,10 @@ def find_scales(
     qparams = {} if saved is None else unflatten_qparams(*saved)
     throttle = Throttle()
     layers = quantizable_layers(model.denoiser)
-    siblings = trace.siblings if recipe.shared_inputs else ()
-    beside = {name: [other for other in names if other in inputs] for names in siblings for name in names}
     for done, name in enumerate(inputs, start=1):
         if name not in qparams:
+            together = sharing(name, trace, recipe, bits)
             own = for_layer(recipe, name, trace.timeless)
-            together = [other for other in beside.get(name, (name,)) if bits[other] == bits[name]]
             qparams |= initialize_together(
                 {other: layers[other] for other in together}, inputs[name], bits[name], own
             )
@@ -152,6 +150,14 @@ def find_scales(
                 work.save("scales", tensors, **facts)
         progress(ProgressEvent(stage="search scales", completed=done, total=len(inputs)))
     return {name: qparams[name] for name in inputs}
+
+
+def sharing(name: str, trace: Trace, recipe: Recipe, bits: Mapping[str, tuple[int, int]]) -> tuple[str, ...]:
+    """The layers that have one quantizer for their inputs with the layer `name`, itself among them."""
+    for siblings in trace.siblings if recipe.shared_inputs else ():
+        if name in siblings:
+            return tuple(other for other in siblings if bits.get(other) == bits[name])
+    return (name,)
 
 
 def layer_inputs(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,9 +34,8 @@ def quick_plots() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def analyze_config(tiny_recipe: Path) -> AnalyzeConfig:
     """Two trajectories of two steps, weights at 4 and activations at 8 bits."""
-    recipe = dataclasses.replace(load_recipe(str(tiny_recipe)), channel_wise=False)
     return AnalyzeConfig(
-        recipe=recipe,
+        recipe=load_recipe(str(tiny_recipe)),
         prompts=("rocket", "pizza", "moon"),
         num_prompts=2,
         steps=2,

@@ -100,3 +100,10 @@ def test_subsample_keeps_all_of_few_and_the_asked_number_of_many() -> None:
 
 def test_figures_keep_five_digits() -> None:
     assert round_figure(1234.5678) == 1234.6
+
+
+@pytest.mark.parametrize("scale", [1e-15, 1e-4, 1.0, 1e6])
+def test_kurtosis_does_not_depend_on_the_unit(scale: float) -> None:
+    rows = torch.randn(4000, 4, generator=torch.Generator().manual_seed(0))
+    kurtosis = [described(values)["kurtosis"] for values in (rows, rows * scale)]
+    assert kurtosis[1] == pytest.approx(kurtosis[0], rel=1e-3)

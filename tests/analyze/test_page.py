@@ -73,3 +73,34 @@ def test_page_of_weights_alone(document: dict[str, Any], quick_plots: None) -> N
 )
 def test_numbers_are_readable(value: float | None, text: str) -> None:
     assert number(value) == text
+
+
+def test_before_and_after_are_one_statistic(document: dict[str, Any], quick_plots: None) -> None:
+    changed = copy.deepcopy(document)
+    start = changed["network"]["start"] = {**changed["network"]["start"], "step_snr_db": 9.8, "snr_db": 10.2}
+    changed["network"]["checkpoint"] = start
+    lead = re.search(r'class="lead">(.*?)</p>', render(changed), flags=re.DOTALL)
+    assert lead is not None
+    before, after = re.findall(r"([\d.]+) dB", lead[1])
+    assert before == after == f"{start['step_snr_db']:.1f}"
+
+
+@pytest.mark.parametrize(
+    ("bits", "words"),
+    [
+        ("w4", "Layers whose weight alone is quantized to 4 bits."),
+        ("a8", "Layers whose input alone is quantized to 8 bits."),
+        ("w8a4", "Layers whose weight is quantized to 8 bits and whose input is quantized to 4 bits."),
+    ],
+)
+def test_what_was_quantized_is_told(
+    document: dict[str, Any], quick_plots: None, bits: str, words: str
+) -> None:
+    changed = copy.deepcopy(document)
+    changed["sensitivity"]["bits"] = [bits]
+    for layer in changed["sensitivity"]["layers"]:
+        layer["damage"] = {bits: layer["damage"]["w4"]}
+    page = render(changed)
+    assert words in page
+    chosen = "where their input alone is quantized to 8" if bits == "a8" else "whose ranges change most with"
+    assert f"Inputs of the layers {'that suffer most ' if bits == 'a8' else ''}{chosen}" in page

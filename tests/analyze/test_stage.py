@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from quest_deploy.analyze import measure
+from quest_deploy.analyze import measure, stage
 from quest_deploy.analyze.config import AnalyzeConfig
 from quest_deploy.analyze.stage import analyze
 from quest_deploy.artifacts import read_artifact
@@ -16,6 +16,8 @@ from quest_deploy.config import ProgressEvent
 from quest_deploy.errors import ArtifactError, ConfigError, StaleArtifactError
 from quest_deploy.files import read_json
 from quest_deploy.model import merged
+from quest_deploy.model.load import load_model
+from quest_deploy.quantize.recipe import load_recipe
 
 
 def test_every_layer_is_analyzed_before_and_after(document: dict[str, Any], tiny_checkpoint: Path) -> None:
@@ -53,7 +55,7 @@ def test_quantized_time_embedding_is_near_the_true_one_but_not_equal(document: d
 def test_damages_of_layers_predict_that_of_the_network(document: dict[str, Any]) -> None:
     """Within 3 dB, a factor of two: what mixed precision counts on."""
     network = document["network"]
-    assert network["predicted_snr_db"] == pytest.approx(network["start"]["snr_db"], abs=3.0)
+    assert network["predicted_snr_db"] == pytest.approx(network["start"]["step_snr_db"], abs=3.0)
 
 
 class Killed(BaseException):
@@ -167,3 +169,35 @@ def test_a_checkpoint_with_time_tables_is_analyzed(
     assert set(document["activations"]["after"]) == layers < set(document["activations"]["before"])
     # What is left of the path are the tables; the embedding before them is not computed any more.
     assert temporal["checkpoint"]["confusion"] is None and temporal["checkpoint"]["layers"]
+
+
+def test_a_checkpoint_of_another_recipe_is_not_compared(
+    tmp_path: Path, tiny_model: Path, tiny_checkpoint: Path, analyze_config: AnalyzeConfig
+) -> None:
+    recipe = dataclasses.replace(analyze_config.recipe, activation_bits=4, channel_wise=False)
+    config = dataclasses.replace(analyze_config, recipe=recipe)
+    with pytest.raises(ConfigError, match=r"\(activation_bits, channel_wise differ\).*leave --recipe out"):
+        analyze(tiny_model, tmp_path / "out", config, checkpoint=tiny_checkpoint)
+    more_steps = dataclasses.replace(recipe.sensitive, steps=9)
+    same_start = dataclasses.replace(analyze_config.recipe, sensitive=more_steps)
+    stage._check_recipe(same_start, tiny_checkpoint)
+
+
+def test_a_finished_analysis_of_what_is_no_directory_is_reused(
+    tmp_path: Path, tiny_model: Path, tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch, quick_plots: None
+) -> None:
+    """Of a hub id or a single file: what it draws is known when it is loaded."""
+    monkeypatch.setattr(stage, "load_model", lambda model: load_model(tiny_model))
+    config = AnalyzeConfig(
+        recipe=load_recipe(str(tiny_recipe)),
+        num_prompts=1,
+        steps=2,
+        sensitivity_prompts=1,
+        sensitivity_steps=1,
+        bits=("w8",),
+    )
+    first = analyze("somebody/a-model", tmp_path / "out", config)
+    monkeypatch.setattr(stage, "measure", None)
+    assert analyze("somebody/a-model", tmp_path / "out", config, resume=True).digest == first.digest
+    with pytest.raises(ArtifactError, match="exists already; add --overwrite"):
+        analyze("somebody/a-model", tmp_path / "out", dataclasses.replace(config, seed=1), resume=True)

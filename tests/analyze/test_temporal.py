@@ -53,3 +53,12 @@ ROLES: dict[str, Role] = {
 )
 def test_time_embedding_is_the_last_before_the_network(run_order: list[str], expected: str | None) -> None:
     assert embedding_layer(run_order, ROLES) == expected
+
+
+def test_the_nearest_is_nearest_whatever_its_size() -> None:
+    """Distances are shown relative to the true embedding's size, which must not choose it."""
+    true = torch.tensor([[[1.0, 0.0], [2.0, 0.0]]])
+    result = confusion(true, torch.tensor([[[1.4, 0.0], [2.0, 0.0]]]))
+    assert result["nearest"] == [0, 1]
+    assert result["mistaken"] == 0.0
+    assert result["distance"][0] == pytest.approx([0.4, 0.3], rel=1e-4)

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
-from quest_deploy.analyze import figures
+from quest_deploy.analyze import figures, stage
+from quest_deploy.analyze.config import AnalyzeConfig
+from quest_deploy.analyze.mixed import RecipeRequest, write_mixed_recipe
 from quest_deploy.commands import main
+from quest_deploy.config import BitsOverride
+from quest_deploy.errors import ConfigError
 from quest_deploy.files import read_json
-from quest_deploy.quantize.allocate import read_table, summarize
+from quest_deploy.model.load import load_model
+from quest_deploy.quantize.allocate import read_table, roles_of, summarize
 from quest_deploy.quantize.recipe import load_recipe
 from quest_deploy.quantize.select import layer_bits, select
+from quest_deploy.quantize.trace import trace
 
 SMALL = ("--num-prompts", "2", "--steps", "2", "--sensitivity-steps", "1", "--sensitivity-prompts", "1")
 
@@ -98,7 +105,7 @@ def test_a_recipe_is_not_written_into_the_analysis(tmp_path: Path) -> None:
         (["--steps", "1"], "steps is 1, expected at least 2"),
         (
             ["--bits", "w8,a8,w4a8", "--average-weight-bits", "6", "--write-recipe", "mixed.yaml"],
-            "bits lack w8a4, w4a4; add them",
+            "bits lack w8a4, w4a4, and a budget chooses among 4 and 8; add them",
         ),
     ],
 )
@@ -116,3 +123,58 @@ def test_onnx_is_refused(tmp_path: Path, tiny_onnx: Path) -> None:
     done = CliRunner().invoke(main, ["analyze", str(tiny_onnx), "-o", str(tmp_path / "out")])
     assert done.exit_code == 1
     assert "stage 'onnx', which has no layers to analyze" in done.stderr
+
+
+def test_bits_that_a_share_needs_are_asked_for_at_once(tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        "weight_bits: 4\nactivation_bits: 4\noverrides: [{layers: time-projections, activation_bits: 8}]\n"
+        "temporal: {layers: none, steps: 0}\nsensitive: {layers: all, steps: 1}\n"
+    )
+    words = ["analyze", "nowhere/model", "-o", str(tmp_path / "out"), "--recipe", str(recipe)]
+    words += ["--finetune-share", "0.2", "--write-recipe", str(tmp_path / "mixed.yaml")]
+    done = CliRunner().invoke(main, [*words, "--bits", "w8a8,w4a4"])
+    assert done.exit_code == 1
+    assert "bits lack w4a8, and layers of recipe r have them" in done.stderr
+    done = CliRunner().invoke(main, [*words, "--bits", "w8a8,w4a4,w4a8"])
+    assert "bits lack" not in done.stderr
+
+
+def test_a_checkpoints_own_recipe_is_the_default(
+    tmp_path: Path, tiny_model: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def keep(model: object, output: object, config: AnalyzeConfig, **options: object) -> None:
+        seen.append(config.recipe)
+        raise ConfigError("that is all")
+
+    monkeypatch.setattr(stage, "analyze", keep)
+    words = ["analyze", str(tiny_model), "-o", str(tmp_path / "out")]
+    assert CliRunner().invoke(main, [*words, "--checkpoint", str(tiny_checkpoint)]).exit_code == 1
+    assert CliRunner().invoke(main, words).exit_code == 1
+    assert [recipe.name for recipe in seen] == ["tiny", "w4a4"]
+
+
+def test_presets_of_a_written_recipe_stand_for_the_layers_of_the_model(
+    place: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    sensitivity = read_json(place / "out" / "analysis.json")["sensitivity"]
+    roles = trace(load_model(tiny_model)).roles
+    assert roles_of(read_table(sensitivity)) == roles
+    assert roles_of(read_table(sensitivity)).outlets == roles.outlets != frozenset()
+    recipe = dataclasses.replace(
+        load_recipe("w4a8"),
+        overrides=(BitsOverride(layers="time-projections", weight_bits=8, activation_bits=8),),
+    )
+    request = RecipeRequest(path=tmp_path / "mixed.yaml", budget=None, finetune_share=0.5)
+    chosen = write_mixed_recipe(recipe, sensitivity, request)
+    expected = {name: f"w{w}a{a}" for name, (w, a) in layer_bits(roles, recipe).items()}
+    assert chosen["layers"] == expected
+    assert expected[min(roles.outlets)] == "w8a8"
+    table = dataclasses.replace(
+        recipe,
+        temporal_path="table",
+        overrides=(BitsOverride(layers="time_embedding.*", weight_bits=8),),
+    )
+    assert not any("time_emb" in name for name in write_mixed_recipe(table, sensitivity, request)["layers"])
