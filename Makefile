@@ -36,7 +36,7 @@ bench-export: $(STAMP)
 	$(BIN)/python -m benchmarks modes
 
 bench: $(STAMP)
-	@$(PIP) nvidia-modelopt
+	@$(PIP) nvidia-modelopt nncf openvino
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
 # PyTorch comes first and alone, so that the build that the machine's package index prefers (CPU or CUDA) is settled

@@ -19,11 +19,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks import stages
+from benchmarks import nncf_graph, stages
 from benchmarks.environment import header
 from benchmarks.in_turn import as_text, in_turn, times_as_fast
 from benchmarks.settings import Settings, one_update, write_recipe
 from benchmarks.tables import Table, number
+from quest_deploy.config import to_dict
 from quest_deploy.manifest import MANIFEST_NAME
 
 if TYPE_CHECKING:
@@ -46,7 +47,6 @@ GOAL_OVER_DIFFUSERS, GOAL_OVER_NNCF = 2.5, 1.0
 TARGET, STANDARD = "onnxruntime", "tensorrt"
 THREADS, BATCH, LATENTS, TOKENS, WIDTH = 2, 2, 64, 77, 768
 ROUNDS, RUNS = 3, 5
-CALIBRATION_STEPS = 4
 MEMORY_LIMIT_GB = 20.0
 # Of nota-ai/bk-sdm-tiny.
 UNET: dict[str, Any] = {
@@ -87,6 +87,7 @@ def run(settings: Settings) -> dict[str, Any]:
     """Make the files, then measure all rows in turn."""
     folder = settings.work / NAME
     model = folder / "model"
+    nncf_graph.check_installed()
     if not (model / "model_index.json").is_file():
         subprocess.run([sys.executable, "-m", "benchmarks.cpu_speed", "model", str(folder)], check=True)
     stages.export(settings, "cpu_speed-fp32", model, TARGET)
@@ -104,12 +105,12 @@ def run(settings: Settings) -> dict[str, Any]:
                 checkpoint,
                 inputs=(model,),
                 sources=stages.QUANTIZER,
+                settings_read={"recipe": to_dict(recipe)},
             )
         )
         stages.export(settings, f"cpu_speed-{name}", checkpoint, TARGET)
-    if not (folder / "nncf.xml").is_file():
-        stages.export(settings, "cpu_speed-fp32", model, STANDARD)
-        subprocess.run([sys.executable, "-m", "benchmarks.cpu_speed", "nncf", str(folder)], check=True)
+    standard, _ = stages.export(settings, "cpu_speed-fp32", model, STANDARD)
+    nncf_graph.make(folder, standard)
     found: dict[str, list[dict[str, Any]]] = {row: [] for row in ROWS}
     for turn in range(1 if settings.quick else ROUNDS):
         for row, times in found.items():
@@ -123,6 +124,7 @@ def run(settings: Settings) -> dict[str, Any]:
     speed = {row: round(base / one["seconds"], 3) for row, one in rows.items()}
     return {
         **header(settings),
+        "nncf": nncf_graph.versions(),
         "threads": THREADS,
         "rounds": len(found["diffusers"]),
         "rows": rows,
@@ -188,19 +190,6 @@ def inputs(step: int = 0) -> dict[str, ndarray]:
         "timestep": np.full(1, 999 - 250 * step, dtype=np.float32),
         "encoder_hidden_states": generator.standard_normal((BATCH, TOKENS, WIDTH), dtype=np.float32),
     }
-
-
-def write_nncf(folder: Path) -> None:
-    """The float ONNX, of standard operators alone, as NNCF quantizes it, with its defaults for transformers."""
-    import nncf
-    import openvino
-
-    model = openvino.Core().read_model(_onnx(folder, "fp32", STANDARD))
-    steps = nncf.Dataset([inputs(step) for step in range(CALIBRATION_STEPS)])
-    quantized = nncf.quantize(
-        model, steps, subset_size=CALIBRATION_STEPS, model_type=nncf.ModelType.TRANSFORMER
-    )
-    openvino.save_model(quantized, folder / "nncf.xml", compress_to_fp16=False)
 
 
 def _onnx(folder: Path, name: str, target: str = TARGET) -> Path:
@@ -276,7 +265,7 @@ def _compiled(row: str, folder: Path, *, profiled: bool) -> tuple[Any, dict[str,
         "PERF_COUNT": profiled,
     }
     core = openvino.Core()
-    model = core.read_model(folder / "nncf.xml" if kind == "nncf" else _onnx(folder, graph))
+    model = core.read_model(folder / nncf_graph.FILE if kind == "nncf" else _onnx(folder, graph))
     given = inputs()
     model.reshape({name: list(value.shape) for name, value in given.items()})
     return core.compile_model(model, "CPU", options), given
@@ -389,7 +378,8 @@ if __name__ == "__main__":
     if what == "model":
         write_model(place)
     elif what == "nncf":
-        write_nncf(place)
+        samples = [inputs(step) for step in range(nncf_graph.CALIBRATION_STEPS)]
+        nncf_graph.write(place, _onnx(place, "fp32", STANDARD), samples)
     elif what.startswith("paired-"):
         print(json.dumps(paired(place, int(what.removeprefix("paired-")))))
     elif what.startswith("profile-"):

@@ -18,6 +18,7 @@ from benchmarks.environment import header
 from benchmarks.settings import Settings, one_update, write_recipe
 from benchmarks.tables import Table, number, yes
 from quest_deploy.artifacts import read_json
+from quest_deploy.config import to_dict
 
 NAME = "generation"
 STEPS, THREADS, RUNS, ROUNDS = 4, 2, 2, 2
@@ -43,8 +44,17 @@ def run(settings: Settings) -> dict[str, Any]:
     )
     finetune = ("finetune", str(model), "--seed", "0", "--recipe")
     finetune += (str(write_recipe(recipe, settings.work / "recipes")),)
-    made = {"inputs": (model,), "sources": stages.QUANTIZER}
-    stages.required(stages.make(settings, f"finetune {NAME}", finetune, checkpoint, **made))
+    stages.required(
+        stages.make(
+            settings,
+            f"finetune {NAME}",
+            finetune,
+            checkpoint,
+            inputs=(model,),
+            sources=stages.QUANTIZER,
+            settings_read={"recipe": to_dict(recipe)},
+        )
+    )
     for name, source in ((FLOAT, model), (QUANTIZED, checkpoint)):
         export = ("export", str(source))
         stages.required(

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.environment import git, header
 from benchmarks.settings import MODEL, Settings, one_update
-from benchmarks.stages import PACKAGE, sources_digest
+from benchmarks.stages import PACKAGE, QUANTIZER, identity, sources_digest
 from benchmarks.tables import MISSING, Table, number, yes
 from quest_deploy.artifacts import read_json, write_json
-from quest_deploy.manifest import MANIFEST_NAME
+from quest_deploy.files import hash_mapping
+from quest_deploy.manifest import MANIFEST_NAME, tool_versions
 
 if TYPE_CHECKING:
     from quest_deploy.config import ExportConfig
@@ -152,12 +153,20 @@ def _model(kind: str, folder: Path) -> Path:
 
 
 def _checkpoint(model: Path, folder: Path) -> Path:
-    from quest_deploy.config import FinetuneConfig
+    from quest_deploy.config import FinetuneConfig, to_dict
     from quest_deploy.quantize.finetune import finetune
 
-    path = folder / "checkpoint"
-    if not (path / MANIFEST_NAME).is_file():
-        finetune(model, path, FinetuneConfig(recipe=one_update(weight_bits=4, batch_size=2)), overwrite=True)
+    path, recipe = folder / "checkpoint", one_update(weight_bits=4, batch_size=2)
+    record = folder / "checkpoint.json"
+    made_from = {
+        "model": identity(model),
+        "sources": sources_digest(QUANTIZER),
+        "recipe": hash_mapping(to_dict(recipe)),
+        "tools": tool_versions(),
+    }
+    if not (path / MANIFEST_NAME).is_file() or not record.is_file() or read_json(record) != made_from:
+        finetune(model, path, FinetuneConfig(recipe=recipe), overwrite=True)
+        write_json(record, made_from)
     return path
 
 
@@ -270,14 +279,15 @@ def _prompts(result: dict[str, Any]) -> str:
 
 def _later(result: dict[str, Any]) -> str:
     """Which rows were measured at another commit than the rest."""
-    later = {
+    others = {
         kind: row["commit"]
         for kind, variants in result["kinds"].items()
         for row in variants.values()
         if row.get("commit") not in (None, result["commit"])
     }
     return "".join(
-        f" Rows of {kind} were measured later, at `{commit[:12]}`." for kind, commit in later.items()
+        f" Rows of {kind} were measured at another commit, `{commit[:12]}`."
+        for kind, commit in others.items()
     )
 
 

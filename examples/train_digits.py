@@ -25,7 +25,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
 from PIL import Image
 from torch import Tensor
-from training import Plan, train
+from training import Plan, machine, train
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 NULL_CLASS = len(NAMES)
@@ -158,6 +158,8 @@ def main() -> None:
     sheet = draw(unet, scheduler)
     write_model(unet, scheduler, arguments.output)
     save_sheet(sheet, arguments.output / "samples.png")
+    record = {"unet": history.record(arguments.steps), "machine": machine()}
+    (arguments.output / "training.json").write_text(json.dumps(record, indent=1) + "\n")
     finished = history.step >= arguments.steps
     print(f"{'finished' if finished else 'not finished: run it again to go on'}; see {arguments.output}")
 

@@ -47,6 +47,16 @@ class Plan:
     average: float = 0.995
     seed: int = 0
 
+    def curve(self) -> dict[str, float]:
+        """What decides every update: a run that goes on must have the same."""
+        return {
+            "steps": self.steps,
+            "seed": self.seed,
+            "learning_rate": self.learning_rate,
+            "weight_decay": self.weight_decay,
+            "average": self.average,
+        }
+
 
 @dataclass
 class History:
@@ -113,7 +123,7 @@ def train(module: nn.Module, loss: Callable[[torch.Generator], Tensor], plan: Pl
     optimizer = torch.optim.AdamW(
         parameters.values(), lr=plan.learning_rate, weight_decay=plan.weight_decay, betas=plan.betas
     )
-    history = restore(plan.state, name, parameters, averaged, optimizer)
+    history = restore(plan, name, parameters, averaged, optimizer)
     every = max(1, plan.steps // RECORDS)
     module.train()
     losses: list[float] = []
@@ -137,14 +147,14 @@ def train(module: nn.Module, loss: Callable[[torch.Generator], Tensor], plan: Pl
         now = time.monotonic()
         history.seconds, counted = history.seconds + now - counted, now
         if now - saved > SAVE_EVERY_SECONDS:
-            save(plan.state, name, parameters, averaged, optimizer, history)
+            save(plan, name, parameters, averaged, optimizer, history)
             saved = now
         if now - reported > REPORT_EVERY_SECONDS or history.step == plan.steps:
             mean = sum(losses) / len(losses)
             print(f"{name}: step {history.step} of {plan.steps}, loss {mean:.4f}", flush=True)
             losses, reported = [], now
     if history.step:
-        save(plan.state, name, parameters, averaged, optimizer, history)
+        save(plan, name, parameters, averaged, optimizer, history)
     with torch.no_grad():
         for key, parameter in parameters.items():
             parameter.copy_(averaged[key])
@@ -159,7 +169,7 @@ def rate(step: int, steps: int) -> float:
 
 
 def save(
-    path: Path,
+    plan: Plan,
     name: str,
     parameters: dict[str, nn.Parameter],
     averaged: dict[str, Tensor],
@@ -172,24 +182,30 @@ def save(
         tensors[f"now/{key}"] = parameter.detach()
         for kind, value in optimizer.state[parameter].items():
             tensors[f"{kind}/{key}"] = value
+    path = plan.state
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     save_file(
         {key: value.contiguous() for key, value in tensors.items()},
         partial,
-        {"name": name, "history": json.dumps(asdict(history))},
+        {"name": name, "history": json.dumps(asdict(history)), "plan": json.dumps(plan.curve())},
     )
     partial.replace(path)
 
 
 def restore(
-    path: Path,
+    plan: Plan,
     name: str,
     parameters: dict[str, nn.Parameter],
     averaged: dict[str, Tensor],
     optimizer: torch.optim.AdamW,
 ) -> History:
-    """Put a saved state in place, if there is one, and tell how it came about."""
+    """Put a saved state in place, if there is one, and tell how it came about.
+
+    Raises:
+        SystemExit: it is that of something else, or of another plan: what goes on would be neither.
+    """
+    path = plan.state
     if not path.is_file():
         return History()
     with safe_open(path, framework="pt") as file, torch.no_grad():
@@ -197,6 +213,14 @@ def restore(
         if of != name:
             raise SystemExit(
                 f"{path} is the state of {of}, expected {name}; give another output, or delete that file"
+            )
+        before = json.loads(file.metadata().get("plan", "{}"))
+        other = [
+            f"{key} {before[key]}" for key, value in plan.curve().items() if before.get(key, value) != value
+        ]
+        if other:
+            raise SystemExit(
+                f"{path} is of a run with {', '.join(other)}; give the same, another output, or delete that file"
             )
         for entry in file.keys():  # noqa: SIM118
             kind, _, key = entry.partition("/")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import sys
 import time
@@ -85,3 +86,17 @@ def test_a_state_of_something_else_is_refused(training: ModuleType, tmp_path: Pa
         training.train(
             module, lambda g: loss(module, g), plan(training, tmp_path / "state"), "class-conditional"
         )
+
+
+@pytest.mark.parametrize("change", [{"steps": 7}, {"seed": 5}, {"learning_rate": 0.2}])
+def test_a_state_of_another_plan_is_refused(
+    training: ModuleType, tmp_path: Path, change: dict[str, float]
+) -> None:
+    """Its cosine, or its numbers, would be another's from there on."""
+    module, before = model(), plan(training, tmp_path / "state")
+    training.train(module, lambda g: loss(module, g), before, "line")
+    other = dataclasses.replace(before, **change)
+    with pytest.raises(SystemExit, match=f"is of a run with {min(change)} .*; give the same"):
+        training.train(module, lambda g: loss(module, g), other, "line")
+    longer = dataclasses.replace(before, deadline=before.deadline + 1)
+    assert training.train(module, lambda g: loss(module, g), longer, "line").step == before.steps
