@@ -99,10 +99,19 @@ def copy_safety(source: Path, output: Path, index: Mapping[str, Any]) -> dict[st
     for name in carried:
         folder = output / name
         folder.mkdir()
-        for file in sorted((source / name).glob("*")):
-            if file.suffix == _CONFIGURATION or _WEIGHTS.fullmatch(file.name):
-                shutil.copyfile(file, folder / file.name)
+        for file in _of_safety(source / name):
+            shutil.copyfile(file, folder / file.name)
     return carried
+
+
+def safety_files(source: Path, index: Mapping[str, Any]) -> list[Path]:
+    """What :func:`copy_safety` would copy, if it copied anything."""
+    return [file for name in safety_parts(index) for file in _of_safety(source / name)]
+
+
+def _of_safety(folder: Path) -> list[Path]:
+    files = sorted(folder.glob("*"))
+    return [file for file in files if file.suffix == _CONFIGURATION or _WEIGHTS.fullmatch(file.name)]
 
 
 def index_of_carried(index: Mapping[str, Any], carried: Mapping[str, Any]) -> dict[str, Any]:

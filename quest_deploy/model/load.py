@@ -108,8 +108,10 @@ class LoadedModel:
 
     @property
     def last_time(self) -> float:
-        """The largest timestep of the noise schedule, as the denoiser is told it."""
-        return float(self.denoiser_time(torch.tensor(self.scheduler.config.num_train_timesteps - 1)))
+        """The largest timestep of the noise schedule, as the denoiser is told it; a flow begins one further on."""
+        largest = torch.as_tensor(self.scheduler.timesteps).max()
+        trained = torch.tensor(self.scheduler.config.num_train_timesteps - 1)
+        return float(self.denoiser_time(torch.maximum(largest.float(), trained.float())))
 
     @property
     def control(self) -> ControlNet | None:

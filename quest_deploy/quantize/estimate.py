@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from quest_deploy.config import FinetuneConfig, PhaseConfig, Precision
-from quest_deploy.model.carried import SAFETY_CHECKER
+from quest_deploy.model.carried import safety_files
 from quest_deploy.model.components import predict
 from quest_deploy.model.load import LoadedModel
 from quest_deploy.model.products import float32_products
@@ -142,7 +142,10 @@ def estimate(model: str | Path, config: FinetuneConfig) -> tuple[list[PartEstima
     codes += size_bytes([table.table for table in time_tables(student).values()])
     denoiser = size_bytes([*loaded.denoiser.parameters(), *loaded.denoiser.buffers()])
     # What is not quantized of the denoiser is stored in float32, and other components as they lie on disk.
-    codes += denoiser - size_bytes([layer.weight for layer in layers.values()])
+    every = quantizable_layers(loaded.denoiser)
+    # Tables take the place of layers that carry time and are not quantized.
+    left_out = [every[name] for name, role in trace.roles.items() if name in layers or role == "temporal"]
+    codes += denoiser - size_bytes([layer.weight for layer in left_out])
     others = (
         sum(file.stat().st_size for file in _carried(loaded)) if loaded.path.is_dir() else weights - denoiser
     )
@@ -158,9 +161,8 @@ def estimate(model: str | Path, config: FinetuneConfig) -> tuple[list[PartEstima
 
 
 def _carried(loaded: LoadedModel) -> list[Path]:
-    """The files of weights that a checkpoint has as the model's directory has them."""
-    family = loaded.family
-    files = list((loaded.path / SAFETY_CHECKER).glob("*.safetensors"))
+    """The files that a checkpoint has as the model's directory has them; of weights, and a safety checker's."""
+    family, files = loaded.family, safety_files(loaded.path, loaded.index)
     for name in set(family.weights) - {family.denoiser}:
         library = TRANSFORMERS if name in family.text_encoders else DIFFUSERS
         files += weight_files(loaded.path / name, library)

@@ -33,7 +33,7 @@ from quest_deploy.quantize.memory import (
 from quest_deploy.quantize.resume import Throttle, WorkDirectory, flatten_qparams, unflatten_qparams
 from quest_deploy.quantize.schedule import recording_config
 from quest_deploy.quantize.select import for_layer
-from quest_deploy.quantize.time_inputs import inputs_over_time
+from quest_deploy.quantize.time_inputs import inputs_over_time, joined
 from quest_deploy.quantize.trace import Trace
 
 logger = logging.getLogger(__name__)
@@ -198,9 +198,10 @@ def layer_inputs(
         names=names,
         at_once=at_once,
     )
-    return inputs | inputs_over_time(
+    between = inputs_over_time(
         model.denoiser, trace, data, inputs, last_time=model.last_time, positions=positions, seed=seed
     )
+    return inputs | {name: joined(inputs[name], rows) for name, rows in between.items()}
 
 
 def initialize_one(layer: Quantizable, inputs: Tensor, bits: tuple[int, int], recipe: Recipe) -> LayerQParams:

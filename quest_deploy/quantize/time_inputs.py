@@ -1,4 +1,4 @@
-"""What the layers that carry time are given at every timestep, and not at the recorded ones alone.
+"""What the layers that carry time are given at every timestep, beside what they are given at the recorded ones.
 
 One recorded timestep stands for each group, and prompts make no difference to these layers, or little: all rows of a
 group would be one. What they are given between follows without the rest of the network.
@@ -12,7 +12,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from quest_deploy.quantize.calibrate import CalibrationSet
+from quest_deploy.quantize.calibrate import EXTREME_ROWS, CalibrationSet
 from quest_deploy.quantize.insert import channel_axis, quantizable_layers
 from quest_deploy.quantize.losses import temporal_conditioning
 from quest_deploy.quantize.recomputed import CPU
@@ -59,7 +59,7 @@ def inputs_over_time(
     handles = [
         layer.register_forward_pre_hook(keep(name, channel_axis(layer))) for name, layer in layers.items()
     ]
-    edges = [0.0, *data.boundaries().tolist(), last_time]
+    edges = [0.0, *data.boundaries().tolist(), max(last_time, float(data.timesteps.max()))]
     try:
         for first, last in pairwise(edges):
             timestep = torch.linspace(first, last, positions)
@@ -73,6 +73,19 @@ def inputs_over_time(
         for handle in handles:
             handle.remove()
     return {name: torch.stack(rows) for name, rows in groups.items() if rows}
+
+
+def joined(recorded: Tensor, over_time: Tensor) -> Tensor:
+    """Half of the rows of either, and the extremes of both: [G, s + 2, c] each, and the result.
+
+    What was recorded is what drawing visits, and beside the timestep it has the texts and classes that go together.
+    """
+    rows = [one[:, :-EXTREME_ROWS] for one in (recorded, over_time)]
+    count = rows[0].shape[1]
+    kept = torch.cat([rows[0][:, : count - count // 2], rows[1][:, 1::2]], dim=1)
+    low = torch.minimum(recorded[:, -2], over_time[:, -2])
+    high = torch.maximum(recorded[:, -1], over_time[:, -1])
+    return torch.cat([kept, low[:, None], high[:, None]], dim=1)
 
 
 def _sample(rows: Tensor, count: int) -> Tensor:
