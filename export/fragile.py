@@ -19,6 +19,7 @@ from quest_deploy.export.passes.lower_precision import DTYPES, FLOAT, narrowed, 
 from quest_deploy.model.components import denoiser_inputs, unscaled
 from quest_deploy.model.conditioning.text import tokenize
 from quest_deploy.model.deferred import streamed
+from quest_deploy.model.denoisers import latent_channels, latent_size
 from quest_deploy.model.families import VAE_DECODER, choose_prompts
 from quest_deploy.model.load import LoadedModel
 from quest_deploy.prompts import load_prompts
@@ -47,7 +48,7 @@ def sample_inputs(model: LoadedModel) -> dict[str, list[dict[str, np.ndarray]]]:
     :data:`SMALL_LATENTS`, draws fewer and smaller images.
     """
     large = sum(tensor.numel() for tensor in model.denoiser.parameters()) > LARGE
-    large = large or max(model.latent_shape[1:]) > SMALL_LATENTS
+    large = large or max(_own_shape(model)[1:]) > SMALL_LATENTS
     count, steps = (FEW_PROMPTS, FEW_STEPS) if large else (PROMPTS, STEPS)
     prompts = choose_prompts(model.family, model.classes, (), default=load_prompts()[:count], count=count)
     vae: Any = model.vae
@@ -60,7 +61,7 @@ def sample_inputs(model: LoadedModel) -> dict[str, list[dict[str, np.ndarray]]]:
             guidance_scale=GUIDANCE_SCALE,
             seed=SEED,
             batch_size=count,
-            latent_shape=_small_shape(model) if large else None,
+            latent_shape=_small_shape(model) if large else _own_shape(model),
         )
     every = torch.arange(data.num_prompts)
     inputs: dict[str, list[dict[str, np.ndarray]]] = {model.family.denoiser: []}
@@ -76,8 +77,14 @@ def sample_inputs(model: LoadedModel) -> dict[str, list[dict[str, np.ndarray]]]:
     return inputs
 
 
+def _own_shape(model: LoadedModel) -> tuple[int, int, int]:
+    """Of the latents that a model was trained for; one that does not say draws any size."""
+    config: Any = model.denoiser.config
+    return (latent_channels(config), *latent_size(config, SMALL_LATENTS))
+
+
 def _small_shape(model: LoadedModel) -> tuple[int, int, int]:
-    channels, height, width = model.latent_shape
+    channels, height, width = _own_shape(model)
     _, _, *sizes = model.denoiser_spec.inputs[0].shape
     if not all(isinstance(size, str) for size in sizes):
         return channels, height, width

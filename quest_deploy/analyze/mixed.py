@@ -101,12 +101,10 @@ def request_of(
 
 
 def bits_of(recipe: Recipe) -> set[tuple[int, int]]:
-    """(weight bits, activation bits) that layers of a recipe may have."""
+    """(weight bits, activation bits) that layers of a recipe have where no two overrides are for one layer."""
     own = (recipe.weight_bits, recipe.activation_bits)
-    found = {own, BOUNDARY}
-    for override in recipe.overrides:
-        found |= {(override.weight_bits or w, override.activation_bits or a) for w, a in found}
-    return found
+    overrides = recipe.overrides
+    return {own, BOUNDARY} | {(one.weight_bits or own[0], one.activation_bits or own[1]) for one in overrides}
 
 
 def missing_bits(bits: Sequence[str], needed: Iterable[tuple[int, int]]) -> list[str]:

@@ -37,6 +37,7 @@ from quest_deploy.artifacts import (
     hash_directory,
     hash_file,
     read_artifact,
+    read_json,
     read_manifest,
     stage_of,
     write_artifact,
@@ -57,7 +58,8 @@ from quest_deploy.quantize.resume import WorkDirectory, machine
 from quest_deploy.quantize.split import find_concatenations, split_channels, split_layers
 from quest_deploy.quantize.trace import trace
 
-SCHEMA_VERSION = 1
+# Version 1 knew no outlets of layers that carry time, and found their scales otherwise.
+SCHEMA_VERSION = 2
 # Fields of a recipe that decide what finetuning starts from.
 STARTS_FROM = (
     "weight_bits",
@@ -71,6 +73,7 @@ STARTS_FROM = (
     "temporal_path",
     "attention_bits",
     "softmax_bits",
+    "softmax_max_keys",
 )
 DOCUMENT, PAGE = "analysis.json", "analysis.html"
 
@@ -127,7 +130,7 @@ def analyze(
         elif config.recipe.split:
             split_layers(loaded.denoiser, find_concatenations(loaded.denoiser, loaded.denoiser_spec))
         work.open(
-            {"config": to_dict(config), "inputs": inputs, "machine": machine()},
+            {"schema": SCHEMA_VERSION, "config": to_dict(config), "inputs": inputs, "machine": machine()},
             resume=resume,
             overwrite=overwrite,
         )
@@ -254,7 +257,9 @@ def _finished(output: Path, config: AnalyzeConfig, inputs: Mapping[str, str]) ->
         return None
     artifact = read_artifact(output, stage="analysis")
     same = artifact.manifest.config == json.loads(json.dumps(to_dict(config)))
-    return artifact if same and artifact.manifest.inputs == dict(inputs) else None
+    same = same and artifact.manifest.inputs == dict(inputs)
+    # Of another version, it would be another analysis.
+    return artifact if same and read_json(output / DOCUMENT).get("schema_version") == SCHEMA_VERSION else None
 
 
 def _without_steps(network: Mapping[str, Any]) -> dict[str, Any]:

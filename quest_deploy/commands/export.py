@@ -82,9 +82,7 @@ def export(
         written > opset
         and click.get_current_context().get_parameter_source("opset") == ParameterSource.COMMANDLINE
     ):
-        logger.warning(
-            "graphs of %s have operator set %d, which its quantizers need, not %d", dtype, written, opset
-        )
+        logger.warning("graphs in %s have operator set %d, which they need, not %d", dtype, written, opset)
     return artifact_result(artifact, draw if target == "onnxruntime" else build)
 
 

@@ -161,11 +161,9 @@ def _explain(error: BaseException, when_interrupted: str, number: int = 0) -> tu
     if signals:
         return "Terminated", f"Terminated: {when_interrupted}", TERMINATED
     kind, message, code = _explain_error(error)
-    if number == 0:
-        return kind, message, code
     if any(type(one).__name__ in _LOST_PEER or _PEER_CLOSED in str(one) for one in _chain(error)):
         message = "another process of this run ended; see its message"
-    return kind, f"process {number}: {message}", code
+    return kind, message if number == 0 else f"process {number}: {message}", code
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

@@ -34,6 +34,14 @@ DIFFUSERS_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "encoder_block_out_channels": (128, 256, 512, 512, 1024, 1024),
         "scaling_factor": 1.0,
     },
+    "AutoencoderTiny": {
+        "in_channels": 3,
+        "out_channels": 3,
+        "encoder_block_out_channels": (64, 64, 64, 64),
+        "latent_channels": 4,
+        "scaling_factor": 1.0,
+        "shift_factor": 0.0,
+    },
     "UNet2DConditionModel": {
         "in_channels": 4,
         "out_channels": 4,

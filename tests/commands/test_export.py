@@ -63,4 +63,4 @@ def test_another_operator_set_than_the_one_asked_for_is_told(
     command = ["export", str(reference_model), "-o", str(tmp_path / "onnx"), "--dtype", "fp16", *options]
     done = CliRunner().invoke(main, command)
     assert done.exit_code == 0
-    assert ("graphs of fp16 have operator set 23, which its quantizers need, not 21" in done.stderr) == told
+    assert ("graphs in fp16 have operator set 23, which they need, not 21" in done.stderr) == told

@@ -252,8 +252,9 @@ def test_a_processs_error_says_whose_it_is(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_process_that_lost_another_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     gone = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:2")
-    done = run_process(fail_with(gone), 1, monkeypatch)
-    assert done.stderr == "Error: process 1: another process of this run ended; see its message\n"
+    told = "another process of this run ended; see its message\n"
+    assert run_process(fail_with(gone), 1, monkeypatch).stderr == f"Error: process 1: {told}"
+    assert run_process(fail_with(gone), 0, monkeypatch).stderr == f"Error: {told}"
 
 
 def test_other_verbs_do_not_care_about_processes(monkeypatch: pytest.MonkeyPatch) -> None:

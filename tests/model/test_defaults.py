@@ -123,6 +123,7 @@ def test_a_unet_that_does_not_say_its_size_draws_the_size_that_is_asked_for(
     onnx = tmp_path / "onnx"
     export(path, onnx, ExportConfig(mode="none"))
     generate(onnx, tmp_path / "exported", sized)
+    export(path, tmp_path / "half", ExportConfig(mode="none", dtype="fp16"))
     assert "height" not in default_dimensions(onnx)
     denoiser = component_specs(onnx)["unet"]
     with pytest.raises(ModelLoadError, match="no sample_size"):

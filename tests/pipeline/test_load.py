@@ -85,6 +85,6 @@ def test_a_damaged_tokenizer_is_refused(model: Path) -> None:
 
 
 def test_a_scheduler_that_diffusers_does_not_have_is_refused(model: Path) -> None:
-    rewrite(model / "scheduler" / "scheduler_config.json", _class_name="PickleScheduler")
+    rewrite(model / "model_index.json", scheduler=["diffusers", "PickleScheduler"])
     with pytest.raises(ConfigError, match="'PickleScheduler' is unknown"):
         own_scheduler(model)
