@@ -98,11 +98,13 @@ def render(document: Mapping[str, Any], rungs: Sequence[RungImages]) -> str:
     ]
     floors = [gate["limit"] for gate in document["gates"] if gate["quantity"] == "noise SNR, worst step"]
     explanation = "The same weights in another runtime, on identical latents. "
-    explanation += (
-        "The dashed line is the limit."
-        if floors
-        else "Left alone, so one flipped code shows as quantization noise: the limit holds for the same codes, above."
-    )
+    alone = "Left alone, so one flipped code shows as quantization noise: the limit holds for the same codes, above."
+    if floors and len(floors) < len(deployed):
+        explanation += (
+            f"The dashed line is the limit of full precision. Quantized: {alone[0].lower()}{alone[1:]}"
+        )
+    else:
+        explanation += "The dashed line is the limit." if floors else alone
     return template.render(
         report=document,
         groups=gate_groups(document["gates"]),
@@ -224,21 +226,20 @@ def make_plot(
     lines = []
     for name, snr in series:
         # An exact match has no place on a decibel axis, and a NaN none at all: the curve has a gap there.
-        points = [
-            (x(index), y(middle), y(bottom), y(top))
-            for index, (middle, bottom, top) in enumerate(
-                zip(snr["median"], snr["q25"], snr["q75"], strict=True)
-            )
-            if all(isinstance(value, (int, float)) for value in (middle, bottom, top))
-        ]
-        upper_edge = [f"{px},{top}" for px, _, _, top in points]
-        lower_edge = [f"{px},{bottom}" for px, _, bottom, _ in reversed(points)]
+        pieces: list[list[tuple[float, float, float, float]]] = [[]]
+        for index, values in enumerate(zip(snr["median"], snr["q25"], snr["q75"], strict=True)):
+            if all(isinstance(value, (int, float)) for value in values):
+                middle, bottom, top = map(y, values)
+                pieces[-1].append((x(index), middle, bottom, top))
+            elif pieces[-1]:
+                pieces.append([])
+        pieces = [piece for piece in pieces if piece]
         lines.append(
             Line(
                 name=name,
                 color=colors[name],
-                median=_path([f"{px},{middle}" for px, middle, _, _ in points]),
-                band=_path(upper_edge + lower_edge) + "Z" if points else "",
+                median="".join(_path([f"{px},{middle}" for px, middle, _, _ in piece]) for piece in pieces),
+                band="".join(_band(piece) for piece in pieces),
                 identical=all(value == "identical" for value in snr["median"]),
             )
         )
@@ -327,7 +328,13 @@ def _spread(against: Mapping[str, Any] | None, count: int) -> list[int]:
 
 
 def _path(points: Sequence[str]) -> str:
-    return "M" + "L".join(points) if points else ""
+    """A line through points; one alone is a line to itself, which round ends make a dot."""
+    return "M" + "L".join(points if len(points) > 1 else [*points, *points])
+
+
+def _band(piece: Sequence[tuple[float, float, float, float]]) -> str:
+    upper_edge = [f"{px},{top}" for px, _, _, top in piece]
+    return _path(upper_edge + [f"{px},{bottom}" for px, _, bottom, _ in reversed(piece)]) + "Z"
 
 
 def _ticks(low: float, high: float) -> list[float]:

@@ -227,7 +227,20 @@ def test_many_prompts_are_sampled_over_their_ranking() -> None:
 
 def test_a_plot_leaves_gaps_where_there_is_no_figure() -> None:
     plot = make_plot([("onnx", snr([10.0, "identical", None, 20.0]))], [4, 3, 2, 1], {"onnx": 1}, None)
-    assert plot.lines[0].median.count("L") == 1 and not plot.lines[0].identical
+    first, second = plot.lines[0].median[1:].split("M")
+    # A point alone is a line to itself, which round ends make a dot.
+    for piece in (first, second):
+        start, end = piece.split("L")
+        assert start == end
+    assert plot.lines[0].band.count("Z") == 2 and not plot.lines[0].identical
+    plot = make_plot(
+        [("onnx", snr([10.0, 20.0, "identical", 20.0, 10.0]))], [5, 4, 3, 2, 1], {"onnx": 1}, None
+    )
+    assert plot.lines[0].median.count("M") == 2 and plot.lines[0].median.count("L") == 2
+
+
+def test_a_plot_of_one_step_shows_it() -> None:
+    assert make_plot([("onnx", snr([10.0]))], [1], {"onnx": 1}, None).lines[0].median.count("L") == 1
 
 
 def test_a_plot_of_exact_matches_says_identical() -> None:

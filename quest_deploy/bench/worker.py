@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quest_deploy.artifacts import read_json
 from quest_deploy.bench.subject import ERROR
 from quest_deploy.config import GenerateConfig, RunConfig
 from quest_deploy.engines.base import Closing
@@ -66,13 +67,13 @@ def measure(job: Mapping[str, Any]) -> dict[str, Any]:
         `loops`, the seconds of each run; `calls`, by component, for each run the seconds of its calls; `images`, how
         many a run draws; `memory_bytes`; and what ran it.
 
-        `memory_bytes` of the process: `imports`, what it takes before it loads the subject, and `peak`, the most that
+        `memory_bytes` of the process: `imports`, what it takes before it loads the subject, the classes of the model
+        imported whichever runtime runs it, and `peak`, the most that
         it ever takes beyond that. `device_peak`, None where the CPU draws: the most that the GPU has in use after
         loading and after each run, beyond what it has before loading. Runtimes keep what they draw with, so it counts
         weights, activations, workspaces and CUDA graphs, whoever allocates them; not what loading frees again, nor the
         CUDA context. It is the whole device's: what other processes have there must not change meanwhile.
     """
-    import diffusers  # noqa: F401 - part of what every subject imports, and so of the baseline
     import torch
 
     from quest_deploy.pipeline import load_pipeline
@@ -81,6 +82,7 @@ def measure(job: Mapping[str, Any]) -> dict[str, Any]:
     if job["threads"] is not None:
         torch.set_num_threads(job["threads"])
     _import_runtime(job["backend"])
+    _import_classes(Path(job["path"]))
     # Before the host's: the first question makes the CUDA context, which then counts for no subject on either side.
     used_before = gpu_bytes_in_use()
     baseline = memory_bytes("VmRSS")
@@ -156,6 +158,18 @@ def compile_components(pipeline: Pipeline) -> None:
     for engine in pipeline.engines.values():
         assert isinstance(engine, TorchEngine) and engine.module is not None
         engine.module = torch.compile(engine.module)  # type: ignore[assignment]
+
+
+def _import_classes(path: Path) -> None:
+    """Import what a model's ``model_index.json`` names: torch loads it with the model, and graphs do without most."""
+    import diffusers
+    import transformers
+
+    libraries = {"diffusers": diffusers, "transformers": transformers}
+    index = read_json(path / "model_index.json") if path.is_dir() else {}
+    for entry in index.values():
+        if isinstance(entry, list) and len(entry) == 2 and entry[0] in libraries:
+            getattr(libraries[entry[0]], str(entry[1]), None)
 
 
 def _import_runtime(backend: str) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -23,6 +24,7 @@ from quest_deploy.config import TENSORRT_BACKENDS, TensorRTBackend
 from quest_deploy.metrics import CodeFlips, code_flips, snr_db
 from quest_deploy.model.components import first_device, without_variance
 from quest_deploy.model.families import VAE_DECODER
+from quest_deploy.model.products import float32_products
 from quest_deploy.parity.measure import Trace
 from quest_deploy.quantize.grid import dequantize
 from quest_deploy.quantize.layers import ActivationQuantizer
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from quest_deploy.pipeline import Pipeline
 
 CODE_PROMPTS = 2
+CPU = ("CPUExecutionProvider",)
 CODES_SUFFIX = "/codes"
 GRAPH = "model.onnx"
 
@@ -59,11 +62,13 @@ class CodeRun:
         codes: None at all where it is not quantized.
         output: The noise prediction [n, c, h, w], embeddings [n, l, d] or pixels [n, c, H, W].
         component: "" for the denoiser.
+        others: Outputs behind the first, such as pooled embeddings.
     """
 
     codes: Codes
     output: Tensor
     component: str = ""
+    others: tuple[Tensor, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +145,8 @@ def compare_codes(upper: Sequence[CodeRun], lower: Sequence[CodeRun]) -> FlipRep
         if not above.component:
             noise.append(snr_db(above.output, below.output))
         elif above.codes:
-            companions[above.component] = snr_db(above.output, below.output)
+            pairs = zip((above.output, *above.others), (below.output, *below.others), strict=True)
+            companions[above.component] = torch.stack([snr_db(*pair) for pair in pairs]).amin(dim=0)
     if not totals:
         return "the two runtimes show no quantizer of the same name"
     return FlipReport(
@@ -210,9 +216,9 @@ def take_codes(
 def _component_codes(
     pipeline: Pipeline, name: str, inputs: Sequence[Mapping[str, Tensor]], forced: Sequence[Codes] | None
 ) -> tuple[CodeRun, ...] | str:
-    if pipeline.backend == "onnxruntime":
-        return onnxruntime_codes(pipeline.path / name / GRAPH, inputs, forced)
     engine: Any = pipeline.engines[name]
+    if pipeline.backend == "onnxruntime":
+        return onnxruntime_codes(pipeline.path / name / GRAPH, inputs, forced, providers_of(engine))
     given: Sequence[Codes | None] = [None] * len(inputs) if forced is None else forced
     return tuple(torch_codes(engine.module, one, codes) for one, codes in zip(inputs, given, strict=True))
 
@@ -243,11 +249,17 @@ def torch_codes(denoiser: nn.Module, inputs: Mapping[str, Tensor], forced: Codes
     handles = [watch(path, quantizer) for path, quantizer in quantizers]
     try:
         device = first_device(denoiser)
-        output, *_ = denoiser(*(tensor.to(device) for tensor in inputs.values()))
+        # As the rung draws.
+        with float32_products("ieee"):
+            output, *others = denoiser(*(tensor.to(device) for tensor in inputs.values()))
     finally:
         for handle in handles:
             handle.remove()
-    return CodeRun(codes=chosen, output=_prediction(output.cpu(), inputs))
+    return CodeRun(
+        codes=chosen,
+        output=_prediction(output.cpu(), inputs),
+        others=tuple(other.cpu() for other in others),
+    )
 
 
 def _prediction(output: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -258,13 +270,22 @@ def _prediction(output: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
 
 
 def onnxruntime_codes(
-    onnx_path: Path, probes: Sequence[Mapping[str, Tensor]], forced: Sequence[Codes] | None = None
+    onnx_path: Path,
+    probes: Sequence[Mapping[str, Tensor]],
+    forced: Sequence[Codes] | None = None,
+    providers: Sequence[str] = CPU,
 ) -> tuple[CodeRun, ...] | str:
-    """Run a component's graph on each of `probes`, its inputs by name.
+    """Run a component's graph on each of `probes`, its inputs by name, with the execution providers that draw.
 
     The output of every QuantizeLinear is made an output of the graph.
     """
-    return _graph_codes(onnx_path, probes, forced, _run_onnxruntime)
+    return _graph_codes(onnx_path, probes, forced, partial(_run_onnxruntime, providers=providers))
+
+
+def providers_of(engine: Any) -> list[str]:
+    """The execution providers of an engine of ONNX Runtime, whose inputs may be fitted to another tool's graph."""
+    inner = getattr(engine, "engine", engine)
+    return list(inner.session.get_providers())
 
 
 def engine_codes(
@@ -304,6 +325,7 @@ def _graph_codes(
     unknown = [path for path in paths if forced is not None and path not in given]
     if unknown:
         return f"the graph quantizes at {unknown[0]}, where the rung above does not"
+    own = [output.name for output in graph.graph.output]
     graph = mark_codes(graph) if forced is None else force_codes(graph)
     calls = [dict(probe) for probe in probes]
     if forced is not None:
@@ -312,14 +334,19 @@ def _graph_codes(
     return tuple(
         CodeRun(
             codes={path: outputs[name] for name, path in zip(names, paths, strict=True)},
-            output=_prediction(outputs[graph.graph.output[0].name], probe),
+            output=_prediction(outputs[own[0]], probe),
+            others=tuple(outputs[name] for name in own[1:]),
         )
         for probe, outputs in zip(probes, run(graph, onnx_path.parent, calls), strict=True)
     )
 
 
 def _run_onnxruntime(
-    graph: ModelProto, weights: Path, calls: Sequence[Mapping[str, Tensor]]
+    graph: ModelProto,
+    weights: Path,
+    calls: Sequence[Mapping[str, Tensor]],
+    *,
+    providers: Sequence[str] = CPU,
 ) -> list[dict[str, Tensor]]:
     import onnxruntime
 
@@ -331,7 +358,7 @@ def _run_onnxruntime(
         "session.model_external_initializers_file_folder_path", str(weights.resolve())
     )
     session = onnxruntime.InferenceSession(
-        graph.SerializeToString(), sess_options=options, providers=["CPUExecutionProvider"]
+        graph.SerializeToString(), sess_options=options, providers=list(providers)
     )
     names = [output.name for output in graph.graph.output]
     return [

@@ -21,7 +21,8 @@ or silence). Lists over prompts follow ``prompts``; lists over steps follow ``ti
 ``edges[]``                 from one rung to the next; all figures null where one end was not run:
 ``  upper lower kind``      names; "quantization" or "deployment"
 ``  noise_snr_db``          on the upper rung's trajectory
-``  text_encoder_snr_db``   per prompt; ``vae_decoder_snr_db`` with the upper rung's latents decoded
+``  text_encoder_snr_db``   per prompt, the worst of the embeddings; ``vae_decoder_snr_db`` with the upper rung's final
+                        latents decoded; ``vae_encoder_snr_db`` with its images encoded
 ``  codes``                 null or ``places differing fraction max_difference layers[]``; ``codes_reason``
 ``  image_psnr_change_db``  null or ``median low high mean``: against the chain's first rung, paired by prompt; the ends
                           are those of the median's 95 % interval
@@ -150,23 +151,31 @@ def _against_reference(outcome: Outcome) -> dict[str, Any] | None:
     }
 
 
+def _numbers(values: Tensor | None) -> list[Any] | None:
+    return None if values is None else numbers(values)
+
+
 def _edge(edge: Edge, outcomes: Sequence[Outcome]) -> dict[str, Any]:
     upper, lower = outcomes[edge.upper], outcomes[edge.lower]
     against = lower.against
     document: dict[str, Any] = {"upper": upper.rung.name, "lower": lower.rung.name, "kind": edge.kind}
     if against is None:
-        empty = ("noise_snr_db", "text_encoder_snr_db", "vae_decoder_snr_db", "codes", "codes_reason")
+        empty = (
+            "noise_snr_db",
+            "text_encoder_snr_db",
+            "vae_decoder_snr_db",
+            "vae_encoder_snr_db",
+            "codes",
+            "codes_reason",
+        )
         return {**document, **dict.fromkeys((*empty, "image_psnr_change_db"))}
     change = psnr_change(lower, outcomes[edge.anchor]) if edge.kind == "deployment" else None
     return {
         **document,
         "noise_snr_db": _snr(against.forced.snr_db),
-        "text_encoder_snr_db": None
-        if against.text_encoder_snr_db is None
-        else numbers(against.text_encoder_snr_db),
-        "vae_decoder_snr_db": None
-        if against.vae_decoder_snr_db is None
-        else numbers(against.vae_decoder_snr_db),
+        "text_encoder_snr_db": _numbers(against.text_encoder_snr_db),
+        "vae_decoder_snr_db": _numbers(against.vae_decoder_snr_db),
+        "vae_encoder_snr_db": _numbers(against.vae_encoder_snr_db),
         "codes": None if against.codes is None else _codes(against.codes),
         "codes_reason": against.codes_reason or None,
         "image_psnr_change_db": None

@@ -8,17 +8,22 @@ import torch
 from torch import Tensor
 
 from quest_deploy.metrics import IDENTICAL_DB, mean_db, paired_interval
-from quest_deploy.model.families import TEXT_ENCODER, VAE_DECODER
+from quest_deploy.model.families import TEXT_ENCODER
 from quest_deploy.parity.codes import FlipReport
 from quest_deploy.parity.gates import (
     DEPLOYMENT_SNR_DB_MIN,
     LOST_DB,
+    TEXT_ENCODER_SNR,
+    VAE_DECODER_SNR,
     DeploymentFigures,
     PsnrChange,
     QuantizationFigures,
 )
 from quest_deploy.parity.ladder import Rung
 from quest_deploy.parity.measure import Forced, Trace
+
+# What folders of autoencoders begin with, and components of their halves.
+VAE = "v"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +34,7 @@ class Against:
         forced: Noise prediction on the upper rung's trajectory.
         text_encoder_snr_db: [n]; None for a model that reads no text.
         vae_decoder_snr_db: The upper rung's final latents decoded, [n]; None for a model that draws pixels.
+        vae_encoder_snr_db: The upper rung's images encoded, [n]; None for a model that reads none.
         codes: Integer codes in front of each layer; None where they were not compared.
         codes_reason: Why they were not compared.
     """
@@ -36,6 +42,7 @@ class Against:
     forced: Forced
     text_encoder_snr_db: Tensor | None
     vae_decoder_snr_db: Tensor | None
+    vae_encoder_snr_db: Tensor | None
     codes: FlipReport | None
     codes_reason: str
 
@@ -139,6 +146,8 @@ def deployment_figures(outcome: Outcome, upper: Outcome, anchor: Outcome) -> Dep
     snr = against.forced.snr_db
     below = first_step_below(snr, upper.trace.timesteps, DEPLOYMENT_SNR_DB_MIN[outcome.rung.dtype])
     total = None if against.codes is None else against.codes.total
+    text = _companion(against, outcome.rung, TEXT_ENCODER, against.text_encoder_snr_db)
+    decoder = _companion(against, outcome.rung, VAE, against.vae_decoder_snr_db)
     change = psnr_change(outcome, anchor)
     if change is None and anchor.image_psnr_db is not None:
         count = anchor.image_psnr_db.numel()
@@ -151,8 +160,17 @@ def deployment_figures(outcome: Outcome, upper: Outcome, anchor: Outcome) -> Dep
         same_codes_snr_db=None
         if against.codes is None
         else _lowest(step_medians(against.codes.noise_snr_db)),
-        text_encoder_snr_db=_worst(_companion(against, TEXT_ENCODER, against.text_encoder_snr_db)),
-        vae_decoder_snr_db=_worst(_companion(against, VAE_DECODER, against.vae_decoder_snr_db)),
+        text_encoder_snr_db=_worst(text),
+        vae_decoder_snr_db=_worst(decoder),
+        vae_encoder_snr_db=_worst(against.vae_encoder_snr_db),
+        unseen=tuple(
+            quantity
+            for quantity, figure, alone in (
+                (TEXT_ENCODER_SNR, text, against.text_encoder_snr_db),
+                (VAE_DECODER_SNR, decoder, against.vae_decoder_snr_db),
+            )
+            if figure is None and alone is not None
+        ),
         flip_fraction=None if total is None else total.fraction,
         flip_max=None if total is None else total.max_difference,
         flip_detail=_flip_detail(against),
@@ -161,9 +179,17 @@ def deployment_figures(outcome: Outcome, upper: Outcome, anchor: Outcome) -> Dep
     )
 
 
-def _companion(against: Against, name: str, alone: Tensor | None) -> Tensor | None:
-    """SNR of a component's output: with the same codes where it is quantized, since one flip loses more than 50 dB."""
-    return alone if against.codes is None else against.codes.companions_snr_db.get(name, alone)
+def _companion(against: Against, rung: Rung, start: str, alone: Tensor | None) -> Tensor | None:
+    """SNR of the components whose folders begin with `start`: as they are, or quantized ones with the same codes.
+
+    One flip loses more than 50 dB: None where they are quantized, and their codes were not compared.
+    """
+    codes = {} if against.codes is None else against.codes.companions_snr_db
+    same = [snr for name, snr in codes.items() if name.startswith(start)]
+    if same:
+        return torch.stack(same).amin(dim=0)
+    quantized = any(name.startswith(start) for name in rung.companions)
+    return None if quantized else alone
 
 
 def _worst(values: Tensor | None) -> float | None:

@@ -22,7 +22,8 @@ IMAGE_PSNR_CHANGE_DB_MAX = 0.3
 # A flipped code sends a few prompts in a hundred to pictures that are this much farther from full precision's.
 LOST_DB = 6.0
 LOST_SHARE_MAX = 0.1
-NOISE, TEXT_ENCODER_SNR, VAE_DECODER_SNR = "noise SNR", "text encoder SNR", "VAE decoder SNR"
+NOISE, TEXT_ENCODER_SNR = "noise SNR", "text encoder SNR"
+VAE_DECODER_SNR, VAE_ENCODER_SNR = "VAE decoder SNR", "VAE encoder SNR"
 
 GateKind = Literal["quantization", "deployment", "finite"]
 
@@ -133,6 +134,8 @@ class DeploymentFigures:
         text_encoder_snr_db: Of the worst prompt, with the same codes if it is quantized; None for a model that reads no
             text.
         vae_decoder_snr_db: The same, the same latents decoded; None for a model that draws pixels.
+        vae_encoder_snr_db: Of the worst prompt, the same images encoded; None for a model that reads none.
+        unseen: Quantities of those that have no figure because codes were not compared.
         flip_fraction: Share of the integer codes that differ; None where codes were not compared.
         flip_max: Largest difference of a code.
         flip_detail: The layer with the most flips, or why codes were not compared.
@@ -145,6 +148,8 @@ class DeploymentFigures:
     same_codes_snr_db: float | None
     text_encoder_snr_db: float | None
     vae_decoder_snr_db: float | None
+    vae_encoder_snr_db: float | None
+    unseen: tuple[str, ...]
     flip_fraction: float | None
     flip_max: int | None
     flip_detail: str
@@ -205,12 +210,13 @@ def deployment_gates(
         detail = figures.flip_detail if figures.same_codes_snr_db is None else ""
         noise = [(f"{NOISE}, same codes", figures.same_codes_snr_db, detail)]
     companions = [
-        (quantity, measured, "")
+        (quantity, measured, figures.flip_detail if measured is None else "")
         for quantity, measured in (
             (TEXT_ENCODER_SNR, figures.text_encoder_snr_db),
             (VAE_DECODER_SNR, figures.vae_decoder_snr_db),
+            (VAE_ENCODER_SNR, figures.vae_encoder_snr_db),
         )
-        if measured is not None
+        if measured is not None or quantity in figures.unseen
     ]
     gates = [
         Gate(
@@ -273,7 +279,7 @@ def deployment_gates(
 
 def judges_denoiser(gate: Gate) -> bool:
     """Whether a gate of deployment holds the denoiser, or what is drawn with it, to a limit."""
-    companions = (TEXT_ENCODER_SNR, VAE_DECODER_SNR)
+    companions = (TEXT_ENCODER_SNR, VAE_DECODER_SNR, VAE_ENCODER_SNR)
     return gate.kind == "deployment" and gate.passed is not None and gate.quantity not in companions
 
 

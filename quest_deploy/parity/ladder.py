@@ -36,10 +36,11 @@ class Rung:
         grid: Identity of the quantizers (sha256 of ``quest.json``); None for full precision.
         dtype: Of the float operators: "fp32", "fp16" or "bf16".
         weights_only: Whether its activations are in float although it, or its checkpoint, could quantize them.
+        companions: Folders of the text encoders and the autoencoder whose activations are quantized.
         digest: Identity of the artifact.
         inputs: Digests of what it was made from, by role.
         size_bytes: All of its files.
-        denoiser_bytes: The files of its denoiser.
+        denoiser_bytes: The files of its denoiser; None of a single file, which has all components.
         backend: What runs it; None chooses by what it is.
         merged: The LoRAs that it was made with, as far as its manifest tells.
         loras: Those that a full-precision model is given, to be what the rungs below were made from.
@@ -53,9 +54,10 @@ class Rung:
     digest: str
     inputs: Mapping[str, str]
     size_bytes: int
-    denoiser_bytes: int
+    denoiser_bytes: int | None
     dtype: str = "fp32"
     weights_only: bool = False
+    companions: tuple[str, ...] = ()
     backend: str | None = None
     merged: MergedLoras | None = None
     loras: tuple[LoraConfig, ...] = ()
@@ -127,13 +129,24 @@ def read_rung(path: Path) -> Rung:
         denoiser_bytes=_denoiser_bytes(path, files),
         dtype=details.get("dtype", "fp32"),
         weights_only=details.get("lowering") == WEIGHT_ONLY,
+        companions=() if content is None else quantized_companions(content),
         merged=merged,
     )
 
 
-def _denoiser_bytes(path: Path, files: Mapping[str, int]) -> int:
+def quantized_companions(content: Any) -> tuple[str, ...]:
+    """Those in the content of a ``quest.json`` that take quantized activations, by their folders."""
+    found = content.get("companions", {}) if isinstance(content, dict) else {}
+    return tuple(
+        name
+        for name, part in found.items()
+        if any(layer.get("activation_bits") is not None for layer in part.get("layers", {}).values())
+    )
+
+
+def _denoiser_bytes(path: Path, files: Mapping[str, int]) -> int | None:
     if not path.is_dir():
-        return 0
+        return None
     folder = f"{family_of(path).denoiser}/"
     return sum(size for name, size in files.items() if name.startswith(folder))
 

@@ -8,10 +8,14 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from quest_deploy.config import ParityConfig
 from quest_deploy.metrics import cosine, snr_db
 from quest_deploy.model.components import Conditioning, join_conditioning
+from quest_deploy.model.denoisers import CONTROL
+from quest_deploy.model.families import VAE_ENCODER
+from quest_deploy.pipeline.control import black_picture
 from quest_deploy.sampling import draw_noise, generators_of
 
 if TYPE_CHECKING:
@@ -63,6 +67,7 @@ class Trace:
         guidance_scale: That the images were drawn with.
         final: Latents after the last step, [n, c, h, w].
         images: float32 [n, 3, H, W] in [0, 1].
+        encoded: The images as latents, [n, c, h, w]; None for a model that reads none.
         problem: Names the first tensor with a NaN or Inf; None if all are finite.
     """
 
@@ -74,6 +79,7 @@ class Trace:
     guidance_scale: float
     final: Tensor
     images: Tensor
+    encoded: Tensor | None
     problem: str | None
 
 
@@ -106,6 +112,9 @@ def draw(pipeline: Pipeline, request: Request, tick: Tick) -> Trace:
     for batch in request.batches():
         prompts = request.prompts[batch]
         positive, negative = pipeline.encode(prompts), pipeline.encode_negative(len(prompts))
+        if CONTROL not in positive and (seen := picture(pipeline, request, batch, positive)) is not None:
+            positive = {**positive, CONTROL: seen}
+            negative = None if negative is None else {**negative, CONTROL: seen}
         recording = _Recording()
 
         def record(step: Step, recording: _Recording = recording) -> None:
@@ -138,6 +147,9 @@ def draw(pipeline: Pipeline, request: Request, tick: Tick) -> Trace:
         noise_pred=_by_step([recording.noise_pred for recording in recordings]),
         final=torch.cat(finals),
         images=torch.cat(images),
+        encoded=encode_images(pipeline, torch.cat(images), request)
+        if VAE_ENCODER in pipeline.engines
+        else None,
         problem=None,
     )
     return _with_problem(trace, request.prompts)
@@ -171,6 +183,25 @@ def teacher_forced(pipeline: Pipeline, trace: Trace, request: Request, tick: Tic
 def decode_again(pipeline: Pipeline, trace: Trace, request: Request) -> Tensor:
     """The final latents of `trace` decoded by this rung, [n, 3, H, W]."""
     return torch.cat([pipeline.decode(trace.final[batch]).cpu() for batch in request.batches()])
+
+
+def encode_images(pipeline: Pipeline, images: Tensor, request: Request) -> Tensor:
+    """Images [n, 3, H, W] as this rung's latents, [n, c, h, w]."""
+    return torch.cat([pipeline.encode_images(images[batch]).cpu() for batch in request.batches()])
+
+
+def picture(pipeline: Pipeline, request: Request, batch: slice, told: Conditioning) -> Tensor | None:
+    """What a ControlNet looks at: a picture with something in it, made of each image's own noise; None without one.
+
+    The pipeline's own, for who gives none, is black: nothing of what the network makes of pictures would be seen.
+    """
+    controlnet = pipeline.engines.get(str(pipeline.family.controlnet))
+    if controlnet is None:
+        return None
+    noise = request.noise[batch]
+    black = black_picture(controlnet.spec, noise, told)
+    grey = noise.mean(dim=1, keepdim=True).expand(-1, black.shape[1], -1, -1)
+    return F.interpolate(grey, size=black.shape[-2:], mode="nearest").sigmoid()
 
 
 def first_non_finite(name: str, values: Tensor, prompts: Sequence[str]) -> str | None:
@@ -210,6 +241,7 @@ def _with_problem(trace: Trace, prompts: Sequence[str]) -> Trace:
         tensors.append((f"latents {where}", trace.latents[index]))
         tensors.append((f"noise prediction {where}", trace.noise_pred[index]))
     tensors += [("final latents", trace.final), ("images", trace.images)]
+    tensors += [] if trace.encoded is None else [("encoded images", trace.encoded)]
     for name, values in tensors:
         problem = first_non_finite(name, values, prompts)
         if problem is not None:

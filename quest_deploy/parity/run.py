@@ -9,15 +9,26 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from quest_deploy.artifacts import read_manifest
 from quest_deploy.config import ParityConfig, ProgressEvent
 from quest_deploy.errors import EngineBuildError, MissingDependencyError, ParityError
 from quest_deploy.metrics import psnr_db, snr_db, ssim
+from quest_deploy.model.denoisers import CONTROL
 from quest_deploy.parity.codes import CodeRun, FlipReport, compare_codes, take_codes
 from quest_deploy.parity.figures import Against, Outcome
 from quest_deploy.parity.ladder import Edge, Rung
-from quest_deploy.parity.measure import Request, Tick, Trace, decode_again, draw, teacher_forced
+from quest_deploy.parity.measure import (
+    Request,
+    Tick,
+    Trace,
+    decode_again,
+    draw,
+    encode_images,
+    teacher_forced,
+)
 from quest_deploy.pipeline import Pipeline, load_pipeline
 
 logger = logging.getLogger(__name__)
@@ -130,7 +141,10 @@ def _compare(
         )
     against = Against(
         forced=forced if edge.upper == 0 else teacher_forced(pipeline, upper, request, tick),
-        text_encoder_snr_db=text_encoder_snr_db(upper, own),
+        text_encoder_snr_db=text_encoder_snr_db(upper, own) if pipeline.family.has_text else None,
+        vae_encoder_snr_db=None
+        if upper.encoded is None
+        else snr_db(upper.encoded, encode_images(pipeline, upper.images, request)),
         vae_decoder_snr_db=None
         if pipeline.family.autoencoder is None
         else snr_db(upper.images, decode_again(pipeline, upper, request)),
@@ -140,18 +154,39 @@ def _compare(
     return dataclasses.replace(outcome, against=against)
 
 
-def text_encoder_snr_db(upper: Trace, own: Trace) -> Tensor | None:
-    """Of every prompt's embeddings [n]; None for a model that reads no text."""
-    embeddings = upper.positive.get("encoder_hidden_states")
-    return None if embeddings is None else snr_db(embeddings, own.positive["encoder_hidden_states"])
+def text_encoder_snr_db(upper: Trace, own: Trace) -> Tensor:
+    """Of every prompt's embeddings, whichever of them is worst, and of the empty prompt's, [n]."""
+    branches = [(upper.positive, own.positive)]
+    if upper.negative is not None and own.negative is not None:
+        branches.append((upper.negative, own.negative))
+    ratios = [
+        snr_db(value, told[name])
+        for above, told in branches
+        for name, value in above.items()
+        if value.is_floating_point() and name != CONTROL
+    ]
+    return torch.stack(ratios).amin(dim=0)
 
 
 def debug_source(rung: Rung, above: Sequence[Outcome], config: ParityConfig) -> Path | None:
     """The ONNX directory that debug engines are built from; None where they are not wanted, or it is no rung."""
     if not config.debug_engines or rung.stage != "engines":
         return None
+    if left_in_float(rung.path):
+        logger.warning(
+            "'%s': --auto-fallback left products of these engines in float, which no debug engine has; their codes are "
+            "not compared, and their pictures are not the checkpoint's",
+            rung.path,
+        )
+        return None
     sources = [one.rung for one in above if one.rung.digest == rung.inputs.get("onnx")]
     return sources[-1].path if sources else None
+
+
+def left_in_float(engines: Path) -> list[str]:
+    """The components of an engine directory that `--auto-fallback` left products of in float."""
+    components = read_manifest(engines).details.get("components", {})
+    return [name for name, one in components.items() if one.get("auto_fallback", {}).get("left_in_float")]
 
 
 def _flips(

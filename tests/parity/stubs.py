@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -40,7 +40,8 @@ class StubPipeline:
     """A stand-in with the interface of `quest_deploy.pipeline.Pipeline`: smooth closed-form components, no model."""
 
     backend = "stub"
-    family = SimpleNamespace(autoencoder="vae")
+    family = SimpleNamespace(autoencoder="vae", has_text=True, controlnet=None)
+    engines: Mapping[str, object] = MappingProxyType({})
 
     def __init__(self, path: Path, damage: Damage) -> None:
         self.path, self.damage = path, damage

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from quest_deploy.artifacts import write_artifact
 from quest_deploy.config import ParityConfig
 from quest_deploy.engines import debug_engine
 from quest_deploy.errors import EngineBuildError
@@ -89,13 +90,30 @@ def rung(stage: str, digest: str, made_from: str = "") -> Any:
     )
 
 
-def test_the_graph_is_the_one_that_the_engines_were_built_from() -> None:
+def test_the_graph_is_the_one_that_the_engines_were_built_from(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    fallback: list[str] = []
+    monkeypatch.setattr(parity_run, "left_in_float", lambda path: fallback)
     above = [rung("model", "m"), rung("onnx", "other"), rung("onnx", "graph")]
     wanted, engines = ParityConfig(debug_engines=True), rung("engines", "e", "graph").rung
     assert parity_run.debug_source(engines, above, wanted) == Path("graph")
     assert parity_run.debug_source(engines, above, ParityConfig()) is None
     assert parity_run.debug_source(engines, above[:2], wanted) is None
     assert parity_run.debug_source(rung("onnx", "o", "graph").rung, above, wanted) is None
+    fallback.append("unet")
+    assert parity_run.debug_source(engines, above, wanted) is None
+    assert "--auto-fallback left products of these engines in float" in caplog.text
+
+
+def test_engines_that_fell_back_are_known_by_their_manifest(tmp_path: Path) -> None:
+    components = {
+        "unet": {"auto_fallback": {"left_in_float": ["conv_in"]}},
+        "vae_decoder": {"auto_fallback": {}},
+    }
+    with write_artifact(tmp_path / "engines", stage="engines", config={}) as writer:
+        writer.details["components"] = components
+    assert parity_run.left_in_float(tmp_path / "engines") == ["unet"]
 
 
 def test_a_debug_engine_that_cannot_be_built_leaves_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:

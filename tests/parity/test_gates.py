@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from quest_deploy.parity.gates import DeploymentFigures, PsnrChange, deployment_gates
+from quest_deploy.parity.gates import DeploymentFigures, PsnrChange, deployment_gates, judges_denoiser
 
 
 @pytest.mark.parametrize(
@@ -63,6 +63,8 @@ def figures(**changes: Any) -> DeploymentFigures:
         "same_codes_snr_db": 120.0,
         "text_encoder_snr_db": 120.0,
         "vae_decoder_snr_db": 120.0,
+        "vae_encoder_snr_db": None,
+        "unseen": (),
         "flip_fraction": 0.0,
         "flip_max": 0,
         "flip_detail": "",
@@ -70,3 +72,25 @@ def figures(**changes: Any) -> DeploymentFigures:
         "first_divergence": "",
     }
     return DeploymentFigures(**perfect | changes)
+
+
+def test_a_quantized_component_whose_codes_are_not_seen_is_left_open() -> None:
+    """One flip of its codes loses more than the limit allows, and is no fault."""
+    seen = figures(text_encoder_snr_db=49.0)
+    unseen = figures(
+        text_encoder_snr_db=None, unseen=("text encoder SNR",), flip_detail="openvino shows no codes"
+    )
+    (gate,) = (one for one in deployment_gates("onnx", seen, quantized=True) if one.passed is False)
+    assert gate.quantity == "text encoder SNR"
+    (gate,) = (
+        one for one in deployment_gates("onnx", unseen, quantized=True) if one.quantity == "text encoder SNR"
+    )
+    assert gate.passed is None and gate.detail == "openvino shows no codes"
+    assert not judges_denoiser(gate)
+
+
+@pytest.mark.parametrize("quantity", ["text_encoder", "vae_decoder", "vae_encoder"])
+def test_other_components_are_held_to_the_limit(quantity: str) -> None:
+    gates = deployment_gates("onnx", figures(**{f"{quantity}_snr_db": 30.0}), quantized=False)
+    (failed,) = (gate for gate in gates if gate.passed is False)
+    assert failed.quantity.lower().replace(" ", "_") == f"{quantity}_snr"
