@@ -109,9 +109,11 @@ class LoadedModel:
     @property
     def last_time(self) -> float:
         """The largest timestep of the noise schedule, as the denoiser is told it; a flow begins one further on."""
-        largest = torch.as_tensor(self.scheduler.timesteps).max()
-        trained = torch.tensor(self.scheduler.config.num_train_timesteps - 1)
-        return float(self.denoiser_time(torch.maximum(largest.float(), trained.float())))
+        last = torch.tensor(self.scheduler.config.num_train_timesteps - 1.0)
+        # Some schedulers have none before they are told how many.
+        if self.scheduler.timesteps is not None:
+            last = torch.maximum(last, torch.as_tensor(self.scheduler.timesteps).max().float())
+        return float(self.denoiser_time(last))
 
     @property
     def control(self) -> ControlNet | None:

@@ -190,6 +190,7 @@ def test_half_precision_stays_near_and_builds(tiny_pipeline: Path, tmp_path: Pat
         assert snr_db(expected.numpy(), run_onnx(model, inputs)["out_sample"]) >= 50
 
 
+@pytest.mark.thorough
 def test_a_model_that_changes_while_it_is_exported_is_not_exported(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

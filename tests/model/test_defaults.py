@@ -109,6 +109,9 @@ def test_specifications_know_what_is_left_out(without: Callable[..., Path], tiny
     assert component_specs(path) == component_specs(tiny_model)
 
 
+SIZED = GenerateConfig(prompts=("rocket",), steps=2, height=64, width=32)
+
+
 @pytest.mark.parametrize("new", [{}, {"sample_size": None}], ids=["left out", "null"])
 def test_a_unet_that_does_not_say_its_size_draws_the_size_that_is_asked_for(
     without: Callable[..., Path], tmp_path: Path, new: dict[str, None]
@@ -116,13 +119,17 @@ def test_a_unet_that_does_not_say_its_size_draws_the_size_that_is_asked_for(
     path = without("unet", "sample_size", **new)
     with pytest.raises(ModelLoadError, match=r"no sample_size.*write it there, or, to draw, give --height"):
         check_request(path, CONFIG, "torch")
-    sized = GenerateConfig(prompts=("rocket",), steps=2, height=64, width=32)
-    generate(path, tmp_path / "images", sized)
+    generate(path, tmp_path / "images", SIZED)
     with load_pipeline(path) as pipeline:
         assert pipeline.latent_shape(64, 32)[1:] == (32, 16)
+
+
+@pytest.mark.thorough
+def test_a_unet_that_does_not_say_its_size_is_exported(without: Callable[..., Path], tmp_path: Path) -> None:
+    path = without("unet", "sample_size")
     onnx = tmp_path / "onnx"
     export(path, onnx, ExportConfig(mode="none"))
-    generate(onnx, tmp_path / "exported", sized)
+    generate(onnx, tmp_path / "exported", SIZED)
     export(path, tmp_path / "half", ExportConfig(mode="none", dtype="fp16"))
     assert "height" not in default_dimensions(onnx)
     denoiser = component_specs(onnx)["unet"]
