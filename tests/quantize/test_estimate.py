@@ -59,6 +59,7 @@ def test_the_checkpoint_has_the_size_that_was_told(
     assert found[0][-1].disk_bytes == pytest.approx(size, rel=0.25)
 
 
+@pytest.mark.thorough
 def test_the_checkpoint_of_a_model_in_half_precision_has_the_size_that_was_told(
     tiny_model: Path,
     tiny_checkpoint: Path,

@@ -119,7 +119,8 @@ def interrupt(tmp_path: Path, tiny_model: Path) -> Callable[[str], Path]:
 
 @pytest.fixture(
     scope="module",
-    params=[name if name == "gptq" else pytest.param(name, marks=pytest.mark.thorough) for name in MOMENTS],
+    # Twenty seconds each; continuous integration runs them all.
+    params=[pytest.param(name, marks=pytest.mark.thorough) for name in MOMENTS],
 )
 def killed(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny_model: Path

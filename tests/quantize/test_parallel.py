@@ -35,12 +35,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> dict[str
     return json.loads(done.stdout)
 
 
+@pytest.mark.thorough
 def test_two_processes_have_the_losses_of_one_at_the_same_batch(runs: dict[str, Any]) -> None:
     one, two = runs["losses"]
     assert len(one) == 20
     assert two == pytest.approx(one, rel=1e-3)
 
 
+@pytest.mark.thorough
 def test_only_the_main_process_writes(runs: dict[str, Any]) -> None:
     assert runs["statuses"] == [0, 0, 0]
     assert runs["left"] == ["one", "one.json", "two", "two.json"]
