@@ -14,7 +14,7 @@ from tests.export.lint.attempts import Outcome, attempt
 from tests.export.lint.combinations import draw
 from tests.export.lint.net import BFLOAT16, FLOAT
 from tests.export.lint.pattern_scales import attention
-from tests.export.lint.patterns import PATTERNS
+from tests.export.lint.patterns import PATTERNS, WRONG_RESULTS
 
 MODULES = {"tensorrt-rtx": "tensorrt_rtx", "onnxruntime": "onnxruntime", "openvino": "openvino"}
 INTEGER_KERNELS = {
@@ -25,8 +25,6 @@ INTEGER_KERNELS = {
 KERNELS_HIDDEN = {
     ("openvino", name) for name in ("attention_scaled", "shared_dequantize", "product_in_a_branch")
 }
-# Compiled, and computed wrongly: see test_openvino_computes_attention_in_bfloat16_wrongly.
-WRONG_RESULTS = {("openvino", "attention_bf16")}
 RANDOM = 200
 # Of the random ones; TensorRT for RTX and ONNX Runtime agree everywhere on these seeds.
 TOLERATED = {"tensorrt-rtx": 0, "onnxruntime": 0, "openvino": 4}
