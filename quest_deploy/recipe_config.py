@@ -104,7 +104,8 @@ class Recipe:
         activation_bits: 4 or 8.
         overrides: Other bits for some layers; where two apply, the later one holds.
         calibration_prompts: How many of the prompts are used, those that select the result included.
-        validation_prompts: How many of those are kept from training and choose the result.
+        validation_prompts: How many of those are kept from training and choose the result; scales and the rounding at
+            the start are of all.
         calibration_steps: Denoising steps of the recorded trajectories, hence timestep groups.
         guidance_scale: Of the recorded trajectories.
         initializer: How weights are rounded at first: to nearest, with second-order error compensation, or by gradient
