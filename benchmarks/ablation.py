@@ -123,10 +123,9 @@ def run(settings: Settings) -> dict[str, Any]:
 
 def _samplers(settings: Settings, paths: dict[str, Path]) -> list[dict[str, Any]]:
     """Image PSNR of checkpoints against full precision under each sampler."""
-    from benchmarks.stages import identity, sources_digest
+    from benchmarks.stages import identity, made_by
     from quest_deploy.artifacts import read_json, write_json
     from quest_deploy.files import hash_mapping
-    from quest_deploy.manifest import tool_versions
 
     result = []
     for scheduler, steps in SAMPLERS:
@@ -136,8 +135,7 @@ def _samplers(settings: Settings, paths: dict[str, Path]) -> list[dict[str, Any]
             "sampler": [scheduler, steps],
             "settings": settings.describe(),
             "prompts": list(settings.prompts),
-            "code": sources_digest(rows.MEASURED_BY),
-            "tools": tool_versions(),
+            **made_by(rows.MEASURED_BY),
         }
         file = settings.work / NAME / f"{scheduler}-{steps}-{hash_mapping(subject)[:12]}.json"
         if not file.is_file():

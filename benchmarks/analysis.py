@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.environment import header
 from benchmarks.settings import MODEL, Settings
-from benchmarks.stages import QUANTIZER, sources_digest
+from benchmarks.stages import QUANTIZER, made_by
 from benchmarks.tables import Table, megabytes, number
 from quest_deploy.analyze.config import AnalyzeConfig
 from quest_deploy.analyze.measure import start
@@ -15,7 +15,6 @@ from quest_deploy.analyze.stage import DOCUMENT, analyze
 from quest_deploy.artifacts import read_json
 from quest_deploy.config import BitsOverride, Recipe
 from quest_deploy.files import hash_mapping
-from quest_deploy.manifest import tool_versions
 from quest_deploy.model.load import load_model
 from quest_deploy.prompts import load_prompts
 from quest_deploy.quantize import calibrate
@@ -37,8 +36,7 @@ def run(settings: Settings) -> dict[str, Any]:
     """Analyze the model, then quantize it to the bits that the analysis chooses."""
     config = configuration(settings)
     # A finished analysis is taken as it is: one of other code or libraries lies elsewhere.
-    made_by = {"code": sources_digest((*QUANTIZER, "quest_deploy/analyze")), "tools": tool_versions()}
-    output = settings.work / f"analysis-{hash_mapping(made_by)[:12]}"
+    output = settings.work / f"analysis-{hash_mapping(made_by((*QUANTIZER, 'quest_deploy/analyze')))[:12]}"
     artifact = analyze(MODEL, output, config, progress=None, resume=True)
     document = read_json(artifact.path / DOCUMENT)
     return {

@@ -22,9 +22,8 @@ from typing import TYPE_CHECKING, Any
 from benchmarks import nncf_graph, stages
 from benchmarks.environment import header
 from benchmarks.in_turn import as_text, in_turn, times_as_fast
-from benchmarks.settings import Settings, one_update, write_recipe
+from benchmarks.settings import Settings, one_update
 from benchmarks.tables import Table, number
-from quest_deploy.config import to_dict
 from quest_deploy.manifest import MANIFEST_NAME
 
 if TYPE_CHECKING:
@@ -96,18 +95,7 @@ def run(settings: Settings) -> dict[str, Any]:
         recipe = one_update(weight_bits=8, batch_size=1)
         named = {"name": f"cpu-speed-{name}", "memory_limit_gb": MEMORY_LIMIT_GB}
         recipe = dataclasses.replace(recipe, **(named | changes))
-        arguments = ("finetune", str(model), "--seed", "0", "--recipe")
-        stages.required(
-            stages.make(
-                settings,
-                f"finetune cpu_speed-{name}",
-                (*arguments, str(write_recipe(recipe, settings.work / "recipes"))),
-                checkpoint,
-                inputs=(model,),
-                sources=stages.QUANTIZER,
-                settings_read={"recipe": to_dict(recipe)},
-            )
-        )
+        stages.finetune(settings, recipe, checkpoint, model=model)
         stages.export(settings, f"cpu_speed-{name}", checkpoint, TARGET)
     standard, _ = stages.export(settings, "cpu_speed-fp32", model, STANDARD)
     nncf_graph.make(folder, standard)

@@ -15,10 +15,9 @@ from typing import Any
 
 from benchmarks import cpu_speed, stages
 from benchmarks.environment import header
-from benchmarks.settings import Settings, one_update, write_recipe
+from benchmarks.settings import Settings, one_update
 from benchmarks.tables import Table, number, yes
 from quest_deploy.artifacts import read_json
-from quest_deploy.config import to_dict
 
 NAME = "generation"
 STEPS, THREADS, RUNS, ROUNDS = 4, 2, 2, 2
@@ -42,19 +41,7 @@ def run(settings: Settings) -> dict[str, Any]:
     recipe = dataclasses.replace(
         one_update(weight_bits=4, batch_size=1), name=NAME, memory_limit_gb=cpu_speed.MEMORY_LIMIT_GB
     )
-    finetune = ("finetune", str(model), "--seed", "0", "--recipe")
-    finetune += (str(write_recipe(recipe, settings.work / "recipes")),)
-    stages.required(
-        stages.make(
-            settings,
-            f"finetune {NAME}",
-            finetune,
-            checkpoint,
-            inputs=(model,),
-            sources=stages.QUANTIZER,
-            settings_read={"recipe": to_dict(recipe)},
-        )
-    )
+    stages.finetune(settings, recipe, checkpoint, model=model)
     for name, source in ((FLOAT, model), (QUANTIZED, checkpoint)):
         export = ("export", str(source))
         stages.required(

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.environment import git, header
 from benchmarks.settings import MODEL, Settings, one_update
-from benchmarks.stages import PACKAGE, QUANTIZER, identity, sources_digest
+from benchmarks.stages import PACKAGE, QUANTIZER, identity, made_by, sources_digest
 from benchmarks.tables import MISSING, Table, number, yes
 from quest_deploy.artifacts import read_json, write_json
 from quest_deploy.files import hash_mapping
-from quest_deploy.manifest import MANIFEST_NAME, tool_versions
+from quest_deploy.manifest import MANIFEST_NAME
 
 if TYPE_CHECKING:
     from quest_deploy.config import ExportConfig
@@ -160,9 +160,8 @@ def _checkpoint(model: Path, folder: Path) -> Path:
     record = folder / "checkpoint.json"
     made_from = {
         "model": identity(model),
-        "sources": sources_digest(QUANTIZER),
+        **made_by(QUANTIZER),
         "recipe": hash_mapping(to_dict(recipe)),
-        "tools": tool_versions(),
     }
     if not (path / MANIFEST_NAME).is_file() or not record.is_file() or read_json(record) != made_from:
         finetune(model, path, FinetuneConfig(recipe=recipe), overwrite=True)

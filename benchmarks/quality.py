@@ -10,11 +10,11 @@ from benchmarks import rows, stages
 from benchmarks.environment import header
 from benchmarks.rows import MEASURED_BY, Bench
 from benchmarks.settings import MODEL, Settings
-from benchmarks.stages import identity, sources_digest
+from benchmarks.stages import identity, made_by
 from benchmarks.tables import Table, interval, number
 from quest_deploy.config import Recipe, to_dict
 from quest_deploy.files import hash_mapping
-from quest_deploy.manifest import MANIFEST_NAME, tool_versions
+from quest_deploy.manifest import MANIFEST_NAME
 
 NAME = "quality"
 ROWS = {
@@ -84,12 +84,11 @@ def minmax(settings: Settings, name: str, folder: Path) -> Path:
     recipe = settings.recipe(name)
     calibration = {
         "source": identity(MODEL),
-        "code": sources_digest(MEASURED_BY),
+        **made_by(MEASURED_BY),
         "prompts": recipe.calibration_prompts,
         "steps": recipe.calibration_steps,
         "guidance_scale": recipe.guidance_scale,
         "seed": settings.seed,
-        "tools": tool_versions(),
     }
     cache = folder / f"calibration-{hash_mapping(calibration)[:12]}"
     output = cache / f"{name}-minmax-{hash_mapping(to_dict(recipe))[:12]}"

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks import stages
 from benchmarks.settings import MODEL, Settings
-from benchmarks.stages import identity, sources_digest
+from benchmarks.stages import identity, made_by
 from quest_deploy.artifacts import read_json, write_json
 from quest_deploy.files import hash_mapping
-from quest_deploy.manifest import tool_versions
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,9 +57,7 @@ def bench(settings: Settings) -> Bench:
     from benchmarks.trajectories import reference
 
     conditions = {**settings.describe(), "recipes": None, "noise_seeds": None, "model": identity(MODEL)}
-    key = hash_mapping(
-        {"conditions": conditions, "code": sources_digest(MEASURED_BY), "tools": tool_versions()}
-    )
+    key = hash_mapping({"conditions": conditions, **made_by(MEASURED_BY)})
     folder = settings.work / FOLDER / f"reference-{key[:12]}"
     known = tuple(reference(MODEL, settings, folder, seed) for seed in settings.noise_seeds)
     return Bench(settings=settings, key=key, known=known)

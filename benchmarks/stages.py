@@ -44,6 +44,11 @@ def sources_digest(paths: Sequence[str], root: Path = ROOT) -> str:
     return digest.hexdigest()
 
 
+def made_by(sources: Sequence[str]) -> dict[str, Any]:
+    """What a cached result depends on besides its inputs: the code below `sources`, and the libraries' versions."""
+    return {"code": sources_digest(sources), "tools": tool_versions()}
+
+
 def identity(path: Path) -> str:
     """What an artifact's manifest, or a model's files, hash to."""
     manifest = path / MANIFEST_NAME
@@ -77,14 +82,13 @@ def make(
     """
     record = settings.work / "stages" / f"{name}.json"
     begun = record.with_suffix(".begun")
-    made_by = sources_digest(sources)
+    maker = made_by(sources)
     key = hash_mapping(
         {
             "arguments": list(arguments),
             "inputs": [identity(path) for path in inputs],
-            "sources": made_by,
             "settings": dict(settings_read),
-            "tools": tool_versions(),
+            **maker,
         }
     )
     if record.is_file() and (output / MANIFEST_NAME).is_file():
@@ -105,7 +109,8 @@ def make(
     if outcome["exit_code"] == demo.INTERRUPTED:
         raise KeyboardInterrupt
     if outcome["exit_code"] in FINISHED:
-        write_json(record, {"key": key, "sources": made_by, "output": identity(output), "outcome": outcome})
+        written = {"key": key, "sources": maker["code"], "output": identity(output), "outcome": outcome}
+        write_json(record, written)
     return outcome
 
 

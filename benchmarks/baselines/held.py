@@ -9,12 +9,11 @@ import torch
 
 from benchmarks.rows import Bench
 from benchmarks.settings import MODEL, Settings
-from benchmarks.stages import QUANTIZER, identity, sources_digest
+from benchmarks.stages import QUANTIZER, identity, made_by
 from benchmarks.trajectories import predicted, record
 from quest_deploy.artifacts import read_json, write_json
 from quest_deploy.config import Recipe
 from quest_deploy.files import hash_mapping
-from quest_deploy.manifest import tool_versions
 from quest_deploy.pipeline import Pipeline, load_pipeline
 from quest_deploy.prompts import load_prompts
 from quest_deploy.quantize.calibrate import CalibrationSet
@@ -25,8 +24,7 @@ def calibration_trajectories(settings: Settings, recipe: Recipe, first: int, las
     prompts = load_prompts(default="calibration")[first:last]
     what = {
         "model": identity(MODEL),
-        "code": sources_digest(QUANTIZER),
-        "tools": tool_versions(),
+        **made_by(QUANTIZER),
         "prompts": list(prompts),
         "steps": recipe.calibration_steps,
         "guidance_scale": recipe.guidance_scale,

@@ -107,17 +107,18 @@ def analyze(
     with work.lock():
         inputs, again = _inputs(model, checkpoint), resume and not overwrite
         _check_recipe(config.recipe, checkpoint)
-        if Path(model).is_dir():
+        is_directory = Path(model).is_dir()
+        if is_directory:
             config = with_prompts(config, family_of(Path(model)), classes_of(Path(model)))
             if again and (finished := _finished(output, config, inputs)) is not None:
                 return finished
         # Of other models what they draw, and where they lie, is known when they are loaded.
-        if Path(model).is_dir() or not again:
+        if is_directory or not again:
             check_output(output, stage="analysis", overwrite=overwrite)
         loras = _loras(checkpoint)
         loaded = load_model(model)
         merge_loras(loaded, loras)
-        if not Path(model).is_dir():
+        if not is_directory:
             config = with_prompts(config, loaded.family, loaded.classes)
             inputs.setdefault("source", _digest(loaded.path))
             if again and (finished := _finished(output, config, inputs)) is not None:

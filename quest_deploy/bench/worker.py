@@ -68,8 +68,8 @@ def measure(job: Mapping[str, Any]) -> dict[str, Any]:
         many a run draws; `memory_bytes`; and what ran it.
 
         `memory_bytes` of the process: `imports`, what it takes before it loads the subject, the classes of the model
-        imported whichever runtime runs it, and `peak`, the most that
-        it ever takes beyond that. `device_peak`, None where the CPU draws: the most that the GPU has in use after
+        imported whichever runtime runs it, and `peak`, the most that it ever takes beyond that. `device_peak`, None
+        where the CPU draws: the most that the GPU has in use after
         loading and after each run, beyond what it has before loading. Runtimes keep what they draw with, so it counts
         weights, activations, workspaces and CUDA graphs, whoever allocates them; not what loading frees again, nor the
         CUDA context. It is the whole device's: what other processes have there must not change meanwhile.

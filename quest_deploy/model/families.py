@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from quest_deploy.errors import ConfigError
 
+DIFFUSERS, TRANSFORMERS = "diffusers", "transformers"
 TEXT_ENCODER = "text_encoder"
 VAE_DECODER = "vae_decoder"
 VAE_ENCODER = "vae_encoder"
@@ -111,6 +112,10 @@ class Family:
             self.denoiser,
             *(name for name in (self.controlnet, self.autoencoder) if name is not None),
         )
+
+    def library_of(self, folder: str) -> str:
+        """Which library loads what lies in a folder with weights."""
+        return TRANSFORMERS if folder in self.text_encoders else DIFFUSERS
 
     @property
     def companions(self) -> tuple[str, ...]:

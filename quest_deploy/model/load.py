@@ -27,7 +27,15 @@ from quest_deploy.model.components import (
 from quest_deploy.model.conditioning import Conditioner, Outputs, TextEncoders, load_tokenizer
 from quest_deploy.model.corrections import corrected_denoiser, corrected_scheduler
 from quest_deploy.model.deferred import fill, matching, stored_tensors
-from quest_deploy.model.families import FAMILIES, VAE_DECODER, VAE_ENCODER, Classes, Family, read_classes
+from quest_deploy.model.families import (
+    FAMILIES,
+    TRANSFORMERS,
+    VAE_DECODER,
+    VAE_ENCODER,
+    Classes,
+    Family,
+    read_classes,
+)
 from quest_deploy.model.spec import (
     ComponentSpec,
     component_specs,
@@ -39,7 +47,7 @@ from quest_deploy.model.spec import (
     read_config,
     vae_scale_factor,
 )
-from quest_deploy.model.weights import DIFFUSERS, TRANSFORMERS, check_weights
+from quest_deploy.model.weights import check_weights
 
 SINGLE_FILE_SUFFIX = ".safetensors"
 SINGLE_FILE_FAMILY = FAMILIES["StableDiffusionPipeline"]
@@ -182,7 +190,7 @@ def load_directory(directory: Path, *, deferred: bool = False, **components: Any
     family = family_of(directory)
     needed = sorted(set(family.weights) - components.keys())
     for name in needed:
-        check_weights(directory / name, TRANSFORMERS if name in family.text_encoders else DIFFUSERS)
+        check_weights(directory / name, family.library_of(name))
     index = read_config(directory / "model_index.json")
     with loading_errors(directory):
         for name in needed:

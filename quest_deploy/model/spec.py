@@ -108,8 +108,9 @@ def family_of(model_dir: Path) -> Family:
 
 def classes_of(model_dir: Path) -> Classes | None:
     """The classes of a class-conditional model, checkpoint, ONNX or engine directory, else None."""
-    index = read_config(model_dir / "model_index.json")
-    return read_classes(index, component_configs(model_dir)[family_of(model_dir).denoiser])
+    family, index = family_of(model_dir), read_config(model_dir / "model_index.json")
+    path = config_paths(model_dir)[family.denoiser]
+    return read_classes(index, _read_component(family, family.denoiser, path, index))
 
 
 def config_paths(model_dir: Path) -> dict[str, Path]:
@@ -174,11 +175,14 @@ def component_configs(model_dir: Path) -> dict[str, dict[str, Any]]:
         ArtifactError: a file is missing or corrupt.
     """
     family, index = family_of(model_dir), read_config(model_dir / "model_index.json")
-    configs = {}
-    for name, path in config_paths(model_dir).items():
-        config = read_config(path)
-        configs[name] = {**_defaults(family, name, config, index), **config}
+    paths = config_paths(model_dir)
+    configs = {name: _read_component(family, name, path, index) for name, path in paths.items()}
     return {**configs, family.denoiser: dict(corrected_denoiser(configs[family.denoiser], family))}
+
+
+def _read_component(family: Family, name: str, path: Path, index: Mapping[str, Any]) -> dict[str, Any]:
+    config = read_config(path)
+    return {**_defaults(family, name, config, index), **config}
 
 
 def _defaults(family: Family, name: str, config: Config, index: Mapping[str, Any]) -> Mapping[str, Any]:

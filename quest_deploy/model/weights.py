@@ -9,8 +9,8 @@ from pathlib import Path
 
 from quest_deploy.errors import ModelLoadError
 from quest_deploy.files import read_json, refuse_pickle
+from quest_deploy.model.families import DIFFUSERS, TRANSFORMERS
 
-DIFFUSERS, TRANSFORMERS = "diffusers", "transformers"
 WEIGHTS_NAME = {DIFFUSERS: "diffusion_pytorch_model.safetensors", TRANSFORMERS: "model.safetensors"}
 SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".index.json"
@@ -61,8 +61,7 @@ def check_weights(folder: Path, library: str) -> None:
     if weight_files(folder, library):
         return
     for file in sorted(folder.glob("*")):
-        if file.suffix != SUFFIX:
-            refuse_pickle(file)
+        refuse_pickle(file)
     stem = WEIGHTS_NAME[library].removesuffix(SUFFIX)
     variants = sorted(file.name for file in folder.glob(f"{stem}.*{SUFFIX}"))
     if variants:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from quest_deploy.config import TENSORRT_BACKENDS, TensorRTBackend
+from quest_deploy.engines.ort_runtime import CPU_PROVIDER
 from quest_deploy.metrics import CodeFlips, code_flips, snr_db
 from quest_deploy.model.components import first_device, without_variance
 from quest_deploy.model.families import VAE_DECODER
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     from quest_deploy.pipeline import Pipeline
 
 CODE_PROMPTS = 2
-CPU = ("CPUExecutionProvider",)
 CODES_SUFFIX = "/codes"
 GRAPH = "model.onnx"
 
@@ -273,7 +273,7 @@ def onnxruntime_codes(
     onnx_path: Path,
     probes: Sequence[Mapping[str, Tensor]],
     forced: Sequence[Codes] | None = None,
-    providers: Sequence[str] = CPU,
+    providers: Sequence[str] = (CPU_PROVIDER,),
 ) -> tuple[CodeRun, ...] | str:
     """Run a component's graph on each of `probes`, its inputs by name, with the execution providers that draw.
 
@@ -346,7 +346,7 @@ def _run_onnxruntime(
     weights: Path,
     calls: Sequence[Mapping[str, Tensor]],
     *,
-    providers: Sequence[str] = CPU,
+    providers: Sequence[str] = (CPU_PROVIDER,),
 ) -> list[dict[str, Tensor]]:
     import onnxruntime
 

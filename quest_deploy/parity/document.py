@@ -151,7 +151,7 @@ def _against_reference(outcome: Outcome) -> dict[str, Any] | None:
     }
 
 
-def _numbers(values: Tensor | None) -> list[Any] | None:
+def _numbers(values: Tensor | None) -> list[Number] | None:
     return None if values is None else numbers(values)
 
 

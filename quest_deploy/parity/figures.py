@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from quest_deploy.metrics import IDENTICAL_DB, mean_db, paired_interval
-from quest_deploy.model.families import TEXT_ENCODER
+from quest_deploy.model.families import TEXT_ENCODER, VAE_DECODER
 from quest_deploy.parity.codes import FlipReport
 from quest_deploy.parity.gates import (
     DEPLOYMENT_SNR_DB_MIN,
@@ -21,9 +21,6 @@ from quest_deploy.parity.gates import (
 )
 from quest_deploy.parity.ladder import Rung
 from quest_deploy.parity.measure import Forced, Trace
-
-# What folders of autoencoders begin with, and components of their halves.
-VAE = "v"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +144,7 @@ def deployment_figures(outcome: Outcome, upper: Outcome, anchor: Outcome) -> Dep
     below = first_step_below(snr, upper.trace.timesteps, DEPLOYMENT_SNR_DB_MIN[outcome.rung.dtype])
     total = None if against.codes is None else against.codes.total
     text = _companion(against, outcome.rung, TEXT_ENCODER, against.text_encoder_snr_db)
-    decoder = _companion(against, outcome.rung, VAE, against.vae_decoder_snr_db)
+    decoder = _companion(against, outcome.rung, VAE_DECODER, against.vae_decoder_snr_db)
     change = psnr_change(outcome, anchor)
     if change is None and anchor.image_psnr_db is not None:
         count = anchor.image_psnr_db.numel()
@@ -180,7 +177,7 @@ def deployment_figures(outcome: Outcome, upper: Outcome, anchor: Outcome) -> Dep
 
 
 def _companion(against: Against, rung: Rung, start: str, alone: Tensor | None) -> Tensor | None:
-    """SNR of the components whose folders begin with `start`: as they are, or quantized ones with the same codes.
+    """SNR of the components whose names begin with `start`: as they are, or quantized ones with the same codes.
 
     One flip loses more than 50 dB: None where they are quantized, and their codes were not compared.
     """

@@ -14,6 +14,7 @@ from quest_deploy.artifacts import hash_directory, read_artifact, read_json, sta
 from quest_deploy.config import LoraConfig
 from quest_deploy.errors import ParityError
 from quest_deploy.files import hash_mapping, list_files
+from quest_deploy.model.families import TEXT_ENCODER, VAE_DECODER
 from quest_deploy.model.merged import MergedLoras, check_files, in_words, merged_loras
 from quest_deploy.model.spec import component_specs, family_of
 
@@ -36,7 +37,7 @@ class Rung:
         grid: Identity of the quantizers (sha256 of ``quest.json``); None for full precision.
         dtype: Of the float operators: "fp32", "fp16" or "bf16".
         weights_only: Whether its activations are in float although it, or its checkpoint, could quantize them.
-        companions: Folders of the text encoders and the autoencoder whose activations are quantized.
+        companions: The components besides the denoiser whose activations are quantized.
         digest: Identity of the artifact.
         inputs: Digests of what it was made from, by role.
         size_bytes: All of its files.
@@ -135,10 +136,11 @@ def read_rung(path: Path) -> Rung:
 
 
 def quantized_companions(content: Any) -> tuple[str, ...]:
-    """Those in the content of a ``quest.json`` that take quantized activations, by their folders."""
+    """The components in the content of a ``quest.json``, besides the denoiser, that take quantized activations."""
     found = content.get("companions", {}) if isinstance(content, dict) else {}
     return tuple(
-        name
+        # Of an autoencoder, which has a folder of another name, the decoder alone is quantized.
+        name if name.startswith(TEXT_ENCODER) else VAE_DECODER
         for name, part in found.items()
         if any(layer.get("activation_bits") is not None for layer in part.get("layers", {}).values())
     )

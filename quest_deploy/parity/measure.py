@@ -112,7 +112,7 @@ def draw(pipeline: Pipeline, request: Request, tick: Tick) -> Trace:
     for batch in request.batches():
         prompts = request.prompts[batch]
         positive, negative = pipeline.encode(prompts), pipeline.encode_negative(len(prompts))
-        if CONTROL not in positive and (seen := picture(pipeline, request, batch, positive)) is not None:
+        if (seen := picture(pipeline, request, batch, positive)) is not None:
             positive = {**positive, CONTROL: seen}
             negative = None if negative is None else {**negative, CONTROL: seen}
         recording = _Recording()

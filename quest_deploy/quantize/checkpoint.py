@@ -28,9 +28,9 @@ from quest_deploy.files import give_usual_mode, read_json, write_json
 from quest_deploy.model.carried import copy_notices, copy_part, copy_safety
 from quest_deploy.model.components import parameters_frozen
 from quest_deploy.model.deferred import DEFERRED_BYTES, META, StoredFile, defer, fill
+from quest_deploy.model.families import DIFFUSERS, TRANSFORMERS
 from quest_deploy.model.load import LoadedModel, load_directory
 from quest_deploy.model.spec import family_of
-from quest_deploy.model.weights import DIFFUSERS, TRANSFORMERS
 from quest_deploy.quantize.attention import OperandQParams, insert_attention, operand_quantizers
 from quest_deploy.quantize.context import Knots
 from quest_deploy.quantize.insert import LayerQParams, insert, quantized_layers, replace_layers
@@ -128,8 +128,7 @@ def save_checkpoint(
         elif name in companions:
             write_component(folder / name, companions[name])
         elif source.is_dir():
-            library = TRANSFORMERS if name in model.family.text_encoders else DIFFUSERS
-            copy_part(source, folder / name, library)
+            copy_part(source, folder / name, model.family.library_of(name))
         else:
             part.save_pretrained(folder / name)
     index = model_index(model)

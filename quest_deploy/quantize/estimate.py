@@ -21,7 +21,7 @@ from quest_deploy.model.components import predict
 from quest_deploy.model.load import LoadedModel
 from quest_deploy.model.products import float32_products
 from quest_deploy.model.spec import classes_of, family_of
-from quest_deploy.model.weights import DIFFUSERS, TRANSFORMERS, weight_files
+from quest_deploy.model.weights import weight_files
 from quest_deploy.quantize import auto_layers, calibrate, losses, parts, train
 from quest_deploy.quantize.attention import insert_attention
 from quest_deploy.quantize.calibrate import CalibrationSet
@@ -164,8 +164,7 @@ def _carried(loaded: LoadedModel) -> list[Path]:
     """The files that a checkpoint has as the model's directory has them; of weights, and a safety checker's."""
     family, files = loaded.family, safety_files(loaded.path, loaded.index)
     for name in set(family.weights) - {family.denoiser}:
-        library = TRANSFORMERS if name in family.text_encoders else DIFFUSERS
-        files += weight_files(loaded.path / name, library)
+        files += weight_files(loaded.path / name, family.library_of(name))
     return files
 
 
