@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import quality, rows, stages
+from benchmarks.baselines.rows import ADAROUND_ITERATIONS
 from benchmarks.environment import header
 from benchmarks.settings import MODEL, Settings
 from benchmarks.tables import MISSING, Table, interval, number
@@ -26,6 +27,7 @@ RECIPE = "w4a4"
 PROMPTS, STEPS = 48, (30, 60)
 VARIANTS = {
     "short": "QuEST, fewer prompts and updates",
+    "adaround": "weights rounded by AdaRound at the start",
     "no-phase-1": "phase 1 off",
     "no-phase-2": "phase 2 off",
     "no-time-aware": "one activation scale for all timesteps",
@@ -62,6 +64,7 @@ def variant(recipe: Recipe, name: str) -> Recipe:
     sensitive = dataclasses.replace(recipe.sensitive, steps=STEPS[1])
     changes: dict[str, Any] = {
         "short": {},
+        "adaround": {"initializer": "adaround"},
         "no-phase-1": {"temporal": dataclasses.replace(temporal, steps=0)},
         "no-phase-2": {"sensitive": dataclasses.replace(sensitive, steps=0)},
         "no-time-aware": {"time_aware": False},
@@ -83,6 +86,7 @@ def variant(recipe: Recipe, name: str) -> Recipe:
     short = {
         "name": f"{recipe.name}-{name}",
         "calibration_prompts": PROMPTS,
+        "adaround_iterations": ADAROUND_ITERATIONS,
         "temporal": temporal,
         "sensitive": sensitive,
     }

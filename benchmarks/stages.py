@@ -12,6 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from benchmarks.environment import machine
 from benchmarks.settings import MODEL, ROOT, Settings, write_recipe
 from quest_deploy.artifacts import hash_directory, read_json, write_json
 from quest_deploy.config import FinetuneConfig, Recipe, to_dict
@@ -96,13 +97,15 @@ def make(
         if known["key"] == key and known["output"] == identity(output):
             return known["outcome"]
     unfinished = output.parent / f".{output.name}.finetune"
-    if unfinished.is_dir() and (not begun.is_file() or begun.read_text(encoding="utf-8") != key):
-        # Of other code or settings: nothing of it may be gone on with.
+    here = machine()
+    start = hash_mapping({"key": key, "cores": here["cores"], "threads": here["omp_num_threads"]})
+    if unfinished.is_dir() and (not begun.is_file() or begun.read_text(encoding="utf-8") != start):
+        # Of other code, settings or threads: nothing of it may be gone on with.
         shutil.rmtree(unfinished)
     resumed = unfinished.is_dir()
     for folder in (output.parent, record.parent):
         folder.mkdir(parents=True, exist_ok=True)
-    begun.write_text(key, encoding="utf-8")
+    begun.write_text(start, encoding="utf-8")
     print(f"\n{name}", flush=True)
     stage = demo.Stage(name=name, arguments=(*arguments, "-o", str(output)), output=output)
     outcome = {**asdict(run(stage)), "resumed": resumed}

@@ -1,4 +1,4 @@
-"""Running an engine on more samples than it takes at once."""
+"""Running an engine on more samples than it takes at once, or fewer."""
 
 from __future__ import annotations
 
@@ -14,23 +14,31 @@ def run_in_parts(engine: Engine, **inputs: Tensor) -> dict[str, Tensor]:
     """Run `engine`, in parts of about equal size where the batch is larger than its profile allows.
 
     Guidance doubles the batch of the denoiser, so that a request can exceed a profile that fits the other components.
+    Where a part is smaller than the profile allows, as the last images are for an engine of one batch size, its last
+    sample is repeated, and what comes of the repetitions is dropped.
     """
     batched = [tensor.name for tensor in engine.spec.inputs if tensor.shape[0] == "batch"]
     batch = inputs[batched[0]].shape[0]
     # Only engines with optimization profiles have limits.
-    _, largest = getattr(engine, "limits", {}).get("batch", (1, batch))
-    if batch <= largest:
+    least, largest = getattr(engine, "limits", {}).get("batch", (1, batch))
+    if least <= batch <= largest:
         return engine(**inputs)
     count = math.ceil(batch / largest)
     # A timestep of one value belongs to every part.
-    along = {tensor.name for tensor in engine.spec.inputs if tensor.shape[0] in ("batch", "steps")}
-    split = {
-        name: value.tensor_split(count)
-        for name, value in inputs.items()
-        if name in along and value.shape[0] == batch
-    }
+    along = {t.name for t in engine.spec.inputs if t.shape[0] == "steps" and len(inputs[t.name]) > 1}
+    split = {name: inputs[name].tensor_split(count) for name in (*batched, *along)}
+    sizes = [len(part) for part in split[batched[0]]]
     parts = [
-        engine(**{name: split[name][index] if name in split else value for name, value in inputs.items()})
-        for index in range(count)
+        engine(**{name: _filled(split[name][i], least) if name in split else inputs[name] for name in inputs})
+        for i in range(count)
     ]
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return {
+        name: torch.cat([part[name][:size] for part, size in zip(parts, sizes, strict=True)])
+        for name in parts[0]
+    }
+
+
+def _filled(samples: Tensor, least: int) -> Tensor:
+    """`samples` [n, ...], the last of them repeated where n is less than `least`."""
+    missing = least - len(samples)
+    return samples if missing <= 0 else torch.cat([samples, samples[-1:].expand(missing, *samples.shape[1:])])

@@ -105,6 +105,13 @@ def test_what_another_run_left_is_not_gone_on_with(calls: list[str], monkeypatch
     assert make("verb", "--again")["resumed"] is False
 
 
+def test_what_ran_in_other_threads_is_begun_afresh(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    interrupted("verb", monkeypatch=monkeypatch)
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert make("verb")["resumed"] is False
+
+
 def test_another_content_of_the_recipe_or_another_library_runs_it_again(
     calls: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
