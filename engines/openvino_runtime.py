@@ -23,11 +23,12 @@ from quest_deploy.engines.base import (
 from quest_deploy.engines.foreign import fitted_components
 from quest_deploy.errors import ArtifactError, ConfigError, MissingDependencyError, StaleArtifactError
 from quest_deploy.files import check_name
+from quest_deploy.manifest import QUANTIZATION_NAME
 from quest_deploy.model.spec import ComponentSpec, component_specs
 
 logger = logging.getLogger(__name__)
 
-ONNX_NAME, SUMMARY = "model.onnx", "quest.json"
+ONNX_NAME = "model.onnx"
 DEVICE = "CPU"
 # OpenVINO computes floats in bf16 where the CPU has it, which flips int8 codes and misses the parity gate.
 PRECISION = "f32"
@@ -188,7 +189,7 @@ def check_attention(source: Artifact) -> None:
     Raises:
         ConfigError: the graphs have it.
     """
-    config, summary = source.manifest.config, source.path / SUMMARY
+    config, summary = source.manifest.config, source.path / QUANTIZATION_NAME
     if config.get("dtype") != "bf16" or config.get("mode") != "int8" or not summary.is_file():
         return
     if read_json(summary).get("attention"):

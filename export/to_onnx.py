@@ -29,6 +29,7 @@ from quest_deploy.export.check import GraphSummary, check_file
 from quest_deploy.export.fragile import Arrays, Report, fragile_nodes, sample_inputs
 from quest_deploy.export.graph import component_graph
 from quest_deploy.files import copy_tree
+from quest_deploy.manifest import QUANTIZATION_NAME
 from quest_deploy.model.carried import copy_notices, copy_safety, index_of_carried
 from quest_deploy.model.families import VAE_DECODER
 from quest_deploy.model.load import LoadedModel, load_model, wrap_components
@@ -53,7 +54,7 @@ EXTERNAL_DATA_FILE = "model.onnx_data"
 # protobuf ends at 2 GB; but checking a file holds it several times, and without its weights it is small.
 INLINE_LIMIT_BYTES = 50_000_000
 INT4_BITS = 4
-INDEX, SUMMARY = "model_index.json", "quest.json"
+INDEX = "model_index.json"
 
 
 def export(
@@ -270,8 +271,8 @@ def copy_configuration(source: Path, output: Path) -> None:
     carried = copy_safety(source, output, index)
     write_json(output / INDEX, index_of_carried(index, carried))
     copy_notices(source, output)
-    if (source / SUMMARY).is_file():
-        shutil.copyfile(source / SUMMARY, output / SUMMARY)
+    if (source / QUANTIZATION_NAME).is_file():
+        shutil.copyfile(source / QUANTIZATION_NAME, output / QUANTIZATION_NAME)
     for name, path in config_paths(source).items():
         (output / name).mkdir(exist_ok=True)
         shutil.copyfile(path, output / name / "config.json")

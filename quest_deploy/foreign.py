@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from quest_deploy.files import is_hidden, list_files, remembered_digests
-from quest_deploy.manifest import MANIFEST_NAME, SCHEMA_VERSION, FileEntry, Manifest
+from quest_deploy.manifest import MANIFEST_NAME, QUANTIZATION_NAME, SCHEMA_VERSION, FileEntry, Manifest
 
 MODEL_INDEX_NAME = "model_index.json"
 # An artifact that lost its manifest must not pass for a model.
-OWN_PATTERNS = ("*/model.plan", "quest.json")
+OWN_PATTERNS = ("*/model.plan", QUANTIZATION_NAME)
 GRAPH_PATTERN = "*/model.onnx"
 
 

@@ -11,6 +11,8 @@ from quest_deploy.errors import ArtifactError, StaleArtifactError
 from quest_deploy.files import hash_mapping, read_json
 
 MANIFEST_NAME = "manifest.json"
+# What a quantized artifact says of its quantizers.
+QUANTIZATION_NAME = "quest.json"
 SCHEMA_VERSION = 1
 
 # What makes each stage's artifact; quoted in messages.

@@ -14,6 +14,7 @@ from benchmarks.settings import MODEL, Settings
 from benchmarks.stages import identity, sources_digest
 from quest_deploy.artifacts import read_json
 from quest_deploy.config import Recipe
+from quest_deploy.manifest import QUANTIZATION_NAME
 
 if TYPE_CHECKING:
     from benchmarks.trajectories import Reference
@@ -102,7 +103,7 @@ def differences(found: dict[str, dict[str, Any]]) -> dict[str, dict[str, dict[st
 
 def own_loss(checkpoint: Path, row: str) -> dict[str, float] | None:
     """What a method itself minimizes, where it begins and ends, relative to the beginning; None without training."""
-    history = read_json(checkpoint / "quest.json")["history"]
+    history = read_json(checkpoint / QUANTIZATION_NAME)["history"]
     if row == "adaround":
         errors = [after / before for before, after in history["adaround"].values() if before > 0]
         return {"before": 1.0, "after": round(sum(errors) / len(errors), 4)}

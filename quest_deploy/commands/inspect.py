@@ -36,6 +36,7 @@ def inspect(*, path: Path, verify: bool) -> Result:
 def describe(path: Path, *, verify: bool = False) -> dict[str, Any]:
     """Everything that `inspect` knows about `path`, as JSON types."""
     from quest_deploy.artifacts import hash_directory, read_artifact, stage_of
+    from quest_deploy.manifest import QUANTIZATION_NAME
 
     stage = stage_of(path)
     data: dict[str, Any] = {"path": str(path), "stage": stage}
@@ -68,8 +69,8 @@ def describe(path: Path, *, verify: bool = False) -> dict[str, Any]:
 
         for name, component in data["components"].items():
             component["runs"] = read_runs(path / name, manifest.files[f"{name}/{PLAN_NAME}"].sha256)
-    if (path / "quest.json").is_file():
-        data["quantization"] = summarize_layers(path / "quest.json")
+    if (path / QUANTIZATION_NAME).is_file():
+        data["quantization"] = summarize_layers(path / QUANTIZATION_NAME)
     return data
 
 

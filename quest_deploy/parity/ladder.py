@@ -14,13 +14,13 @@ from quest_deploy.artifacts import hash_directory, read_artifact, read_json, sta
 from quest_deploy.config import LoraConfig
 from quest_deploy.errors import ParityError
 from quest_deploy.files import hash_mapping, list_files
+from quest_deploy.manifest import QUANTIZATION_NAME
 from quest_deploy.model.families import TEXT_ENCODER, VAE_DECODER
 from quest_deploy.model.merged import MergedLoras, check_files, in_words, merged_loras
 from quest_deploy.model.spec import component_specs, family_of
 
 RUNG_STAGES = ("model", "checkpoint", "onnx", "engines")
 WEIGHT_ONLY = "int4-weight-only"
-QUANTIZATION_FILE = "quest.json"
 
 EdgeKind = Literal["quantization", "deployment"]
 
@@ -116,7 +116,7 @@ def read_rung(path: Path) -> Rung:
         digest, inputs = artifact.digest, artifact.manifest.inputs
         details, merged = artifact.manifest.details, merged_loras(artifact.manifest)
         files = {name: entry.size_bytes for name, entry in artifact.manifest.files.items()}
-    quest = path / QUANTIZATION_FILE
+    quest = path / QUANTIZATION_NAME
     content = read_json(quest) if quest.is_file() else None
     return Rung(
         name=stage,

@@ -25,6 +25,7 @@ from quest_deploy.artifacts import read_artifact
 from quest_deploy.config import Recipe, to_dict
 from quest_deploy.errors import ArtifactError, CalibrationError, StaleArtifactError
 from quest_deploy.files import give_usual_mode, read_json, write_json
+from quest_deploy.manifest import QUANTIZATION_NAME
 from quest_deploy.model.carried import copy_notices, copy_part, copy_safety
 from quest_deploy.model.components import parameters_frozen
 from quest_deploy.model.deferred import DEFERRED_BYTES, META, StoredFile, defer, fill
@@ -43,7 +44,6 @@ from quest_deploy.quantize.tables import place_tables, time_tables, unused_layer
 SCHEMA_VERSION = 3
 # Version 1 had neither quantized attention, nor split layers, nor quantized companions; version 2 no time tables.
 READABLE_VERSIONS = (1, 2, SCHEMA_VERSION)
-SUMMARY = "quest.json"
 WEIGHTS = "quest.safetensors"
 REST = "rest."
 MALFORMED = (AttributeError, RuntimeError, TypeError, ValueError)
@@ -136,7 +136,7 @@ def save_checkpoint(
         index |= {**carried, "requires_safety_checker": model.index.get("requires_safety_checker", True)}
     write_json(folder / "model_index.json", index)
     write_json(
-        folder / SUMMARY,
+        folder / QUANTIZATION_NAME,
         {
             "schema_version": SCHEMA_VERSION,
             "method": "QuEST, arXiv 2402.03666",
@@ -254,10 +254,10 @@ def load_checkpoint(path: str | Path, *, deferred: bool = False) -> LoadedModel:
     """
     folder = Path(path)
     read_artifact(folder, stage="checkpoint")
-    summary = read_json(folder / SUMMARY)
+    summary = read_json(folder / QUANTIZATION_NAME)
     if summary.get("schema_version") not in READABLE_VERSIONS:
         raise StaleArtifactError(
-            f"{folder / SUMMARY}: got schema version {summary.get('schema_version')}, "
+            f"{folder / QUANTIZATION_NAME}: got schema version {summary.get('schema_version')}, "
             f"expected {' or '.join(map(str, READABLE_VERSIONS))}; "
             "finetune the model again with this version of quest-deploy"
         )

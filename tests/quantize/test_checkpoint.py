@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from quest_deploy.artifacts import write_artifact
 from quest_deploy.errors import ArtifactError, StaleArtifactError
+from quest_deploy.manifest import QUANTIZATION_NAME
 from quest_deploy.model.carried import copy_part
 from quest_deploy.model.components import predict
 from quest_deploy.model.load import LoadedModel
 from quest_deploy.quantize.calibrate import CalibrationSet
 from quest_deploy.quantize.checkpoint import (
-    SUMMARY,
     freeze,
     load_checkpoint,
     save_checkpoint,
@@ -92,7 +92,7 @@ def test_a_checkpoint_answers_as_the_denoiser_that_was_saved(
 
 def test_saving_twice_gives_the_same_bytes(save: Save) -> None:
     path, _ = save()
-    first = {file: (path / file).read_bytes() for file in (WEIGHTS, SUMMARY, "unet/config.json")}
+    first = {file: (path / file).read_bytes() for file in (WEIGHTS, QUANTIZATION_NAME, "unet/config.json")}
     shutil.rmtree(path)
     save()
     assert all((path / file).read_bytes() == content for file, content in first.items())
@@ -124,7 +124,7 @@ def test_a_checkpoint_stands_on_its_own(save: Save, float_model: LoadedModel) ->
 
 def test_the_summary_tells_the_bits_of_each_layer(save: Save) -> None:
     path, denoiser = save()
-    layers = json.loads((path / SUMMARY).read_text())["layers"]
+    layers = json.loads((path / QUANTIZATION_NAME).read_text())["layers"]
     assert layers.keys() == quantized_layers(denoiser).keys()
     entry = layers["time_embedding.linear_2"]
     assert (entry["kind"], entry["weight_bits"], entry["groups"]) == ("Linear", 4, 3)
@@ -147,7 +147,9 @@ def add_tensor(path: Path) -> None:
 
 def rewrite(**changes: object) -> Callable[[Path], object]:
     def edit(path: Path) -> None:
-        (path / SUMMARY).write_text(json.dumps(json.loads((path / SUMMARY).read_text()) | changes))
+        (path / QUANTIZATION_NAME).write_text(
+            json.dumps(json.loads((path / QUANTIZATION_NAME).read_text()) | changes)
+        )
 
     return edit
 
@@ -219,10 +221,10 @@ def test_an_earlier_version_answers_as_it_did(
     version: int, save: Save, tmp_path: Path, recorded: CalibrationSet
 ) -> None:
     def edit(path: Path) -> None:
-        summary = json.loads((path / SUMMARY).read_text())
+        summary = json.loads((path / QUANTIZATION_NAME).read_text())
         for name in (name for since, names in SINCE.items() if since > version for name in names):
             assert not summary.pop(name)
-        (path / SUMMARY).write_text(json.dumps(summary | {"schema_version": version}))
+        (path / QUANTIZATION_NAME).write_text(json.dumps(summary | {"schema_version": version}))
 
     now, _ = save()
     before = edited(now, tmp_path / "before", edit)
@@ -238,9 +240,9 @@ def test_a_summary_without_layers_is_refused(damaged: Callable) -> None:
 
 def test_a_layer_that_the_model_lacks_is_refused(damaged: Callable) -> None:
     def edit(path: Path) -> None:
-        summary = json.loads((path / SUMMARY).read_text())
+        summary = json.loads((path / QUANTIZATION_NAME).read_text())
         summary["layers"]["conv_inn"] = summary["layers"]["conv_in"]
-        (path / SUMMARY).write_text(json.dumps(summary))
+        (path / QUANTIZATION_NAME).write_text(json.dumps(summary))
 
     path = damaged(edit)
     with pytest.raises(ArtifactError, match="is not a complete checkpoint .*conv_inn"):

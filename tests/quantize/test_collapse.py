@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from quest_deploy.artifacts import read_artifact
 from quest_deploy.config import FinetuneConfig, PhaseConfig, Recipe
 from quest_deploy.errors import ConfigError
+from quest_deploy.manifest import QUANTIZATION_NAME
 from quest_deploy.model.load import LoadedModel
 from quest_deploy.quantize.calibrate import CalibrationSet
-from quest_deploy.quantize.checkpoint import SUMMARY
 from quest_deploy.quantize.collapse import Collapsed, collapse_groups, grouped, spread
 from quest_deploy.quantize.finetune import finetune
 from quest_deploy.quantize.insert import quantized_layers
@@ -136,7 +136,7 @@ def test_a_checkpoint_has_the_collapsed_groups_and_says_so(tmp_path: Path, tiny_
         progress=lambda event: events.append(event.stage),
     )
     details = read_artifact(tmp_path / "out", stage="checkpoint").manifest.details["collapse"]
-    layers = json.loads((tmp_path / "out" / SUMMARY).read_text())["layers"].values()
+    layers = json.loads((tmp_path / "out" / QUANTIZATION_NAME).read_text())["layers"].values()
     assert {layer["groups"] for layer in layers} == {1}
     assert details["collapsed"] == details["quantizers"] > 0
     assert "collapse timestep groups" in events
