@@ -23,7 +23,7 @@ ROWS = {
     "start": "(b+) start of finetuning",
     "quest": "(c) QuEST",
 }
-PAIRS = (("quest", "calibrated"), ("quest", "minmax"), ("start", "calibrated"))
+PAIRS = (("quest", "calibrated"), ("quest", "minmax"), ("start", "calibrated"), ("quest", "start"))
 FIGURES = ("raw_snr_db", "guided_snr_db", "psnr_db", "ssim")
 GRID_LABELS = {
     "fp32": "fp32",
