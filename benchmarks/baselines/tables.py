@@ -6,7 +6,7 @@ from typing import Any
 
 from benchmarks.baselines.rows import FINETUNED, ROWS
 from benchmarks.quality import FIGURES, sample_size, seen_noise
-from benchmarks.tables import MISSING, Table, interval, number, seconds
+from benchmarks.tables import MISSING, Table, interval, number
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
@@ -76,7 +76,6 @@ def _budgets(recipes: dict[str, Any]) -> Table:
             "prompts × steps",
             "calibration samples",
             "training samples",
-            "time",
             "own loss, end (start 1)",
             "error of predictions",
         ),
@@ -87,9 +86,9 @@ def _budgets(recipes: dict[str, Any]) -> Table:
         ),
         labels=2,
         note="A sample is one latent at one timestep in one guidance branch; training samples are those that gradients "
-        "were taken of. Time includes recording the trajectories where `quest-deploy finetune` makes the row. The own "
-        "loss is what a method minimizes: AdaRound the mean over blocks of their outputs' error, the finetuned rows "
-        "their loss on the prompts that choose the result. The error of predictions is the same for all rows: squared "
+        "were taken of. (Seconds are in the JSON alone, since rows are made beside other work.) The own loss is what a "
+        "method minimizes: AdaRound the mean over blocks of their outputs' error, the finetuned rows their loss on the "
+        "prompts that choose the result. The error of predictions is the same for all rows: squared "
         "error of the network's output over its power, on the calibration prompts that choose the finetuned rows' "
         "result.",
     )
@@ -101,7 +100,6 @@ def _budget(row: dict[str, Any]) -> tuple[str, ...]:
         f"{given['prompts']} × {given['steps']}",
         f"{given['calibration_samples']:,}",
         f"{given['training_samples']:,}",
-        seconds(given["seconds"]),
         MISSING if own is None else number(own["after"] / own["before"], 3),
         f"{row['validation_loss']:.5f}",
     )

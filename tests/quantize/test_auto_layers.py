@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from quest_deploy.artifacts import read_artifact
 from quest_deploy.config import FinetuneConfig, PhaseConfig, ProgressEvent, Recipe
 from quest_deploy.errors import ConfigError
+from quest_deploy.manifest import QUANTIZATION_NAME
 from quest_deploy.model.load import LoadedModel
 from quest_deploy.quantize import auto_layers
 from quest_deploy.quantize.auto_layers import any_layers, check_auto, choose, choose_layers
 from quest_deploy.quantize.calibrate import CalibrationSet
-from quest_deploy.quantize.checkpoint import SUMMARY
 from quest_deploy.quantize.finetune import finetune
 from quest_deploy.quantize.insert import LayerQParams, quantizable_layers
 from quest_deploy.quantize.resume import WorkDirectory
@@ -190,7 +190,7 @@ def test_the_checkpoint_tells_what_was_chosen(tiny_model: Path, tmp_path: Path) 
     given = dataclasses.replace(config(), prompts=("a", "b", "c", "d"))
     finetune(tiny_model, tmp_path / "out", given, progress=lambda event: stages.append(event.stage))
     assert "choose layers" in stages
-    history = json.loads((tmp_path / "out" / SUMMARY).read_text())["history"]
+    history = json.loads((tmp_path / "out" / QUANTIZATION_NAME).read_text())["history"]
     assert history["auto"]["sensitive"] and not history["auto"].get("temporal")
     manifest = read_artifact(tmp_path / "out", stage="checkpoint").manifest
     assert manifest.config["recipe"]["sensitive"]["layers"] == "auto"
