@@ -52,10 +52,10 @@ def run(settings: Settings) -> dict[str, Any]:
     folder = settings.work / rows.FOLDER
     # Finetuning runs in processes of its own, measured, before torch is loaded here.
     paths: dict[str, dict[str, Path]] = {}
-    made_by: dict[str, str] = {}
+    finetuned_by: dict[str, str] = {}
     for name in settings.recipes:
         checkpoint, outcome = stages.finetuned(settings, name)
-        paths[name], made_by[name] = {"quest": checkpoint}, outcome["made_by"]
+        paths[name], finetuned_by[name] = {"quest": checkpoint}, outcome["made_by"]
         for row in ("calibrated", "start"):
             paths[name][row] = folder / "checkpoints" / f"{name}-{row}"
             stages.finetune(settings, variant(settings.recipe(name), row), paths[name][row])
@@ -67,7 +67,7 @@ def run(settings: Settings) -> dict[str, Any]:
         **header(settings),
         "prompts": list(settings.prompts),
         "torch_threads": threads(),
-        "checkpoints_made_by": made_by,
+        "checkpoints_made_by": finetuned_by,
         "recipes": recipes,
     }
 
