@@ -27,7 +27,7 @@ RECIPE = "w4a4"
 PROMPTS, STEPS = 48, (30, 60)
 VARIANTS = {
     "short": "QuEST, fewer prompts and updates",
-    "adaround": "weights rounded by AdaRound at the start",
+    "adaround-start": "weights rounded by AdaRound at the start",
     "no-phase-1": "phase 1 off",
     "no-phase-2": "phase 2 off",
     "no-time-aware": "one activation scale for all timesteps",
@@ -64,7 +64,7 @@ def variant(recipe: Recipe, name: str) -> Recipe:
     sensitive = dataclasses.replace(recipe.sensitive, steps=STEPS[1])
     changes: dict[str, Any] = {
         "short": {},
-        "adaround": {"initializer": "adaround"},
+        "adaround-start": {"initializer": "adaround"},
         "no-phase-1": {"temporal": dataclasses.replace(temporal, steps=0)},
         "no-phase-2": {"sensitive": dataclasses.replace(sensitive, steps=0)},
         "no-time-aware": {"time_aware": False},

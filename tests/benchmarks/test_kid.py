@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torchmetrics.image.kid import poly_mmd
 
 from benchmarks import ablation, kid
+from benchmarks.baselines.rows import ROWS
 from benchmarks.encoder import FEATURES, Encoder, features_of, load_encoder
 from benchmarks.settings import ROOT
 from quest_deploy.quantize.recipe import load_recipe
@@ -93,6 +94,8 @@ def test_a_variant_changes_what_its_name_says_and_has_the_same_bits(name: str) -
     # Softmax is quantized beside the other operands of attention alone.
     assert len(changed - {"name", "softmax_bits"}) == (name != "short")
     assert ("softmax_bits" in changed) == ("softmax" in name)
+    # Checkpoints of all rows lie in one folder, by name.
+    assert name not in {*ROWS, "start"}
 
 
 MIN_MAX = """
