@@ -23,6 +23,7 @@ from quest_deploy.quantize.parts import BATCH_PROMPTS, layer_inputs
 from quest_deploy.quantize.recipe import load_recipe
 from quest_deploy.quantize.select import layer_bits
 from quest_deploy.quantize.sensitivity import choose_pairs, damage_between, predict
+from quest_deploy.quantize.structure import restructure
 from quest_deploy.quantize.trace import trace
 
 NAME = "analysis"
@@ -107,6 +108,7 @@ def allocations(config: AnalyzeConfig, document: dict[str, Any]) -> list[dict[st
 def whole_network(config: AnalyzeConfig, recipes: dict[str, Recipe]) -> dict[str, float]:
     """Noise SNR of the denoiser quantized by each recipe, on the pairs that the sensitivity was measured on."""
     model = load_model(MODEL)
+    restructure(model, config.recipe)
     traced = trace(model)
     data = calibrate.record_trajectories(
         model,

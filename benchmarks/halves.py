@@ -6,12 +6,14 @@ stays in full precision, channel rows included, so that a figure says how much o
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from benchmarks.differences import damage, recorded
+from benchmarks.differences import POSITIONS, PROMPTS_PER_STEP, damage, recorded
 from benchmarks.environment import header
 from benchmarks.settings import MODEL, Settings
 from benchmarks.tables import Table, number
@@ -20,8 +22,9 @@ from quest_deploy.quantize.finetune import make_student
 from quest_deploy.quantize.grid import channel_shape
 from quest_deploy.quantize.insert import quantizable_layers
 from quest_deploy.quantize.layers import ActivationQuantizer, QuantizedLayer, TimestepContext
-from quest_deploy.quantize.parts import for_layer, initialize_one
+from quest_deploy.quantize.parts import for_layer, initialize_one, layer_inputs
 from quest_deploy.quantize.select import layer_bits
+from quest_deploy.quantize.structure import restructure, structure
 from quest_deploy.quantize.trace import trace
 
 NAME = "halves"
@@ -31,19 +34,29 @@ def run(settings: Settings) -> dict[str, Any]:
     """Measure both sides of every recipe, each alone and together."""
     model = load_model(MODEL)
     heldout, data, inputs = recorded(model, settings)
-    found, layers = trace(model), quantizable_layers(model.denoiser)
     recipes: dict[str, dict[str, float]] = {}
     for name in settings.recipes:
         recipe = settings.recipe(name)
-        qparams = {
-            layer: initialize_one(
-                layers[layer], inputs[layer], bits, for_layer(recipe, layer, found.timeless)
+        changed, seen = dataclasses.replace(model, denoiser=copy.deepcopy(model.denoiser)), inputs
+        restructure(changed, recipe)
+        found = trace(changed)
+        if any(structure(changed.denoiser).values()):
+            seen = layer_inputs(
+                changed,
+                found,
+                data,
+                seed=settings.seed,
+                prompts_per_step=PROMPTS_PER_STEP,
+                positions=POSITIONS,
             )
+        layers = quantizable_layers(changed.denoiser)
+        qparams = {
+            layer: initialize_one(layers[layer], seen[layer], bits, for_layer(recipe, layer, found.timeless))
             for layer, bits in layer_bits(found.roles, recipe).items()
         }
         recipes[name] = {}
         for side, change in SIDES.items():
-            student = make_student(model, qparams, {}, TimestepContext(data.boundaries()))
+            student = make_student(changed, qparams, {}, TimestepContext(data.boundaries()))
             change(student)
             recipes[name][side] = damage(student, heldout)
             print(f"{name}, {side}: {recipes[name][side]} dB", flush=True)

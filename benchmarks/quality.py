@@ -44,7 +44,8 @@ def variant(recipe: Recipe, row: str) -> Recipe:
     start = dataclasses.replace(recipe, name=name, temporal=temporal, sensitive=sensitive)
     if row == "start":
         return start
-    return dataclasses.replace(start, initializer="nearest", time_aware=False, channel_wise=False)
+    plain = {"initializer": "nearest", "time_aware": False, "channel_wise": False, "rotation": None}
+    return dataclasses.replace(start, **plain)
 
 
 def run(settings: Settings) -> dict[str, Any]:

@@ -58,6 +58,7 @@ def variant(recipe: Recipe, row: str, *, quick: bool = False) -> Recipe:
         name=name,
         initializer="nearest",
         channel_wise=False,
+        rotation=None,
         walk_share=0.0,
         temporal=dataclasses.replace(recipe.temporal, steps=0),
         sensitive=dataclasses.replace(

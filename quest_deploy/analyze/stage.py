@@ -55,7 +55,7 @@ from quest_deploy.quantize import calibrate
 from quest_deploy.quantize.checkpoint import load_checkpoint
 from quest_deploy.quantize.parts import BATCH_PROMPTS
 from quest_deploy.quantize.resume import WorkDirectory, machine
-from quest_deploy.quantize.split import find_concatenations, split_channels, split_layers
+from quest_deploy.quantize.structure import rebuild, restructure, structure
 from quest_deploy.quantize.trace import trace
 
 # Version 1 knew no outlets of layers that carry time, and found their scales otherwise.
@@ -69,6 +69,7 @@ STARTS_FROM = (
     "channel_wise",
     "migration_exponent",
     "split",
+    "rotation",
     "shared_inputs",
     "temporal_path",
     "attention_bits",
@@ -125,11 +126,11 @@ def analyze(
                 return finished
             check_output(output, stage="analysis", overwrite=overwrite)
         quantized = None if checkpoint is None else load_checkpoint(checkpoint).denoiser
-        # Split as the checkpoint is, so that both have the same layers.
+        # As the checkpoint is, so that both have the same layers.
         if quantized is not None:
-            split_layers(loaded.denoiser, split_channels(quantized))
-        elif config.recipe.split:
-            split_layers(loaded.denoiser, find_concatenations(loaded.denoiser, loaded.denoiser_spec))
+            rebuild(loaded.denoiser, structure(quantized))
+        else:
+            restructure(loaded, config.recipe)
         work.open(
             {"schema": SCHEMA_VERSION, "config": to_dict(config), "inputs": inputs, "machine": machine()},
             resume=resume,

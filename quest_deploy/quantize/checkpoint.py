@@ -37,13 +37,13 @@ from quest_deploy.quantize.context import Knots
 from quest_deploy.quantize.insert import LayerQParams, insert, quantized_layers, replace_layers
 from quest_deploy.quantize.layers import ActivationQuantizer, QuantizedLayer, TimestepContext
 from quest_deploy.quantize.pack import pack_int4, unpack_int4
-from quest_deploy.quantize.split import split_channels, split_layers
 from quest_deploy.quantize.static import BITS, static_context
+from quest_deploy.quantize.structure import rebuild, structure
 from quest_deploy.quantize.tables import place_tables, time_tables, unused_layers
 
-SCHEMA_VERSION = 3
-# Version 1 had neither quantized attention, nor split layers, nor quantized companions; version 2 no time tables.
-READABLE_VERSIONS = (1, 2, SCHEMA_VERSION)
+SCHEMA_VERSION = 4
+# Version 1 had no quantized attention, split layers or quantized companions; 2 no time tables; 3 no rotated layers.
+READABLE_VERSIONS = (1, 2, 3, SCHEMA_VERSION)
 WEIGHTS = "quest.safetensors"
 REST = "rest."
 MALFORMED = (AttributeError, RuntimeError, TypeError, ValueError)
@@ -143,7 +143,7 @@ def save_checkpoint(
             "recipe": to_dict(recipe),
             "boundaries": context.boundaries.tolist(),
             "layers": {name: describe_layer(layer, activation_bits[name]) for name, layer in layers.items()},
-            "splits": split_channels(denoiser),
+            **structure(denoiser),
             "ties": tied(denoiser),
             **_describe_tables(denoiser, context),
             "attention": {name: describe_operand(operand) for name, operand in operands.items()},
@@ -285,7 +285,7 @@ def _denoiser(home: Path, summary: dict[str, Any], deferred: bool) -> nn.Module:
         torch.tensor(summary["boundaries"], dtype=torch.float32),
         None if knots is None else Knots(torch.tensor(knots, dtype=torch.float32)),
     )
-    split_layers(denoiser, summary.get("splits", {}))
+    rebuild(denoiser, summary)
     entries = summary["layers"]
     insert(denoiser, {name: _qparams(entry, tensors, name) for name, entry in entries.items()}, context)
     tables = {name: torch.zeros(shape) for name, shape in summary.get("tables", {}).items()}

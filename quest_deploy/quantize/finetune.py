@@ -56,8 +56,8 @@ from quest_deploy.quantize.resume import WorkDirectory, machine
 from quest_deploy.quantize.schedule import recording_config
 from quest_deploy.quantize.select import layer_bits
 from quest_deploy.quantize.sensitivity import BATCH_PAIRS
-from quest_deploy.quantize.split import find_concatenations, split_layers
 from quest_deploy.quantize.static import quantize_companions
+from quest_deploy.quantize.structure import restructure
 from quest_deploy.quantize.tables import insert_tables, make_context
 from quest_deploy.quantize.trace import Trace
 from quest_deploy.quantize.trace import trace as trace_model
@@ -152,8 +152,7 @@ def prepare(model: str | Path, config: FinetuneConfig) -> tuple[LoadedModel, Tra
     if not Path(model).is_dir():
         config = with_prompts(config, loaded.family, loaded.classes)
     merge_loras(loaded, config.loras)
-    if config.recipe.split:
-        split_layers(loaded.denoiser, find_concatenations(loaded.denoiser, loaded.denoiser_spec))
+    restructure(loaded, config.recipe)
     trace = trace_model(loaded)
     check_fit(loaded, trace, config.recipe)
     recording_config(loaded, config.recipe.calibration_steps, tell=True)

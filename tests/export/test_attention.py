@@ -1,4 +1,4 @@
-"""Quantized attention and split layers leave torch as the codes that ONNX Runtime chooses, and as an engine."""
+"""Quantized attention, split and rotated layers leave torch as the codes ONNX Runtime chooses, and as an engine."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from quest_deploy.quantize.attention import (
 )
 from quest_deploy.quantize.checkpoint import freeze
 from quest_deploy.quantize.insert import quantized_layers
-from quest_deploy.quantize.split import split_layers
+from quest_deploy.quantize.structure import rebuild
 from tests.export.conftest import quantize_unet, unet_inputs, unet_spec
 from tests.export.tensorrt import build
 
@@ -36,6 +36,7 @@ class SmallDenoiser(nn.Module):
     """The places in question, and little else, since tracing takes time: called like a U-Net of diffusers."""
 
     def __init__(self) -> None:
+        from diffusers.models.attention import FeedForward
         from diffusers.models.attention_processor import Attention
 
         super().__init__()
@@ -43,6 +44,7 @@ class SmallDenoiser(nn.Module):
         self.conv_in = nn.Conv2d(4, CHANNELS, 3, padding=1)
         self.attn1 = Attention(**heads, norm_num_groups=2, residual_connection=True)
         self.attn2 = Attention(**heads, cross_attention_dim=8)
+        self.ff = FeedForward(CHANNELS, mult=2)
         self.conv_out = nn.Conv2d(CHANNELS + 4, 4, 3, padding=1)
 
     def forward(
@@ -50,7 +52,8 @@ class SmallDenoiser(nn.Module):
     ) -> tuple[Tensor]:
         hidden = self.attn1(self.conv_in(sample))
         tokens = hidden.flatten(2).transpose(1, 2)
-        told = self.attn2(tokens, encoder_hidden_states).transpose(1, 2).unflatten(2, hidden.shape[2:])
+        told = self.ff(self.attn2(tokens, encoder_hidden_states)).transpose(1, 2)
+        told = told.unflatten(2, hidden.shape[2:])
         return (self.conv_out(torch.cat([hidden + told, sample], dim=1)),)
 
 
@@ -59,10 +62,10 @@ SELF, CROSS = (-128, 127, 0.02, True), (-7, 8, 0.2, False)
 
 
 def small_unet() -> nn.Module:
-    """At W4A4, with quantized attention, its last convolution split."""
+    """At W4A4, with quantized attention, its feed-forward rotated, its last convolution split."""
     torch.manual_seed(0)
     unet = parameters_frozen(SmallDenoiser())
-    split_layers(unet, {"conv_out": CHANNELS})
+    rebuild(unet, {"splits": {"conv_out": CHANNELS}, "rotations": {"ff": 16}})
     quantize_unet(unet, 4, 4)
     qparams = {}
     for name in attentions(unet):
@@ -122,6 +125,7 @@ def test_parity_sees_every_operand_and_every_half(report: FlipReport) -> None:
     expected = {f"unet.attn1.processor.{operand}" for operand in OPERANDS}
     expected |= {f"unet.attn2.processor.{operand}" for operand in OPERANDS if operand != "probabilities"}
     expected |= {f"unet.conv_out.{half}.quantizer" for half in ("first", "second")}
+    expected |= {"unet.ff.net.2.quantizer"}
     assert expected <= names and report.unmatched == ()
 
 

@@ -208,15 +208,19 @@ def test_a_weight_file_truncated_later_is_refused_as_such(save: Save) -> None:
 def test_another_schema_version_is_refused(damaged: Callable) -> None:
     path = damaged(rewrite(schema_version=99))
     with pytest.raises(
-        StaleArtifactError, match="schema version 99, expected 1 or 2 or 3; finetune the model again"
+        StaleArtifactError, match="schema version 99, expected 1 or 2 or 3 or 4; finetune the model again"
     ):
         load_checkpoint(path)
 
 
-SINCE = {3: ("knots", "tables", "unused"), 2: ("splits", "attention", "companions")}
+SINCE = {
+    4: ("rotations",),
+    3: ("knots", "tables", "unused"),
+    2: ("splits", "attention", "companions"),
+}
 
 
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("version", [1, 2, 3])
 def test_an_earlier_version_answers_as_it_did(
     version: int, save: Save, tmp_path: Path, recorded: CalibrationSet
 ) -> None:
