@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from quest_deploy.engines.base import Closing, Engine, device_of
+from quest_deploy.engines.base import Batched, Closing, Engine, device_of
 from quest_deploy.engines.foreign import AGAIN, Fitted
 from quest_deploy.errors import EngineInputError
 from quest_deploy.model.spec import TIMESTEP, TensorSpec
@@ -21,7 +22,6 @@ class AdaptedEngine(Closing):
         self.graph = fitted.graph
         self.engine: Engine = engine
         self.device = device_of(self.engine)
-        self.limits = getattr(engine, "limits", {})
 
     def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
         """Run once, with inputs as the graph takes them; floats that come out are float32.
@@ -39,6 +39,14 @@ class AdaptedEngine(Closing):
         return {
             name: value.float() if value.is_floating_point() else value for name, value in outputs.items()
         }
+
+    def batch_ranges(self, shapes: Mapping[str, tuple[int, ...]]) -> Sequence[tuple[int, int]]:
+        """Those of the engine, for the shapes that its graph takes; none where it takes any batch."""
+        if not isinstance(self.engine, Batched):
+            return []
+        # A timestep may be a scalar there.
+        taken = {t.name: shapes[t.name][: len(t.shape)] for t in self.graph.inputs if t.name in shapes}
+        return self.engine.batch_ranges(taken)
 
     def close(self) -> None:
         self.engine.close()

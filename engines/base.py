@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -35,6 +35,14 @@ class Engine(Protocol):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None: ...
+
+
+@runtime_checkable
+class Batched(Protocol):
+    """An engine with optimization profiles: it takes batches of some sizes alone."""
+
+    def batch_ranges(self, shapes: Mapping[str, tuple[int, ...]]) -> Sequence[tuple[int, int]]:
+        """Fewest and most samples at once by each profile that holds all sizes of `shapes` beside the batch."""
 
 
 def device_of(engine: Engine) -> torch.device:

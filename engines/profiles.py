@@ -209,6 +209,33 @@ def limits_of(spec: ComponentSpec, profiles: Sequence[Profile]) -> dict[str, tup
     return limits
 
 
+def batch_ranges(
+    spec: ComponentSpec, profiles: Sequence[Profile], shapes: Mapping[str, Shape]
+) -> list[tuple[int, int]]:
+    """Fewest and most samples at once by each of `profiles` that holds all sizes of `shapes` beside the batch.
+
+    Several timesteps are one for each sample.
+    """
+    found = (_batch_range(spec, profile, shapes) for profile in profiles)
+    return [(low, high) for low, high in found if low <= high]
+
+
+def _batch_range(spec: ComponentSpec, profile: Profile, shapes: Mapping[str, Shape]) -> tuple[int, int]:
+    """The batches that a profile takes of these shapes; empty, (1, 0), where it does not hold them."""
+    least, most = [1], []
+    for tensor in spec.inputs:
+        allowed, shape = profile[tensor.name], shapes.get(tensor.name, ())
+        if len(shape) != len(tensor.shape):
+            return 1, 0
+        for symbol, low, size, high in zip(tensor.shape, allowed.min, shape, allowed.max, strict=True):
+            if symbol == "batch" or (symbol == "steps" and size > 1):
+                least.append(low)
+                most.append(high)
+            elif not low <= size <= high:
+                return 1, 0
+    return max(least), min(most)
+
+
 def select_profile(component: str, profiles: Sequence[Profile], shapes: Mapping[str, Shape]) -> int:
     """Index of the profile that holds `shapes` and whose optimum is nearest (summed |log ratio| of sizes).
 

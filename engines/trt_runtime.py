@@ -18,7 +18,7 @@ from quest_deploy.engines.base import Closing, Engine, check_inputs
 from quest_deploy.engines.foreign import from_json
 from quest_deploy.engines.libraries import driver_version, gpus, import_tensorrt, title_of
 from quest_deploy.engines.origin import differing, options_here, read_config
-from quest_deploy.engines.profiles import InputRange, Profile, Shape, limits_of, select_profile
+from quest_deploy.engines.profiles import InputRange, Profile, Shape, batch_ranges, limits_of, select_profile
 from quest_deploy.engines.run_record import record_run
 from quest_deploy.engines.trt_api import CudaEngine, Runtime
 from quest_deploy.engines.trt_build import PLAN_NAME
@@ -81,6 +81,10 @@ class TensorRTEngine(Closing):
             return self._lane().run(inputs, shapes, profile)
         except torch.OutOfMemoryError as error:
             raise too_little_memory(self.spec.name, str(error).partition("\n")[0]) from error
+
+    def batch_ranges(self, shapes: Mapping[str, Shape]) -> list[tuple[int, int]]:
+        """Fewest and most samples at once by each profile that holds all sizes of `shapes` beside the batch."""
+        return batch_ranges(self.spec, self.profiles, shapes)
 
     @property
     def captured(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import pytest
 import torch
@@ -54,6 +55,17 @@ def test_inputs_are_given_in_the_graphs_types_and_outputs_come_in_float32() -> N
     assert runtime.given["sample"].dtype == torch.float16
     assert (runtime.given["timestep"].ndim, int(runtime.given["timestep"])) == (0, 18)
     assert outputs["out_sample"].dtype == torch.float32
+
+
+def test_batches_are_those_of_the_engine_for_the_shapes_of_the_graph() -> None:
+    class Profiled(Remembering):
+        def batch_ranges(self, shapes: Mapping[str, tuple[int, ...]]) -> list[tuple[int, int]]:
+            assert shapes == {"sample": (2, 4, 8, 8), "timestep": ()}
+            return [(4, 4)]
+
+    shapes = {"sample": (2, 4, 8, 8), "timestep": (1,)}
+    assert AdaptedEngine(fit(SPEC, graph()), Profiled()).batch_ranges(shapes) == [(4, 4)]
+    assert AdaptedEngine(fit(SPEC, graph()), Remembering()).batch_ranges(shapes) == []
 
 
 def test_the_pipeline_sees_its_own_types_and_symbols() -> None:

@@ -131,6 +131,11 @@ def test_profiles_are_read_from_the_engine() -> None:
     ]
 
 
+def test_batches_are_told_by_profile_and_none_for_other_sizes(doubler: TensorRTEngine) -> None:
+    assert doubler.batch_ranges({"x": (9, 4)}) == [(1, 2), (3, 8)]
+    assert doubler.batch_ranges({"x": (1, 5)}) == doubler.batch_ranges({"x": (1,)}) == []
+
+
 def test_tensor_on_the_cpu_is_refused() -> None:
     with pytest.raises(EngineInputError, match=r"unet input 'x': got a tensor on cpu, expected one on cuda"):
         check_devices("unet", {"x": torch.zeros(1)})
