@@ -23,6 +23,8 @@ FP8_FROM: Capability = (8, 9)
 FP4_FROM: Capability = (10, 0)
 RTX_LISTS: dict[Capability, bool] = {(7, 5): False, (8, 6): True, (8, 9): True, (12, 0): True}
 """What TensorRT for RTX lists, and whether with INT8 and INT4 weights."""
+RTX_WHERE_ASKED: Capability = (7, 5)
+"""What TensorRT for RTX builds for only where it is told to."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +125,11 @@ def remarks(capability: Capability) -> list[str]:
         *found,
         "this is what NVIDIA documents and the builders take; nothing of it was measured on a GPU",
     ]
+
+
+def rtx_runs(capability: Capability) -> bool:
+    """Whether TensorRT for RTX runs engines on such a GPU."""
+    return capability in RTX_LISTS
 
 
 def _in_tensorrt_rtx(capability: Capability) -> str:

@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from typing import TYPE_CHECKING, Any
@@ -94,7 +95,7 @@ def doctor(*, compute_capability: str | None) -> Result:
     recipes = explain_recipes(compute_capability)
     packages = {name: probe_package(name) for name in PACKAGES}
     gpus, driver_problem = find_gpus()
-    abilities = find_abilities(packages, driver_problem)
+    abilities = find_abilities(packages, gpus, driver_problem)
     machine = describe_machine()
     data = {
         "quest_deploy": __version__,
@@ -197,8 +198,8 @@ def find_gpus() -> tuple[list[Gpu], str]:
     return [], "an NVIDIA driver but no GPU that it can use"
 
 
-def find_abilities(packages: dict[str, Package], driver_problem: str) -> list[Ability]:
-    """What can be done with these libraries and this driver."""
+def find_abilities(packages: dict[str, Package], gpus: Sequence[Gpu], driver_problem: str) -> list[Ability]:
+    """What can be done with these libraries, this driver and the first of these GPUs, which runs engines."""
     torch = packages["torch"]
     model_missing = _missing(packages, "torch", "diffusers", "transformers", "safetensors")
     where = f"on {torch.note}" if torch.note else "on the CPU; large models take long there"
@@ -222,26 +223,76 @@ def find_abilities(packages: dict[str, Package], driver_problem: str) -> list[Ab
             f"openvino {packages['openvino'].version} on the CPU",
         ),
     ]
-    for name, title, builds_without_gpu in (
-        ("tensorrt_rtx", "TensorRT for RTX", True),
-        ("tensorrt", "TensorRT", False),
-    ):
-        backend = name.replace("_", "-")
-        missing = _missing(packages, name, "polygraphy")
-        if packages[name].version is None:
-            missing += f"; pip install 'quest-deploy[{backend}]'"
-        found = f"{title} {packages[name].version}"
-        build_problem = missing or (
-            "" if builds_without_gpu or not driver_problem else f"{found}: {driver_problem}"
-        )
-        run_problem = missing or (
-            f"{found} cannot run engines here: {driver_problem}" if driver_problem else ""
-        )
-        abilities += [
-            _ability(f"build-engine --backend {backend}", build_problem, f"{found} can build engines here"),
-            _ability(f"generate --backend {backend}", run_problem, f"{found} can run engines here"),
-        ]
+    gpu = gpus[0] if gpus else None
+    abilities += _with_tensorrt_rtx(packages, gpu, driver_problem)
+    abilities += _with_tensorrt(packages, gpu, driver_problem)
     return abilities
+
+
+def _with_tensorrt_rtx(packages: dict[str, Package], gpu: Gpu | None, driver_problem: str) -> list[Ability]:
+    from quest_deploy.engines.arithmetic import RTX_WHERE_ASKED, parse_capability, rtx_runs
+
+    found, missing = _tensorrt(packages, "tensorrt_rtx")
+    builds, runs, problem = "", "", driver_problem
+    if gpu is not None:
+        capability = gpu.compute_capability
+        if not rtx_runs(parse_capability(capability)):
+            problem = f"it does not support {gpu.name}, of compute capability {capability}"
+            builds = f", for other GPUs alone: {problem}"
+        elif parse_capability(capability) == RTX_WHERE_ASKED:
+            builds = f"; for this GPU only with --compute-capability {capability}"
+            runs = f" that were built with --compute-capability {capability}"
+    problem = problem or _without_cuda(packages)
+    return [
+        _ability("build-engine --backend tensorrt-rtx", missing, f"{found} can build engines here{builds}"),
+        _ability(
+            "generate --backend tensorrt-rtx",
+            missing or (problem and f"{found} cannot run engines here: {problem}"),
+            f"{found} can run engines here{runs}",
+        ),
+    ]
+
+
+def _with_tensorrt(packages: dict[str, Package], gpu: Gpu | None, driver_problem: str) -> list[Ability]:
+    from quest_deploy.engines.arithmetic import TENSORRT_FROM, parse_capability
+
+    found, missing = _tensorrt(packages, "tensorrt")
+    problem = driver_problem
+    if gpu is not None and parse_capability(gpu.compute_capability) < TENSORRT_FROM:
+        least = ".".join(map(str, TENSORRT_FROM))
+        problem = f"{gpu.name} has compute capability {gpu.compute_capability}, it wants {least} or later"
+    run_problem = problem or _without_cuda(packages)
+    return [
+        _ability(
+            "build-engine --backend tensorrt",
+            missing or (problem and f"{found}: {problem}"),
+            f"{found} can build engines here",
+        ),
+        _ability(
+            "generate --backend tensorrt",
+            missing or (run_problem and f"{found} cannot run engines here: {run_problem}"),
+            f"{found} can run engines here",
+        ),
+    ]
+
+
+def _tensorrt(packages: dict[str, Package], name: str) -> tuple[str, str]:
+    """A flavour's title and version, and why it cannot be used; empty if it can."""
+    from quest_deploy.engines.libraries import title_of
+
+    backend = name.replace("_", "-")
+    missing = _missing(packages, name, "polygraphy")
+    if packages[name].version is None:
+        missing += f"; pip install 'quest-deploy[{backend}]'"
+    return f"{title_of(backend)} {packages[name].version}", missing
+
+
+def _without_cuda(packages: dict[str, Package]) -> str:
+    """Why torch, in whose memory engines run, cannot use the GPU; empty if it can."""
+    torch = packages["torch"]
+    return _missing(packages, "torch") or (
+        "" if torch.note else f"torch {torch.version} cannot use the GPU; install a CUDA build of torch"
+    )
 
 
 def _missing(packages: dict[str, Package], *names: str) -> str:

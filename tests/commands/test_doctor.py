@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -31,12 +32,21 @@ def installed(**changes: Package) -> dict[str, Package]:
     return {name: changes.get(name, package(name)) for name in PACKAGES}
 
 
-def package(name: str, version: str | None = "1.0", problem: str = "") -> Package:
-    return Package(name=name, version=version, purpose=PACKAGES[name], problem=problem)
+def package(name: str, version: str | None = "1.0", problem: str = "", note: str = "") -> Package:
+    return Package(name=name, version=version, purpose=PACKAGES[name], problem=problem, note=note)
 
 
-def ability(name: str, packages: dict[str, Package], driver_problem: str = "") -> Ability:
-    return next(item for item in find_abilities(packages, driver_problem) if item.name == name)
+def ability(
+    name: str, packages: dict[str, Package], driver_problem: str = "", gpus: Sequence[Gpu] = ()
+) -> Ability:
+    return next(item for item in find_abilities(packages, gpus, driver_problem) if item.name == name)
+
+
+def on_gpu(name: str, capability: str, *, cuda: bool = True) -> Ability:
+    """An ability of a machine with such a GPU, and with a CUDA build of torch or another."""
+    gpu = Gpu(name="NVIDIA X", compute_capability=capability)
+    torch = package("torch", note=gpu.name if cuda else "")
+    return ability(name, installed(torch=torch), gpus=[gpu])
 
 
 def test_tensorrt_rtx_builds_without_a_gpu_but_does_not_run() -> None:
@@ -50,6 +60,41 @@ def test_tensorrt_rtx_builds_without_a_gpu_but_does_not_run() -> None:
 def test_tensorrt_needs_the_gpu_to_build() -> None:
     assert not ability("build-engine --backend tensorrt", installed(), "no NVIDIA driver").possible
     assert ability("build-engine --backend tensorrt", installed()).possible
+
+
+@pytest.mark.parametrize("backend", ["tensorrt", "tensorrt-rtx"])
+def test_engines_run_where_the_gpu_and_torch_take_them(backend: str) -> None:
+    verb = f"generate --backend {backend}"
+    assert on_gpu(verb, "8.9").possible
+    without = on_gpu(verb, "8.9", cuda=False)
+    assert not without.possible
+    assert "cannot run engines here: torch 1.0 cannot use the GPU; install a CUDA build" in without.sentence
+    assert on_gpu(f"build-engine --backend {backend}", "8.9", cuda=False).possible
+
+
+def test_tensorrt_does_nothing_before_turing() -> None:
+    for verb in ("build-engine", "generate"):
+        found = on_gpu(f"{verb} --backend tensorrt", "6.1")
+        assert not found.possible
+        assert "NVIDIA X has compute capability 6.1, it wants 7.5 or later" in found.sentence
+        assert on_gpu(f"{verb} --backend tensorrt", "7.5").possible
+
+
+@pytest.mark.parametrize("capability", ["6.1", "8.7", "9.0", "10.3"])
+def test_tensorrt_rtx_runs_nothing_on_gpus_that_it_does_not_support(capability: str) -> None:
+    run = on_gpu("generate --backend tensorrt-rtx", capability)
+    build = on_gpu("build-engine --backend tensorrt-rtx", capability)
+    why = f"it does not support NVIDIA X, of compute capability {capability}"
+    assert (run.possible, build.possible) == (False, True)
+    assert run.sentence.endswith(f"cannot run engines here: {why}")
+    assert build.sentence.endswith(f"can build engines here, for other GPUs alone: {why}")
+
+
+def test_tensorrt_rtx_is_told_of_turing() -> None:
+    run = on_gpu("generate --backend tensorrt-rtx", "7.5")
+    build = on_gpu("build-engine --backend tensorrt-rtx", "7.5")
+    assert run.possible and run.sentence.endswith("that were built with --compute-capability 7.5")
+    assert build.possible and build.sentence.endswith("for this GPU only with --compute-capability 7.5")
 
 
 @pytest.mark.parametrize("backend", ["tensorrt", "tensorrt-rtx"])
