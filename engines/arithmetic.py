@@ -1,7 +1,7 @@
 """What a recipe means on a GPU: which numbers are stored, and which arithmetic they meet in.
 
-From NVIDIA's support matrices (TensorRT 10, TensorRT for RTX 1.4) and from what the builders take (``docs/lint.md``);
-nothing of it was measured on a GPU.
+From NVIDIA's support matrices (TensorRT 10, TensorRT for RTX 1.5) and from what the libraries say and their builders
+take (``docs/results.md``, ``docs/lint.md``); nothing of it was measured on a GPU.
 """
 
 from __future__ import annotations
@@ -21,8 +21,16 @@ INT8_TENSOR_CORES_FROM: Capability = (7, 2)
 BF16_FROM: Capability = (8, 0)
 FP8_FROM: Capability = (8, 9)
 FP4_FROM: Capability = (10, 0)
-RTX_LISTS: dict[Capability, bool] = {(7, 5): False, (8, 6): True, (8, 9): True, (12, 0): True}
-"""What TensorRT for RTX lists, and whether with INT8 and INT4 weights."""
+RTX_TYPES: dict[Capability, bool] = {
+    (7, 5): False,
+    (8, 6): True,
+    (8, 9): True,
+    (12, 0): True,
+    (12, 1): True,
+}
+"""The types that TensorRT for RTX lists: whether with INT8 and INT4 weights."""
+RTX_BY_DEFAULT = "8.0, 8.6, 8.9, 12.0 and later"
+"""Where an engine of TensorRT for RTX runs that is for no GPUs in particular, as version 1.7 says it."""
 RTX_WHERE_ASKED: Capability = (7, 5)
 """What TensorRT for RTX builds for only where it is told to."""
 
@@ -127,21 +135,34 @@ def remarks(capability: Capability) -> list[str]:
     ]
 
 
+def covers(said: str, capability: str) -> bool:
+    """Whether a manifest's compute capabilities ("8.6, 12.0", "8.6, any GPU", "8.0, 12.0 and later") hold this one."""
+    *named, last = said.split(", ")
+    if not last.endswith(" and later"):
+        return capability in (*named, last)
+    return capability in named or parse_capability(last.removesuffix(" and later")) <= parse_capability(
+        capability
+    )
+
+
 def rtx_runs(capability: Capability) -> bool:
     """Whether TensorRT for RTX runs engines on such a GPU."""
-    return capability in RTX_LISTS
+    return capability == RTX_WHERE_ASKED or covers(RTX_BY_DEFAULT, _text(capability))
 
 
 def _in_tensorrt_rtx(capability: Capability) -> str:
-    listed = RTX_LISTS.get(capability)
-    if listed is None:
-        known = ", ".join(_text(one) for one in RTX_LISTS)
+    if not rtx_runs(capability):
         seen = " and refused to load engines on it (version 1.7, an H200)" if capability == (9, 0) else ""
         return (
-            f"TensorRT for RTX does not list this compute capability (it lists {known}){seen}: "
-            "use --backend tensorrt"
+            f"TensorRT for RTX does not support this compute capability (it supports {_text(RTX_WHERE_ASKED)}, "
+            f"{RTX_BY_DEFAULT}){seen}: use --backend tensorrt"
         )
-    if not listed:
+    if capability not in RTX_TYPES:
+        return (
+            "TensorRT for RTX runs engines on this GPU, and does not list which types it has there: compare with "
+            "--backend tensorrt"
+        )
+    if not RTX_TYPES[capability]:
         return "TensorRT for RTX lists neither INT8 nor INT4 for this GPU: use --backend tensorrt"
     return (
         "TensorRT for RTX lists INT8 and INT4 for weights alone; it builds INT8 products, but whether they run on INT8 "

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from quest_deploy.config import PROFILE_RANGES, BuildConfig, ProfileConfig, ShapeRange
+from quest_deploy.engines.arithmetic import RTX_BY_DEFAULT, covers
 from quest_deploy.engines.libraries import Gpu
 from quest_deploy.errors import ConfigError
 
@@ -30,7 +31,7 @@ def differing(
     for_one_gpu = config.backend == "tensorrt" and config.hardware_compatible == "none"
     if for_one_gpu and details.get("target_gpu") != gpu.name:
         found.append(f"for {details.get('target_gpu')} (this is {gpu.name})")
-    capability = str(details.get("compute_capability"))
+    capability = built_for(details, config.backend)
     if not covers(capability, gpu.compute_capability):
         found.append(f"for compute capability {capability} (this is {gpu.compute_capability})")
     if driver and details.get("driver") not in (None, "", driver):
@@ -38,15 +39,11 @@ def differing(
     return found
 
 
-def covers(said: str, capability: str) -> bool:
-    """Whether a manifest's compute capabilities ("8.6, 12.0", "8.0 and later", "8.6, any GPU") hold this one."""
-    if said.endswith(" and later"):
-        return _parts(said.removesuffix(" and later")) <= _parts(capability)
-    return capability in said.split(", ")
-
-
-def _parts(capability: str) -> list[int]:
-    return [int(part) for part in capability.split(".") if part.isdigit()]
+def built_for(details: Mapping[str, Any], backend: str) -> str:
+    """The compute capabilities of engines, by their manifest's details."""
+    said = str(details.get("compute_capability"))
+    # Earlier versions said so of engines of TensorRT for RTX that run on fewer.
+    return RTX_BY_DEFAULT if (backend, said) == ("tensorrt-rtx", "8.0 and later") else said
 
 
 def read_config(content: Mapping[str, Any]) -> BuildConfig:

@@ -14,6 +14,7 @@ from typing import Any
 from quest_deploy.artifacts import Artifact, artifact_digest, check_output, read_artifact, write_artifact
 from quest_deploy.config import BuildConfig, to_dict
 from quest_deploy.engines import ladder
+from quest_deploy.engines.arithmetic import RTX_BY_DEFAULT
 from quest_deploy.engines.foreign import fitted_components, is_foreign, to_json
 from quest_deploy.engines.libraries import (
     check_capabilities,
@@ -55,9 +56,7 @@ BUILDER_OPTIONS = (
 # What a pipeline reads beside the engines; another tool's external data may have any name.
 _COMPANION_SUFFIXES = (".json", ".txt", ".md", ".model", ".safetensors", "")
 
-# By default TensorRT for RTX builds for Ampere and everything after it (NVIDIA's documentation).
 _AHEAD_OF_TIME = "any (ahead of time)"
-_AHEAD_OF_TIME_CAPABILITIES = "8.0 and later"
 
 
 def build_engine(
@@ -374,7 +373,7 @@ def is_stripped(report: Mapping[str, Any]) -> bool:
 def target_of(config: BuildConfig) -> dict[str, str]:
     """Which GPUs the engines are made for, as the manifest says it."""
     if config.backend == "tensorrt-rtx":
-        capabilities = ", ".join(config.compute_capabilities) or _AHEAD_OF_TIME_CAPABILITIES
+        capabilities = ", ".join(config.compute_capabilities) or RTX_BY_DEFAULT
         return {"target_gpu": _AHEAD_OF_TIME, "compute_capability": capabilities}
     gpu = gpus()[0]
     capability = gpu.compute_capability

@@ -10,6 +10,7 @@ from typing import Any
 
 from quest_deploy.artifacts import Artifact, read_artifact
 from quest_deploy.config import BuildConfig, to_dict
+from quest_deploy.engines.origin import built_for
 from quest_deploy.errors import ArtifactError
 from quest_deploy.files import hash_mapping
 from quest_deploy.manifest import MANIFEST_NAME, Manifest, made_by, read_manifest
@@ -156,9 +157,13 @@ def _common(
     was = f"{old.details.get('library')} {old.details.get('library_version')}"
     if was != library:
         return f"it was built with {was}, this is {library}"
+    before_this = {
+        **old.details,
+        "compute_capability": built_for(old.details, str(old.config.get("backend"))),
+    }
     for name, value in target.items():
-        if old.details.get(name) != value:
-            return f"it was built for {old.details.get(name)}, this is {value}"
+        if before_this.get(name) != value:
+            return f"it was built for {before_this.get(name)}, this is {value}"
     if driver and old.details.get("driver") not in (None, "", driver):
         return f"it was built under driver {old.details['driver']}, this is {driver}"
     # Engines of a version without an option are what its default makes.

@@ -71,8 +71,8 @@ class BuildConfig(ProfileConfig):
         workspace_mb: The most scratch memory that a kernel may use, in 2^20 bytes; None for no limit.
         version_compatible: Whether later versions of the library load the engines, too (TensorRT only).
         hardware_compatible: Which other GPUs load them (TensorRT only).
-        compute_capabilities: Of the GPUs that engines are made for, for example "8.6"; none means Ampere and later
-            (TensorRT for RTX only).
+        compute_capabilities: Of the GPUs that engines are made for, for example "8.6"; none means 8.0, 8.6, 8.9,
+            12.0 and later (TensorRT for RTX only).
         weight_streaming: Whether weights may stay in host memory while an engine runs.
         strip_weights: Whether plans are written without weights, to be put in by `refit` on the machine that runs them.
         auto_fallback: Whether products that are measured to be slower in low precision than in floats stay in floats
@@ -121,8 +121,8 @@ class BuildConfig(ProfileConfig):
             )
         if self.backend == "tensorrt-rtx" and self.hardware_compatible != "none":
             problems.append(
-                "hardware_compatible is for TensorRT; TensorRT for RTX builds for Ampere and later, or for "
-                "compute_capabilities"
+                "hardware_compatible is for TensorRT; TensorRT for RTX builds for 8.0, 8.6, 8.9, 12.0 "
+                "and later, or for compute_capabilities"
             )
         if self.backend == "tensorrt-rtx" and self.version_compatible:
             problems.append(

@@ -75,7 +75,8 @@ logger = logging.getLogger(__name__)
     "compute_capabilities",
     multiple=True,
     metavar="N.N",
-    help="TensorRT for RTX: build for these GPUs; may be given several times.  [default: 8.0 and later]",
+    help="TensorRT for RTX: build for these GPUs; may be given several times.  "
+    "[default: 8.0, 8.6, 8.9, 12.0 and later]",
 )
 @click.option(
     "--weight-streaming", is_flag=True, help="Let weights stay in host memory while an engine runs."

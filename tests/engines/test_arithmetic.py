@@ -2,7 +2,16 @@ from __future__ import annotations
 
 import pytest
 
-from quest_deploy.engines.arithmetic import Capability, meanings, parse_capability, remarks
+from quest_deploy.engines.arithmetic import (
+    RTX_BY_DEFAULT,
+    Capability,
+    covers,
+    meanings,
+    parse_capability,
+    remarks,
+    rtx_runs,
+)
+from quest_deploy.engines.libraries import supported_capabilities
 from quest_deploy.errors import ConfigError
 
 
@@ -65,13 +74,51 @@ def test_eight_and_four_bit_floats_are_not_used(capability: Capability, words: s
     [
         ((7, 5), "lists neither INT8 nor INT4 for this GPU"),
         ((8, 9), "INT8 and INT4 for weights alone"),
-        ((9, 0), "does not list this compute capability (it lists 7.5, 8.6, 8.9, 12.0) and refused to load"),
+        ((12, 1), "INT8 and INT4 for weights alone"),
+        ((8, 0), "does not list which types it has there"),
+        ((13, 0), "does not list which types it has there"),
+        (
+            (9, 0),
+            "does not support this compute capability (it supports 7.5, 8.0, 8.6, 8.9, 12.0 and later) and refused to",
+        ),
+        (
+            (8, 7),
+            "does not support this compute capability (it supports 7.5, 8.0, 8.6, 8.9, 12.0 and later): use",
+        ),
     ],
 )
 def test_tensorrt_for_rtx_is_promised_nothing_that_it_does_not_list(
     capability: Capability, words: str
 ) -> None:
     assert any(words in remark for remark in remarks(capability))
+
+
+def test_tensorrt_for_rtx_runs_where_it_says_and_can_be_told_to_build() -> None:
+    """Of version 1.7: its message on an H200 (docs/results.md), and the capabilities that its builder has."""
+    runs = [(7, 5), (8, 0), (8, 6), (8, 9), (12, 0), (12, 1), (13, 0)]
+    tried = [*runs, (7, 0), (8, 7), (9, 0), (10, 0), (10, 3), (11, 0)]
+    assert [capability for capability in tried if rtx_runs(capability)] == runs
+    pytest.importorskip("tensorrt_rtx")
+    assert all(rtx_runs(parse_capability(text)) for text in supported_capabilities("tensorrt-rtx"))
+
+
+@pytest.mark.parametrize(
+    ("said", "capability", "holds"),
+    [
+        ("8.6", "8.6", True),
+        ("8.6", "8.9", False),
+        ("8.6, any GPU", "8.6", True),
+        ("8.0 and later", "12.0", True),
+        ("8.0 and later", "7.5", False),
+        (RTX_BY_DEFAULT, "8.6", True),
+        (RTX_BY_DEFAULT, "12.1", True),
+        (RTX_BY_DEFAULT, "8.7", False),
+        (RTX_BY_DEFAULT, "10.0", False),
+        ("None", "8.6", False),
+    ],
+)
+def test_capabilities_that_engines_were_built_for(said: str, capability: str, holds: bool) -> None:
+    assert covers(said, capability) is holds
 
 
 def test_volta_has_no_int8_tensor_cores() -> None:

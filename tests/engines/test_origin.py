@@ -11,7 +11,7 @@ from quest_deploy import auto_fallback
 from quest_deploy.commands import main
 from quest_deploy.config import BuildConfig, ProfileConfig, ShapeRange, to_dict
 from quest_deploy.engines.libraries import Gpu
-from quest_deploy.engines.origin import build_options, covers, options_here, read_config
+from quest_deploy.engines.origin import build_options, differing, options_here, read_config
 from quest_deploy.errors import ConfigError
 
 RANGE, SIZE = ShapeRange(min=64, opt=128, max=256), ShapeRange(min=64, opt=64, max=64)
@@ -72,16 +72,12 @@ def test_engines_are_made_for_the_gpu_that_is_here_and_with_their_weights() -> N
     assert options_here(others, gpu) == "--backend tensorrt-rtx --compute-capability 8.6"
 
 
-@pytest.mark.parametrize(
-    ("said", "capability", "holds"),
-    [
-        ("8.6", "8.6", True),
-        ("8.6", "8.9", False),
-        ("8.6, any GPU", "8.6", True),
-        ("8.0 and later", "12.0", True),
-        ("8.0 and later", "7.5", False),
-        ("None", "8.6", False),
-    ],
-)
-def test_capabilities_that_engines_were_built_for(said: str, capability: str, holds: bool) -> None:
-    assert covers(said, capability) is holds
+@pytest.mark.parametrize(("backend", "covered"), [("tensorrt-rtx", False), ("tensorrt", True)])
+def test_engines_for_rtx_run_on_fewer_gpus_than_earlier_manifests_say(backend: str, covered: bool) -> None:
+    details = {"library": "X", "library_version": "1", "compute_capability": "8.0 and later"}
+    config = BuildConfig(
+        backend=backend, hardware_compatible="none" if backend == "tensorrt-rtx" else "ampere-plus"
+    )
+    found = differing(details, config, "X 1", Gpu(name="NVIDIA H200", compute_capability="9.0"), "")
+    said = "for compute capability 8.0, 8.6, 8.9, 12.0 and later (this is 9.0)"
+    assert found == ([] if covered else [said])

@@ -177,7 +177,7 @@ ONE = ShapeRange(min=1, opt=1, max=1)
         (BuildConfig(batch=ONE), "text_encoder, unet, vae_decoder: other shapes are asked for"),
         (
             BuildConfig(compute_capabilities=("8.6",)),
-            "text_encoder, unet, vae_decoder: it was built for 8.0 and later, this is 8.6",
+            "text_encoder, unet, vae_decoder: it was built for 8.0, 8.6, 8.9, 12.0 and later, this is 8.6",
         ),
         (
             BuildConfig(more_profiles=(ProfileConfig(height=ShapeRange(min=32, opt=32, max=32)),)),
@@ -191,6 +191,16 @@ def test_the_first_difference_is_named(
     engines, onnx = built_once
     profiles = trt_build.all_profiles(onnx, config)
     assert in_words(trt_build.changes(engines, read_artifact(onnx), profiles, config)) == words
+
+
+def test_engines_whose_manifest_has_the_words_of_earlier_versions_are_up_to_date(
+    built_once: tuple[Artifact, Path],
+) -> None:
+    engines, onnx = built_once
+    details = engines.manifest.details | {"compute_capability": "8.0 and later"}
+    earlier = dataclasses.replace(engines, manifest=dataclasses.replace(engines.manifest, details=details))
+    profiles = trt_build.all_profiles(onnx, BuildConfig())
+    assert trt_build.changes(earlier, read_artifact(onnx), profiles, BuildConfig()) == {}
 
 
 @pytest.fixture(scope="module")
