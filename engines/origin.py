@@ -101,6 +101,7 @@ def _given(option: str, value: object, default: object) -> list[str]:
 def options_here(config: BuildConfig, gpu: Gpu) -> str:
     """The options of `build-engine` that make engines as `config` does, but for this GPU and with their weights."""
     capabilities = config.compute_capabilities
-    if capabilities and gpu.compute_capability not in capabilities:
+    made_for = ", ".join(capabilities) or RTX_BY_DEFAULT
+    if config.backend == "tensorrt-rtx" and not covers(made_for, gpu.compute_capability):
         capabilities = (gpu.compute_capability,)
     return build_options(dataclasses.replace(config, compute_capabilities=capabilities, strip_weights=False))

@@ -72,6 +72,21 @@ def test_engines_are_made_for_the_gpu_that_is_here_and_with_their_weights() -> N
     assert options_here(others, gpu) == "--backend tensorrt-rtx --compute-capability 8.6"
 
 
+@pytest.mark.parametrize(
+    ("backend", "capability", "options"),
+    [
+        ("tensorrt-rtx", "7.5", "--backend tensorrt-rtx --compute-capability 7.5"),
+        ("tensorrt-rtx", "12.1", "--backend tensorrt-rtx"),
+        ("tensorrt", "7.5", "--backend tensorrt"),
+    ],
+)
+def test_engines_for_a_gpu_that_the_default_leaves_out_are_made_for_it(
+    backend: str, capability: str, options: str
+) -> None:
+    gpu = Gpu(name="NVIDIA X", compute_capability=capability)
+    assert options_here(BuildConfig(backend=backend), gpu) == options
+
+
 @pytest.mark.parametrize(("backend", "covered"), [("tensorrt-rtx", False), ("tensorrt", True)])
 def test_engines_for_rtx_run_on_fewer_gpus_than_earlier_manifests_say(backend: str, covered: bool) -> None:
     details = {"library": "X", "library_version": "1", "compute_capability": "8.0 and later"}
