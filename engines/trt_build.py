@@ -176,6 +176,9 @@ def changes(
     existing: Artifact, source: Artifact, profiles: Mapping[str, Sequence[Profile]], config: BuildConfig
 ) -> dict[str, str]:
     """What has to be built again, and why."""
+    target = target_of(config)
+    if config.hardware_compatible != "none":
+        target.pop("target_gpu", None)  # where they are built, and not all that loads them
     return differences(
         existing.manifest,
         source.manifest,
@@ -183,7 +186,7 @@ def changes(
         json.loads(json.dumps(to_dict(config))),
         options=("backend", *BUILDER_OPTIONS),
         library=f"{title_of(config.backend)} {import_tensorrt(config.backend).__version__}",
-        target=target_of(config),
+        target=target,
         # Kernels are chosen by time: under this GPU's own driver, unless they are for other GPUs. TensorRT for RTX
         # compiles them where they run.
         driver=driver_version()

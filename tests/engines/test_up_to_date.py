@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 
 from quest_deploy.artifacts import Artifact, read_artifact
-from quest_deploy.config import BuildConfig, ProfileConfig, ShapeRange
+from quest_deploy.build_config import HardwareCompatibility
+from quest_deploy.config import BuildConfig, ProfileConfig, ShapeRange, to_dict
 from quest_deploy.engines import trt_build
+from quest_deploy.engines.libraries import Gpu
 from quest_deploy.engines.replace import with_plans
 from quest_deploy.engines.trt_build import build_engine
 from quest_deploy.engines.up_to_date import companions_digest, differences, graph_digest, in_words
@@ -243,6 +245,40 @@ def test_another_driver_matters_to_engines_for_one_gpu_alone(
     assert why(backend="tensorrt").endswith(": it was built under driver 535.1, this is 580.2")
     assert "driver" not in why(backend="tensorrt", hardware_compatible="ampere-plus")
     assert why() == ""
+
+
+@pytest.mark.parametrize(
+    ("compatible", "capability", "words"),
+    [
+        ("none", "8.6", "it was built for NVIDIA RTX A4000, this is NVIDIA X"),
+        ("same-compute-capability", "8.6", ""),
+        ("same-compute-capability", "8.9", "it was built for 8.6, any GPU, this is 8.9, any GPU"),
+        ("ampere-plus", "8.9", ""),
+    ],
+)
+def test_engines_for_other_gpus_are_up_to_date_on_them(
+    built_once: tuple[Artifact, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    compatible: HardwareCompatibility,
+    capability: str,
+    words: str,
+) -> None:
+    engines, onnx = built_once
+    config = BuildConfig(backend="tensorrt", hardware_compatible=compatible)
+    library = trt_build.import_tensorrt("tensorrt-rtx")
+    monkeypatch.setattr(trt_build, "import_tensorrt", lambda backend: library)
+
+    def on(name: str, capability: str) -> None:
+        monkeypatch.setattr(trt_build, "gpus", lambda: [Gpu(name=name, compute_capability=capability)])
+
+    on("NVIDIA RTX A4000", "8.6")
+    details = engines.manifest.details | trt_build.target_of(config) | {"library": "TensorRT"}
+    written = json.loads(json.dumps(to_dict(config)))
+    manifest = dataclasses.replace(engines.manifest, details=details, config=written)
+    on("NVIDIA X", capability)
+    source, profiles = read_artifact(onnx), trt_build.all_profiles(onnx, config)
+    found = trt_build.changes(dataclasses.replace(engines, manifest=manifest), source, profiles, config)
+    assert set(found.values()) == ({words} if words else set())
 
 
 def test_damaged_engines_are_not_used_again(
