@@ -130,6 +130,9 @@ def run_worker(
                     component = event.pop("component")
                     built[component] = event
                     tally.finish(component)
+                    if len(built) == len(job["components"]):
+                        # How the worker ends makes no plan worse.
+                        return built
                 else:
                     raise _failure(job, event)
     except BuildMemoryError as error:
@@ -224,6 +227,8 @@ def _read(process: subprocess.Popen[str], job: Mapping[str, Any]) -> Iterator[di
     except BrokenPipeError:
         return
     for line in process.stdout:
+        if not line.endswith("\n"):
+            return  # the worker died while it wrote
         yield json.loads(line)
 
 

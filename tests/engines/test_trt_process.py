@@ -119,6 +119,28 @@ def test_a_process_that_takes_more_memory_than_it_may_is_ended() -> None:
     assert caught.value.component == "b" and caught.value.built == {"a": {"seconds": 1}}
 
 
+BUILT = "for c in job['components']: send(event='built', component=c['name'])"
+
+
+@pytest.mark.parametrize(
+    "death",
+    [
+        "held = bytearray(400_000_000); time.sleep(60)",
+        "os.kill(os.getpid(), 11)",
+        "print('{', end='', flush=True)",
+    ],
+    ids=["memory", "crash", "line"],
+)
+def test_engines_that_are_all_built_survive_their_process(death: str) -> None:
+    assert run(worker(BUILT, death), memory_limit_bytes=200_000_000).keys() == {"a", "b"}
+
+
+def test_a_process_that_dies_in_the_middle_of_a_line_is_an_error_with_the_signal() -> None:
+    command = worker("print('{\"event\": \"bu', end='', flush=True)", "os.kill(os.getpid(), 11)")
+    with pytest.raises(EngineBuildError, match="died .SIGSEGV"):
+        run(command)
+
+
 def test_exit_tells_the_last_line_of_its_errors() -> None:
     with pytest.raises(EngineBuildError, match="exit status 3.*last words: bad_alloc"):
         run(worker("print('x\\nbad_alloc', file=sys.stderr)", "sys.exit(3)"))
