@@ -62,6 +62,7 @@ class TensorRTEngine(Closing):
         self.profiles = read_profiles(spec, plan.engine)
         self.limits = limits_of(spec, self.profiles)
         self.lanes: dict[int, Lane] = {}
+        self.has_run = False
         self._chosen: dict[Shapes, int] = {}
         self._lock = threading.Lock()
 
@@ -78,9 +79,11 @@ class TensorRTEngine(Closing):
         profile = self._profile(shapes, inputs)
         check_devices(self.spec.name, inputs)
         try:
-            return self._lane().run(inputs, shapes, profile)
+            outputs = self._lane().run(inputs, shapes, profile)
         except torch.OutOfMemoryError as error:
             raise too_little_memory(self.spec.name, str(error).partition("\n")[0]) from error
+        self.has_run = True
+        return outputs
 
     def batch_ranges(self, shapes: Mapping[str, Shape]) -> list[tuple[int, int]]:
         """Fewest and most samples at once by each profile that holds all sizes of `shapes` beside the batch."""
@@ -113,7 +116,7 @@ class TensorRTEngine(Closing):
         """Free everything, when no thread runs the engine any more; calling it again does nothing."""
         for lane in self.lanes.values():
             lane.close()
-        if self.lanes and self.plan is not None and self.plan.ran is not None:
+        if self.has_run and self.plan is not None and self.plan.ran is not None:
             self.plan.ran()
         self.lanes.clear()
         if self.plan is not None:

@@ -353,6 +353,17 @@ def test_where_an_engine_ran_is_kept_beside_it_and_shown(
     assert read_runs(path / "unet", digest) == []
 
 
+def test_an_engine_that_never_ran_is_not_recorded(doubler: TensorRTEngine, cuda: SimulatedEngine) -> None:
+    assert doubler.plan is not None
+    recorded: list[bool] = []
+    doubler.plan.ran = lambda: recorded.append(True)
+    with doubler, pytest.raises(RuntimeError, match="refused to run"):
+        doubler._lane()
+        cuda.contexts[0].runs = False
+        doubler(x=torch.ones(1, 4))
+    assert not recorded
+
+
 def test_inspect_says_where_engines_ran(
     plans: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
