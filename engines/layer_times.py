@@ -19,6 +19,7 @@ from quest_deploy.engines.foreign import from_json
 from quest_deploy.engines.inspector import EngineLayer, inspect_engine
 from quest_deploy.engines.libraries import import_tensorrt
 from quest_deploy.engines.trt_context import ShapedContext, shapes_of
+from quest_deploy.engines.trt_plan import run_errors
 from quest_deploy.engines.trt_runtime import TensorRTEngine
 from quest_deploy.files import hash_file
 from quest_deploy.model.spec import ComponentSpec, component_specs
@@ -66,9 +67,10 @@ def time_layers(plan: Path, spec: ComponentSpec, config: BuildConfig) -> LayerTi
     Raises:
         StaleArtifactError: this GPU cannot load the engine.
         EngineBuildError: too little memory on the GPU.
+        EngineRunError: TensorRT or the GPU refuses.
     """
     library = import_tensorrt(config.backend)
-    with load_plan(plan, spec, config) as engine:
+    with run_errors(spec.name), load_plan(plan, spec, config) as engine:
         assert engine.plan is not None and engine.plan.engine is not None
         if config.backend == "tensorrt-rtx":
             # Else it runs fallback kernels until better ones are compiled in the background.
@@ -94,7 +96,7 @@ def profile(library: Any, engine: TensorRTEngine, inputs: Mapping[str, Tensor]) 
     """Milliseconds by layer: medians over the runs after the first. A layer that reports more than once a run adds up.
 
     Raises:
-        RuntimeError: TensorRT refuses.
+        Refusal: TensorRT refuses.
     """
     assert engine.plan is not None and engine.memory is not None
     caller = torch.cuda.current_stream()

@@ -16,14 +16,14 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from quest_deploy.engines.trt_log import last_words
+from quest_deploy.engines.trt_log import errors_so_far, last_words
 from quest_deploy.engines.trt_memory import Block
-from quest_deploy.engines.trt_plan import LoadedPlan
+from quest_deploy.engines.trt_plan import LoadedPlan, Refusal
 from quest_deploy.model.spec import ComponentSpec
 
 logger = logging.getLogger(__name__)
@@ -104,10 +104,10 @@ class ShapedContext:
         self.shapes = ()  # whatever fails below leaves the context without shapes to rely on
         if profile != self.context.active_optimization_profile:
             with self.block.beside(caller) as stream:
-                chosen = self.context.set_optimization_profile_async(profile, stream.cuda_stream)
-            self._check(chosen, f"profile {profile}")
+                choose = self.context.set_optimization_profile_async
+                self._call(f"profile {profile}", choose, profile, stream.cuda_stream)
         for name, _, shape in shapes:
-            self._check(self.context.set_input_shape(name, shape), f"{name} {list(shape)}")
+            self._call(f"{name} {list(shape)}", self.context.set_input_shape, name, shape)
         self.shapes = shapes
 
     def make_outputs(self, device: torch.device) -> dict[str, Tensor]:
@@ -125,15 +125,13 @@ class ShapedContext:
         """Give the context the addresses of these tensors."""
         for tensors in groups:
             for name, tensor in tensors.items():
-                self._check(
-                    self.context.set_tensor_address(name, tensor.data_ptr()), f"the address of {name}"
-                )
+                self._call(f"the address of {name}", self.context.set_tensor_address, name, tensor.data_ptr())
 
     def run(self, caller: torch.cuda.Stream) -> None:
         """Enqueue one run behind what `caller` has been given.
 
         Raises:
-            RuntimeError: TensorRT refuses.
+            Refusal: TensorRT refuses.
         """
         with self.block.beside(caller) as stream:
             self.enqueue(stream.cuda_stream)
@@ -142,13 +140,15 @@ class ShapedContext:
         """Enqueue one run on the stream of this handle.
 
         Raises:
-            RuntimeError: TensorRT refuses.
+            Refusal: TensorRT refuses.
         """
-        self._check(self.context.execute_async_v3(stream), "to run")
+        self._call("to run", self.context.execute_async_v3, stream)
 
-    def _check(self, done: bool, what: str) -> None:
-        if not done:
-            raise RuntimeError(f"{self.spec.name}: TensorRT refused {what}{last_words(self.library)}")
+    def _call(self, what: str, call: Callable[..., bool], *arguments: Any) -> None:
+        """Call TensorRT; where it answers no, the error says `what` it refused and why."""
+        before = errors_so_far(self.library)
+        if not call(*arguments):
+            raise Refusal(f"TensorRT refused {what}{last_words(self.library, before)}")
 
 
 class CapturedShapes:
@@ -214,7 +214,7 @@ class Lane:
         Shapes that come for the first time run as they are, in the caller's own tensors; from then on as a graph.
 
         Raises:
-            RuntimeError: TensorRT refuses.
+            Refusal: TensorRT refuses.
         """
         caller = torch.cuda.current_stream()
         self.block.take(caller)

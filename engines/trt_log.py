@@ -29,7 +29,12 @@ def make_log(library: Any) -> Any:
     return Log()
 
 
-def last_words(library: Any) -> str:
-    """The last errors that `library` logged, in brackets behind a space; empty where there were none."""
-    errors = make_log(library).errors[-LAST:]
+def errors_so_far(library: Any) -> int:
+    """How many errors `library` has logged; what a call adds to them is its own."""
+    return len(make_log(library).errors)
+
+
+def last_words(library: Any, since: int) -> str:
+    """The last errors that `library` logged after its first `since`, in brackets behind a space; "" without any."""
+    errors = make_log(library).errors[since:][-LAST:]
     return f" ({'; '.join(errors)})" if errors else ""

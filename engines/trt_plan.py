@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,15 @@ import torch
 from quest_deploy.engines.base import Closing
 from quest_deploy.engines.runtime_cache import RuntimeCacheFile
 from quest_deploy.engines.trt_api import CudaEngine, ExecutionContext, Runtime
-from quest_deploy.engines.trt_log import last_words
-from quest_deploy.errors import EngineBuildError
+from quest_deploy.engines.trt_log import errors_so_far, last_words
+from quest_deploy.errors import EngineBuildError, EngineRunError
 
 FREE_SHARE = 0.9
 """Of the free memory of a GPU, how much weights and activations may take: torch, contexts and graphs need some."""
+
+
+class Refusal(RuntimeError):
+    """TensorRT did not do what it was asked with a plan that it has loaded."""
 
 
 class LoadedPlan(Closing):
@@ -66,12 +71,13 @@ class LoadedPlan(Closing):
         """
         assert self.engine is not None
         budget = max(0, min(budget_bytes, self.engine.streamable_weights_size))
+        before = errors_so_far(self.library)
         self.engine.weight_streaming_budget_v2 = budget
         # The binding drops what TensorRT answers.
         if self.engine.weight_streaming_budget_v2 != budget:
             raise EngineBuildError(
                 f"{self.name}: TensorRT refused to keep {budget} bytes of its weights on the GPU"
-                f"{last_words(self.library)}; give another limit with --gpu-weights, or build without "
+                f"{last_words(self.library, before)}; give another limit with --gpu-weights, or build without "
                 "--weight-streaming"
             )
         self.streams = budget < self.engine.streamable_weights_size
@@ -85,13 +91,14 @@ class LoadedPlan(Closing):
         """
         if self.engine is None:
             raise RuntimeError(f"{self.name}: the engine is closed")
+        before = errors_so_far(self.library)
         with self._lock:
             context = self.engine.create_execution_context(self.how)
             if context is None:
                 torch.cuda.empty_cache()  # what torch holds without using it, TensorRT lacks
                 context = self.engine.create_execution_context(self.how)
         if context is None:
-            raise too_little_memory(self.name, f"no execution context{last_words(self.library)}")
+            raise too_little_memory(self.name, f"no execution context{last_words(self.library, before)}")
         return context
 
     def close(self) -> None:
@@ -128,6 +135,26 @@ def stream_weights(plans: Mapping[str, LoadedPlan], *, first: str, weights_gb: f
     left = int(torch.cuda.mem_get_info()[0] * FREE_SHARE) - activations
     for name in sorted(plans, key=lambda name: name != first):
         left -= plans[name].stream_weights(left)
+
+
+@contextlib.contextmanager
+def run_errors(component: str) -> Iterator[None]:
+    """Tell what TensorRT and torch refuse while an engine runs as errors that a user can act on.
+
+    Raises:
+        EngineBuildError: too little memory on the GPU.
+        EngineRunError: TensorRT or the GPU refuses to go on.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise too_little_memory(component, str(error).partition("\n")[0]) from error
+    except (Refusal, torch.AcceleratorError) as error:
+        reason = str(error).partition("\n")[0]
+        raise EngineRunError(
+            f"{component}: {reason}; run the same command again, and if that does not help build the engine again on "
+            "this machine with `quest-deploy build-engine`, or run its ONNX directory with --backend onnxruntime"
+        ) from error
 
 
 def too_little_memory(component: str, reason: str) -> EngineBuildError:

@@ -25,7 +25,7 @@ from quest_deploy.engines.trt_build import PLAN_NAME
 from quest_deploy.engines.trt_context import Lane, Shapes, shapes_of
 from quest_deploy.engines.trt_log import make_log
 from quest_deploy.engines.trt_memory import ActivationMemory
-from quest_deploy.engines.trt_plan import LoadedPlan, stream_weights, too_little_memory
+from quest_deploy.engines.trt_plan import LoadedPlan, run_errors, stream_weights
 from quest_deploy.errors import (
     ArtifactError,
     ConfigError,
@@ -72,16 +72,15 @@ class TensorRTEngine(Closing):
         Raises:
             EngineInputError: a name, type, shape or device that the engine does not take.
             EngineBuildError: too little memory on the GPU.
+            EngineRunError: TensorRT or the GPU refuses.
         """
         if self.plan is None:
             raise RuntimeError(f"{self.spec.name}: the engine is closed")
         shapes = shapes_of(inputs)
         profile = self._profile(shapes, inputs)
         check_devices(self.spec.name, inputs)
-        try:
+        with run_errors(self.spec.name):
             outputs = self._lane().run(inputs, shapes, profile)
-        except torch.OutOfMemoryError as error:
-            raise too_little_memory(self.spec.name, str(error).partition("\n")[0]) from error
         self.has_run = True
         return outputs
 

@@ -12,6 +12,7 @@
     ├── ExportError                  a component that cannot be written as ONNX
     ├── EngineBuildError             a TensorRT network or plan that could not be built
     ├── EngineInputError             a tensor that an engine does not accept
+    ├── EngineRunError               an engine that the library or the GPU refused to run
     └── ParityError                  a comparison that cannot be made at all
 
 A message says what happened, what was got and expected, and what to do next:
@@ -59,6 +60,10 @@ class EngineBuildError(QuestDeployError):
 
 class EngineInputError(QuestDeployError):
     """A tensor that an engine does not accept (name, shape or dtype)."""
+
+
+class EngineRunError(QuestDeployError):
+    """An engine that was loaded, and that the library or the GPU refused to run."""
 
 
 class BenchError(QuestDeployError):

@@ -19,6 +19,8 @@ from quest_deploy.engines.layer_times import (
     profile,
     time_layers,
 )
+from quest_deploy.engines.trt_plan import Refusal
+from quest_deploy.errors import EngineBuildError, EngineRunError
 from tests.engines.simulated_trt import SPEC, SimulatedEngine, make_engine, simulate_cuda, simulated_library
 
 
@@ -65,6 +67,26 @@ def test_times_come_with_what_the_layers_are(monkeypatch: pytest.MonkeyPatch, tm
     monkeypatch.setattr(layer_times, "load_plan", lambda plan, spec, config: make_engine(cuda))
     found = time_layers(tmp_path / "model.plan", SPEC, BuildConfig(backend="tensorrt"))
     assert [layer.name for layer in found.layers] == list(found.ms) == ["conv", "add"]
+
+
+@pytest.mark.parametrize(
+    ("refusal", "expected"),
+    [
+        (Refusal("TensorRT refused to run"), EngineRunError),
+        (torch.OutOfMemoryError("CUDA"), EngineBuildError),
+    ],
+)
+def test_an_engine_that_does_not_run_is_an_error_that_a_build_survives(
+    refusal: Exception, expected: type[Exception], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def refuse(library: object, engine: object) -> None:
+        raise refusal
+
+    monkeypatch.setattr(layer_times, "import_tensorrt", lambda backend: None)
+    monkeypatch.setattr(layer_times, "load_plan", lambda plan, spec, config: make_engine(SimulatedEngine()))
+    monkeypatch.setattr(layer_times, "inspect_engine", refuse)
+    with pytest.raises(expected, match=f"doubler: {refusal}; .*build"):
+        time_layers(tmp_path / "model.plan", SPEC, BuildConfig(backend="tensorrt"))
 
 
 def test_layer_that_reports_twice_in_a_run_adds_up() -> None:

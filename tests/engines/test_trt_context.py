@@ -15,7 +15,7 @@ from quest_deploy.engines.trt_context import capture as real_capture
 from quest_deploy.engines.trt_log import make_log
 from quest_deploy.engines.trt_memory import DEFAULT_STREAM, ActivationMemory, Block
 from quest_deploy.engines.trt_runtime import TensorRTEngine
-from quest_deploy.errors import EngineBuildError
+from quest_deploy.errors import EngineBuildError, EngineRunError
 from tests.engines.simulated_trt import (
     ACTIVATION_BYTES,
     SimulatedEngine,
@@ -199,18 +199,48 @@ def test_capture_that_cannot_be_ended_leaves_the_callers_stream_the_current_one(
     assert current == [caller]
 
 
-def test_refusal_quotes_what_tensorrt_said_last(cuda: SimulatedEngine) -> None:
+def test_refusal_quotes_what_tensorrt_said_last(
+    cuda: SimulatedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine = make_engine(cuda)
     run(engine, 2)
     assert engine.plan is not None
     log = make_log(engine.plan.library)
-    for message in ("old", "Error Code 1:\n  Cask", "b", "c"):
-        log.log(SimulatedLogger.Severity.ERROR, message)
-    cuda.contexts[0].runs = False
+
+    def refuse(stream: int) -> bool:
+        for message in ("first", "Error Code 1:\n  Cask", "b", "c"):
+            log.log(SimulatedLogger.Severity.ERROR, message)
+        return False
+
+    monkeypatch.setattr(cuda.contexts[0], "execute_async_v3", refuse)
     with pytest.raises(
-        RuntimeError, match=r"^doubler: TensorRT refused to run \(Error Code 1: Cask; b; c\)$"
+        EngineRunError, match=r"^doubler: TensorRT refused to run \(Error Code 1: Cask; b; c\); run"
     ):
-        engine(x=torch.ones(2, 4, dtype=torch.float32)[:1])
+        engine(x=torch.ones(1, 4))
+
+
+def test_refusal_does_not_quote_errors_of_earlier_calls(cuda: SimulatedEngine) -> None:
+    engine = make_engine(cuda)
+    run(engine, 2)
+    assert engine.plan is not None
+    make_log(engine.plan.library).log(SimulatedLogger.Severity.ERROR, "of an earlier call")
+    cuda.contexts[0].runs = False
+    with pytest.raises(EngineRunError, match="doubler: TensorRT refused to run; run the same command again"):
+        engine(x=torch.ones(1, 4))
+
+
+def test_what_cuda_says_of_a_run_is_an_error_with_a_next_step(
+    cuda: SimulatedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(cuda)
+    run(engine, 2)
+
+    def fail(stream: int) -> bool:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nmore")
+
+    monkeypatch.setattr(cuda.contexts[0], "execute_async_v3", fail)
+    with pytest.raises(EngineRunError, match="^doubler: CUDA error: an illegal .* encountered; run the same"):
+        engine(x=torch.ones(1, 4))
 
 
 def test_too_little_memory_for_activations_says_what_to_do(cuda: SimulatedEngine) -> None:

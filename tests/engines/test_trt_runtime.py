@@ -32,6 +32,7 @@ from quest_deploy.errors import (
     ConfigError,
     EngineBuildError,
     EngineInputError,
+    EngineRunError,
     MissingDependencyError,
     StaleArtifactError,
 )
@@ -96,7 +97,8 @@ def test_batch_beyond_all_profiles_is_refused(doubler: TensorRTEngine) -> None:
 def test_run_that_tensorrt_refuses_is_an_error(doubler: TensorRTEngine, cuda: SimulatedEngine) -> None:
     doubler(x=torch.randn(2, 4))
     cuda.contexts[0].runs = False
-    with pytest.raises(RuntimeError, match="doubler: TensorRT refused"):
+    match = "doubler: TensorRT refused to run; run the same command again, and if .* build the engine again"
+    with pytest.raises(EngineRunError, match=match):
         doubler(x=torch.randn(1, 4))
 
 
@@ -357,7 +359,7 @@ def test_an_engine_that_never_ran_is_not_recorded(doubler: TensorRTEngine, cuda:
     assert doubler.plan is not None
     recorded: list[bool] = []
     doubler.plan.ran = lambda: recorded.append(True)
-    with doubler, pytest.raises(RuntimeError, match="refused to run"):
+    with doubler, pytest.raises(EngineRunError, match="refused to run"):
         doubler._lane()
         cuda.contexts[0].runs = False
         doubler(x=torch.ones(1, 4))
