@@ -7,6 +7,7 @@ quantizers around it, and kept if the whole component has become faster.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,6 +20,8 @@ from quest_deploy.engines.libraries import gpus
 from quest_deploy.engines.replace import with_plans
 from quest_deploy.engines.trt_build import ONNX_NAME, PLAN_NAME
 from quest_deploy.errors import MissingDependencyError, QuestDeployError
+
+logger = logging.getLogger(__name__)
 
 Progress = Callable[[ProgressEvent], None]
 
@@ -76,6 +79,8 @@ def fall_back(
 ) -> Artifact:
     """Measure the components that were not yet, and replace the engines that are faster with some products in floats.
 
+    A component that memory did not suffice for is left as it is, which is logged.
+
     Args:
         engines: An `engines` artifact, which is written again with what was measured.
         source: The `onnx` artifact it was built from.
@@ -84,7 +89,7 @@ def fall_back(
     """
     from quest_deploy.engines.layer_times import plan_specs
     from quest_deploy.export.quantized import graph_products
-    from quest_deploy.fallback_trial import Subject, measure, say
+    from quest_deploy.fallback_trial import Subject, UnlikeEnginesError, check_built_alike, measure, say
 
     plans: dict[str, Path] = {}
     reports: dict[str, dict[str, Any]] = {}
@@ -102,7 +107,12 @@ def fall_back(
                 config=config,
                 progress=progress,
             )
-            trial = measure(subject, engines.path / name / PLAN_NAME, Path(place) / name)
+            try:
+                check_built_alike("its engine", report)
+                trial = measure(subject, engines.path / name / PLAN_NAME, Path(place) / name)
+            except UnlikeEnginesError as error:
+                logger.warning("%s: not measured: %s", name, error)
+                continue
             say(name, trial)
             reports[name] = {RESULT: trial.to_json()}
             if trial.mixed is not None and trial.is_worth_it:

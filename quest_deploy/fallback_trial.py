@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 from quest_deploy.config import BuildConfig, ProgressEvent
 from quest_deploy.engines.layer_times import LayerTimes, time_layers
 from quest_deploy.engines.trt_build import ONNX_NAME, PLAN_NAME, build_one
+from quest_deploy.errors import QuestDeployError
 from quest_deploy.export.quantized import graph_products, without_quantizers
 from quest_deploy.model.spec import ComponentSpec
 from quest_deploy.product_times import ProductTimes, compare
@@ -40,6 +41,10 @@ class Subject:
     profiles: list[Any]
     config: BuildConfig
     progress: Progress | None = None
+
+
+class UnlikeEnginesError(QuestDeployError):
+    """Engines that cannot be compared, since for want of memory one of them was built with less than the others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +102,9 @@ def measure(subject: Subject, plan: Path, folder: Path) -> Trial:
         subject: The component.
         plan: Its engine.
         folder: Where further engines may lie.
+
+    Raises:
+        UnlikeEnginesError: memory did not suffice to build a further engine with the same options.
     """
     products = graph_products(subject.graph)
     removable = {product.name for product in products if product.removable}
@@ -128,8 +136,26 @@ def build(subject: Subject, products: Collection[str], folder: Path) -> Candidat
         subject.config,
         None if progress is None else report,
     )
+    check_built_alike(f"the engine with {len(products)} products in floats", built)
     plan = folder / "plans" / subject.name / PLAN_NAME
     return Candidate(plan=plan, report=built, times=time_layers(plan, subject.spec, subject.config))
+
+
+def check_built_alike(engine: str, report: Mapping[str, Any]) -> None:
+    """Refuse an engine that was built with other options than the configuration says.
+
+    Args:
+        engine: Which it is, for the message.
+        report: What the manifest says about it, or will.
+
+    Raises:
+        UnlikeEnginesError: memory did not suffice for those options.
+    """
+    if report.get("fallback"):
+        raise UnlikeEnginesError(
+            f"for want of memory {engine} was built with {', '.join(report['fallback'])}, and only engines that are "
+            "built alike are compared; raise --memory-limit, or build on a machine with more memory"
+        )
 
 
 def say(component: str, trial: Trial) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -13,6 +14,7 @@ from quest_deploy.artifacts import Artifact, read_artifact
 from quest_deploy.auto_fallback import RESULT, build_engine
 from quest_deploy.commands import main
 from quest_deploy.config import BuildConfig, Dtype, ExportConfig, Mode
+from quest_deploy.engines import ladder
 from quest_deploy.engines.inspector import EngineLayer
 from quest_deploy.engines.layer_times import LayerTimes
 from quest_deploy.engines.libraries import gpus
@@ -130,6 +132,36 @@ def test_without_the_option_such_engines_are_not_up_to_date(
     build_engine(source, tmp_path / "engines", CONFIG)
     with pytest.raises(ArtifactError, match=r"unet: some of its products were left in floats.*--overwrite"):
         build_engine(source, tmp_path / "engines", BuildConfig())
+
+
+@pytest.mark.parametrize(("number", "timed"), [(1, []), (2, ["low"])], ids=["as asked for", "in floats"])
+def test_engines_built_with_less_for_want_of_memory_are_not_compared_with_others(
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    number: int,
+    timed: list[str],
+) -> None:
+    times, calls = simulate(monkeypatch, low=(1.0, 0.2), float=(0.5, 0.4)), []
+
+    def build(job: dict[str, Any], *_: object, **__: object) -> dict[str, dict[str, Any]]:
+        calls.append({})
+        for component in job["components"]:
+            Path(component["plan"]).write_bytes(bytes(2000))
+            calls[-1][component["name"]] = {"seconds": 1.0, "size_bytes": 2000, "verified": False}
+        if len(calls) == number:
+            calls[-1]["unet"]["fallback"] = ["optimization level 0"]
+        return calls[-1]
+
+    monkeypatch.setattr(ladder, "build", build)
+    engines = build_engine(source, tmp_path / "engines", CONFIG)
+    report = engines.manifest.details["components"]["unet"]
+    assert RESULT not in report and report.get("fallback", []) == ["optimization level 0"] * (number == 1)
+    assert times.timed == timed
+    assert (
+        "unet: not measured: for want of memory" in caplog.text and "with optimization level 0" in caplog.text
+    )
 
 
 def test_what_goes_wrong_while_measuring_leaves_the_ordinary_engines(
