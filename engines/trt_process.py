@@ -30,6 +30,7 @@ _MEMORY = re.compile(
     r"out of memory|OutOfMemory|insufficient memory|bad_alloc|cannot allocate memory", re.IGNORECASE
 )
 
+_SHAPES = re.compile(r"volume exceeds|setDimensions|shape constraints")
 _CAPABILITY = re.compile(r"\bSM\d\d+\b")
 
 Progress = Callable[[ProgressEvent], None]
@@ -257,17 +258,26 @@ def _failure(job: Mapping[str, Any], event: Mapping[str, Any]) -> Exception:
             f"{title_of(job['backend'])} {event['tensorrt_version']} ran out of memory: "
             f"{event['message']}; build with smaller --max-batch or image sizes, or on a machine with more memory"
         )
-    remedy = f"export the model again with `quest-deploy export --target {job['backend']}`"
-    refused = {capability_of(name) for name in _CAPABILITY.findall(event["message"])}
-    if found := refused.intersection(entry.get("options", {}).get("compute_capabilities", ())):
-        others = [one for one in supported_capabilities(job["backend"]) if one not in found]
-        remedy = (
-            f"pass --compute-capability with one of {', '.join(others)} instead of {', '.join(sorted(found))}"
-        )
     return EngineBuildError(
         f"{component}: {title_of(job['backend'])} {event['tensorrt_version']} cannot build '{path}': "
-        f"{event['message']}; {remedy}"
+        f"{event['message']}; {_remedy(job['backend'], entry, event['message'])}"
     )
+
+
+def _remedy(backend: str, component: Mapping[str, Any], message: str) -> str:
+    """What to do about a graph that TensorRT refuses with this message."""
+    if _SHAPES.search(message):
+        return (
+            "build for fewer images or smaller ones (--opt-batch, --max-batch, --opt-height, --max-height, "
+            "--opt-width, --max-width, --profile)"
+        )
+    refused = {capability_of(name) for name in _CAPABILITY.findall(message)}
+    if found := refused.intersection(component.get("options", {}).get("compute_capabilities", ())):
+        others = [one for one in supported_capabilities(backend) if one not in found]
+        return (
+            f"pass --compute-capability with one of {', '.join(others)} instead of {', '.join(sorted(found))}"
+        )
+    return f"export the model again with `quest-deploy export --target {backend}`"
 
 
 def _death(job: Mapping[str, Any], status: int, stderr: str) -> EngineBuildError:

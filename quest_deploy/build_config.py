@@ -16,6 +16,15 @@ TENSORRT_BACKENDS: tuple[str, ...] = get_args(TensorRTBackend)
 HARDWARE_COMPATIBILITIES: tuple[str, ...] = get_args(HardwareCompatibility)
 MAX_OPTIMIZATION_LEVEL = 5
 
+MAX_SIZE = 2**31 - 1
+"""Of a dimension, which TensorRT counts in 32 bits."""
+
+MAX_WORKSPACE_MB = 2**31 - 1
+"""More than any GPU has; TensorRT fails at the bytes that 63 bits do not hold."""
+
+MAX_MEMORY_GB = 1e9
+"""More than any machine has, and far from what floats cannot hold."""
+
 _CAPABILITY = re.compile(r"\d+\.\d")
 
 
@@ -28,6 +37,11 @@ class ShapeRange:
     max: int
 
     def __post_init__(self) -> None:
+        if max(map(abs, (self.min, self.opt, self.max))) > MAX_SIZE:
+            raise ConfigError(
+                f"shape range: expected sizes of at most {MAX_SIZE}, where TensorRT's 32 bits end (guidance doubles a "
+                "batch); build for fewer images or smaller ones"
+            )
         if not 1 <= self.min <= self.opt <= self.max:
             raise ConfigError(
                 f"shape range {self.min}..{self.opt}..{self.max}: expected 1 <= min <= opt <= max"
@@ -104,11 +118,13 @@ class BuildConfig(ProfileConfig):
         level = self.optimization_level
         if level is not None and not 0 <= level <= MAX_OPTIMIZATION_LEVEL:
             problems.append(f"optimization_level is {level}, expected 0 to {MAX_OPTIMIZATION_LEVEL}")
-        if self.workspace_mb is not None and self.workspace_mb < 1:
-            problems.append(f"workspace_mb is {self.workspace_mb}, expected 1 or more")
+        if self.workspace_mb is not None and not 1 <= self.workspace_mb <= MAX_WORKSPACE_MB:
+            problems.append(f"workspace_mb is {self.workspace_mb}, expected 1 to {MAX_WORKSPACE_MB}")
         at_least(problems, 1, jobs=self.jobs)
-        if self.memory_limit_gb is not None and not self.memory_limit_gb > 0:
-            problems.append(f"memory_limit_gb is {self.memory_limit_gb}, expected more than 0")
+        if self.memory_limit_gb is not None and not 0 < self.memory_limit_gb <= MAX_MEMORY_GB:
+            problems.append(
+                f"memory_limit_gb is {self.memory_limit_gb}, expected more than 0 and at most {MAX_MEMORY_GB:.0f}"
+            )
         bad = [text for text in self.compute_capabilities if not _CAPABILITY.fullmatch(text)]
         if bad:
             problems.append(

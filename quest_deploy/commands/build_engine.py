@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ from quest_deploy.commands.progress import show_progress
 from quest_deploy.commands.verb import Result, artifact_result, output_option, overwrite_option, verb
 from quest_deploy.config import PROFILE_RANGES, TENSORRT_BACKENDS, BuildConfig, ProfileConfig, ShapeRange
 from quest_deploy.errors import ConfigError
+
+_SIZE = re.compile("[0-9]{1,10}")
+_SHOWN = 60
 
 logger = logging.getLogger(__name__)
 
@@ -185,11 +189,11 @@ def parse_profile(text: str) -> ProfileConfig:
     for part in text.split(","):
         name, _, sizes = part.strip().partition("=")
         numbers = sizes.split(":")
-        whole = all(number.isascii() and number.isdigit() for number in numbers)
+        whole = all(_SIZE.fullmatch(number) for number in numbers)
         if name not in PROFILE_RANGES or name in ranges or not whole or len(numbers) not in (1, 3):
             raise click.UsageError(
-                f"--profile: got {part.strip()!r}, expected each of {', '.join(PROFILE_RANGES)} at most once, as "
-                "NAME=MIN:OPT:MAX or NAME=SIZE"
+                f"--profile: got {part.strip()[:_SHOWN]!r}, expected each of {', '.join(PROFILE_RANGES)} at most once, "
+                "as NAME=MIN:OPT:MAX or NAME=SIZE"
             )
         low, best, high = map(int, numbers * 3 if len(numbers) == 1 else numbers)
         ranges[name] = shape_range(f"--profile: {name}", low, best, high)

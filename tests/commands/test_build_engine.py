@@ -22,7 +22,8 @@ def test_a_profile_has_ranges_or_single_sizes() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "batch", "batch=1:2", "depth=3", "batch=a", "batch=1,batch=2", "batch=-1"]
+    "text",
+    ["", "batch", "batch=1:2", "depth=3", "batch=a", "batch=1,batch=2", "batch=-1", "batch=" + "9" * 5000],
 )
 def test_a_profile_of_another_form_is_refused(text: str) -> None:
     with pytest.raises(
@@ -38,6 +39,16 @@ def said(folder: Path, *options: str) -> str:
         .invoke(main, ["build-engine", str(folder / "none"), "-o", str(folder / "out"), *options])
         .stderr
     )
+
+
+@pytest.mark.parametrize("size", ["2147483648", "9" * 4000], ids=["33 bits", "many digits"])
+@pytest.mark.parametrize("option", ["--max-batch", "--opt-width", "--profile"])
+def test_sizes_that_tensorrt_cannot_count_are_refused(option: str, size: str, tmp_path: Path) -> None:
+    if option == "--profile":
+        size = f"batch={size[:10]}"
+    message = said(tmp_path, option, size)
+    assert f"{option}" in message and "expected sizes of at most 2147483647" in message
+    assert len(message) < 300
 
 
 @pytest.mark.parametrize(

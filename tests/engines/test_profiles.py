@@ -37,6 +37,12 @@ def test_static_shapes_are_the_optimal_ones_with_both_branches_of_guidance(model
     assert profiles["text_encoder"]["input_ids"].min[0] == 1
 
 
+def test_a_batch_that_guidance_doubles_beyond_32_bits_is_refused(model_dir: Path) -> None:
+    batch = ShapeRange(min=1, opt=1, max=2_000_000_000)
+    with pytest.raises(ConfigError, match=r"at most 2147483647.*guidance doubles a batch.*fewer images"):
+        component_profiles(model_dir, BuildConfig(batch=batch))
+
+
 def test_denoiser_batch_is_twice_the_images_except_the_smallest(model_dir: Path) -> None:
     sample = component_profiles(model_dir, BuildConfig(batch=ranges(1, 2, 4)))["unet"]["sample"]
     assert (sample.min[0], sample.opt[0], sample.max[0]) == (1, 4, 8)

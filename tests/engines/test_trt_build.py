@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import os
 import shutil
 import signal
@@ -165,7 +166,16 @@ def test_a_workspace_that_no_kernel_fits_is_refused_in_tensorrt_s_own_words(
     ("options", "message"),
     [
         ({"optimization_level": 6}, "optimization_level is 6, expected 0 to 5"),
-        ({"workspace_mb": 0}, "workspace_mb is 0, expected 1 or more"),
+        ({"workspace_mb": 0}, "workspace_mb is 0, expected 1 to 2147483647"),
+        ({"workspace_mb": 2**31}, "workspace_mb is 2147483648, expected 1 to 2147483647"),
+        (
+            {"memory_limit_gb": math.inf},
+            "memory_limit_gb is inf, expected more than 0 and at most 1000000000",
+        ),
+        (
+            {"memory_limit_gb": 1e308},
+            "memory_limit_gb is 1e.308, expected more than 0 and at most 1000000000",
+        ),
         ({"compute_capabilities": ("86",)}, "compute_capabilities has 86, expected numbers such as 8.6"),
         ({"backend": "tensorrt", "compute_capabilities": ("8.6",)}, "is for TensorRT for RTX"),
         ({"hardware_compatible": "ampere-plus"}, "hardware_compatible is for TensorRT"),

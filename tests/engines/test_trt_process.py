@@ -90,6 +90,23 @@ def test_graph_that_one_gpu_does_not_take_is_to_be_built_for_others() -> None:
         run_worker(job, Tally(None, {"a": 1}), command)
 
 
+@pytest.mark.parametrize(
+    "message",
+    [
+        "Error Code 4: (IMatrixMultiplyLayer MatMul: v60: tensor volume exceeds 1099511627776, dimensions are [2,9])",
+        "Internal Error (kOPT values for profile 0 violate shape constraints: Condition '<' violated: 9 >= 8.)",
+        "IOptimizationProfile::setDimensions: Error Code 3: API Usage Error (Parameter check failed)",
+    ],
+)
+def test_graph_that_is_too_large_is_to_be_built_for_smaller_shapes(message: str) -> None:
+    command = worker(
+        f"send(event='failed', kind='build', component='a', message={message!r}, tensorrt_version='1.7')"
+    )
+    with pytest.raises(EngineBuildError, match="smaller ones .*--max-batch.*--opt-height") as caught:
+        run(command)
+    assert message in str(caught.value) and "export the model again" not in str(caught.value)
+
+
 def test_plan_that_cannot_be_written_is_an_os_error() -> None:
     command = worker(
         "send(event='failed', kind='storage', component='a', errno=28, filename='/full/p', tensorrt_version='')",
