@@ -32,6 +32,7 @@ _MEMORY = re.compile(
 
 _SHAPES = re.compile(r"volume exceeds|setDimensions|shape constraints")
 _CAPABILITY = re.compile(r"\bSM\d\d+\b")
+_FLOAT32 = re.compile(r"\bFP32\b.* not supported")
 
 Progress = Callable[[ProgressEvent], None]
 
@@ -274,8 +275,10 @@ def _remedy(backend: str, component: Mapping[str, Any], message: str) -> str:
     refused = {capability_of(name) for name in _CAPABILITY.findall(message)}
     if found := refused.intersection(component.get("options", {}).get("compute_capabilities", ())):
         others = [one for one in supported_capabilities(backend) if one not in found]
+        half = f"export with `quest-deploy export --target {backend} --dtype fp16`, or "
         return (
-            f"pass --compute-capability with one of {', '.join(others)} instead of {', '.join(sorted(found))}"
+            f"{half if _FLOAT32.search(message) else ''}pass --compute-capability with one of {', '.join(others)} "
+            f"instead of {', '.join(sorted(found))}"
         )
     return f"export the model again with `quest-deploy export --target {backend}`"
 

@@ -77,15 +77,23 @@ def test_refused_graph_is_an_error_that_says_what_and_what_next() -> None:
         run(command)
 
 
-def test_graph_that_one_gpu_does_not_take_is_to_be_built_for_others() -> None:
+@pytest.mark.parametrize(
+    ("reason", "remedy"),
+    [
+        ("no INT4", "pass"),
+        ("FP32 GEMM is not supported", "export with `.* --target tensorrt-rtx --dtype fp16`, or pass"),
+    ],
+)
+def test_graph_that_one_gpu_does_not_take_is_to_be_built_for_others(reason: str, remedy: str) -> None:
     pytest.importorskip("tensorrt_rtx")
+    message = f"Turing (SM75): {reason}"
     command = worker(
-        "send(event='failed', kind='build', component='a', message='No FP32 on Turing (SM75)', tensorrt_version='1.7')",
+        f"send(event='failed', kind='build', component='a', message='{message}', tensorrt_version='1.7')",
         "sys.exit(1)",
     )
     options = {"compute_capabilities": ["7.5", "8.6"]}
     job = {**JOB, "components": [{"name": "a", "onnx": "/x/a", "options": options}]}
-    expected = r"a: .*Turing \(SM75\); pass --compute-capability with one of 8\.0, 8\.6, .* instead of 7\.5"
+    expected = rf"a: .*{reason}; {remedy} --compute-capability with one of 8\.0, 8\.6, .* instead of 7\.5"
     with pytest.raises(EngineBuildError, match=expected):
         run_worker(job, Tally(None, {"a": 1}), command)
 
