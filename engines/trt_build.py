@@ -33,6 +33,7 @@ from quest_deploy.engines.up_to_date import (
     existing_engines,
     graph_digest,
     in_words,
+    reports_of,
 )
 from quest_deploy.errors import ArtifactError, EngineBuildError, MissingDependencyError
 from quest_deploy.files import check_name
@@ -145,7 +146,7 @@ def reusable(
     if existing is None:
         return {}
     why = changes(existing, source, profiles, config)
-    built: dict[str, dict[str, Any]] = existing.manifest.details["components"]
+    built = reports_of(existing.manifest)
     same = {name: report for name, report in built.items() if name in profiles and name not in why}
     for name, report in same.items():
         if report.get("fallback"):
@@ -341,6 +342,7 @@ def make_details(
         name: {
             "profiles": [profile_to_json(profile) for profile in profiles[name]],
             **{key: value for key, value in reports[name].items() if key != "tensorrt_version"},
+            **({"memory_limit_gb": config.memory_limit_gb} if name in built else {}),
             "weights_stripped": config.strip_weights if name in built else is_stripped(reports[name]),
             "requested_profiles": [profile_to_json(profile) for profile in profiles[name]],
             "plan": f"{name}/{PLAN_NAME}",

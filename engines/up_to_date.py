@@ -70,6 +70,16 @@ def _damaged(engines: Artifact, what: str) -> ArtifactError:
     )
 
 
+def reports_of(engines: Manifest) -> dict[str, dict[str, Any]]:
+    """What a manifest says about each engine, with the memory limit that this engine was built with.
+
+    A later build may have kept it under another limit, which is that of the configuration.
+    """
+    limit = engines.config.get("memory_limit_gb")
+    reports = engines.details.get("components", {})
+    return {name: {"memory_limit_gb": limit, **report} for name, report in reports.items()}
+
+
 def graph_digest(source: Manifest, component: str) -> str:
     """Identity of a component's graph and of its weights, which may lie in files of any name beside it."""
     return hash_mapping(
@@ -125,7 +135,7 @@ def differences(
     """
     common = _common(old, config, options, library, target, driver)
     found: dict[str, str] = {}
-    built = old.details.get("components", {})
+    built = reports_of(old)
     for name, wanted in profiles.items():
         if common is not None:
             found[name] = common
@@ -133,11 +143,11 @@ def differences(
             found[name] = "there is no engine of it"
         elif built[name].get("graph_digest") != graph_digest(source, name):
             found[name] = "its ONNX graph or weights changed"
-        elif built[name].get("requested_profiles") != list(wanted):
+        elif _in_any_order(built[name].get("requested_profiles")) != _in_any_order(list(wanted)):
             found[name] = "other shapes are asked for"
         elif built[name].get("auto_fallback", {}).get("left_in_float") and not config.get("auto_fallback"):
             found[name] = "some of its products were left in floats, for --auto-fallback"
-        elif built[name].get("fallback") and _may_take_more(old, config):
+        elif built[name].get("fallback") and _may_take_more(built[name]["memory_limit_gb"], config):
             found[name] = "it was built with less, for want of memory"
     if not found and (
         old.details.get("companions_digest") != companions_digest(source) or built.keys() != profiles.keys()
@@ -162,7 +172,7 @@ def _common(
         "compute_capability": built_for(old.details, str(old.config.get("backend"))),
     }
     for name, value in target.items():
-        if before_this.get(name) != value:
+        if _as_set(before_this.get(name)) != _as_set(value):
             return f"it was built for {before_this.get(name)}, this is {value}"
     if driver and old.details.get("driver") not in (None, "", driver):
         return f"it was built under driver {old.details['driver']}, this is {driver}"
@@ -170,14 +180,27 @@ def _common(
     defaults = json.loads(json.dumps(to_dict(BuildConfig())))
     for name in options:
         before, now = old.config.get(name, defaults.get(name)), config.get(name)
-        if before != now:
+        if _as_set(before) != _as_set(now):
             return f"{name} was {before}, is {now}"
     return None
 
 
-def _may_take_more(old: Manifest, config: Mapping[str, Any]) -> bool:
+def _as_set(value: Any) -> Any:
+    """Several compute capabilities, which a manifest lists or joins, without their order; all else as it is."""
+    several = value.split(", ") if isinstance(value, str) else value
+    return {str(one) for one in several} if isinstance(several, list) else value
+
+
+def _in_any_order(profiles: Any) -> Any:
+    """Optimization profiles, those after the first in an order of their own: as they were given means nothing."""
+    if not isinstance(profiles, list):
+        return profiles
+    return [*profiles[:1], *sorted(profiles[1:], key=lambda profile: json.dumps(profile, sort_keys=True))]
+
+
+def _may_take_more(before: Any, config: Mapping[str, Any]) -> bool:
     """Whether a build may take more memory than the one before, which had a limit."""
-    before, now = old.config.get("memory_limit_gb"), config.get("memory_limit_gb")
+    now = config.get("memory_limit_gb")
     return isinstance(before, int | float) and (now is None or now > before)
 
 

@@ -128,11 +128,15 @@ def test_engines_that_were_built_again_meanwhile_are_not_mixed_with_plans_for_th
     assert not (tmp_path / "refitted").exists()
 
 
-def built_with_less(engines: Artifact, limit_gb: float | None) -> None:
+def built_with_less(engines: Artifact, limit_gb: float | None, *, is_told: bool = True) -> None:
     """Have the manifest say that memory did not suffice for the U-Net."""
     manifest = engines.path / "manifest.json"
     content = json.loads(manifest.read_text())
     content["config"]["memory_limit_gb"] = limit_gb
+    for report in content["details"]["components"].values():
+        report["memory_limit_gb"] = limit_gb
+        if not is_told:
+            del report["memory_limit_gb"]
     content["details"]["components"]["unet"]["fallback"] = ["the optimal shapes alone"]
     manifest.write_text(json.dumps(content))
 
@@ -164,6 +168,61 @@ def test_what_was_built_with_less_is_kept_aloud_where_no_more_memory_may_be_take
     build_engine(tmp_path / "onnx", engines.path, BuildConfig(memory_limit_gb=limit_gb))
     assert not jobs
     assert "unet: kept as it was built for want of memory, with the optimal shapes alone" in caplog.text
+
+
+@pytest.mark.parametrize("first_gb", [20.0, None])
+@pytest.mark.parametrize("is_told", [True, False], ids=["of this version", "of an earlier version"])
+def test_what_is_kept_under_another_limit_keeps_its_own(
+    engines: Artifact, tmp_path: Path, jobs: list[list[str]], first_gb: float | None, is_told: bool
+) -> None:
+    built_with_less(engines, first_gb, is_told=is_told)
+    source = tmp_path / "onnx"
+    (source / "manifest.json").unlink()
+    (source / "quest.json").unlink()
+    kept = build_engine(source, engines.path, BuildConfig(memory_limit_gb=10.0), overwrite=True)
+    assert kept.manifest.config["memory_limit_gb"] == 10.0
+    build_engine(source, engines.path, BuildConfig(memory_limit_gb=first_gb))
+    assert not jobs
+
+
+def changes(built_once: tuple[Artifact, Path], before: BuildConfig, after: BuildConfig) -> str:
+    """What is not up to date for `after` in engines that were built with `before`, by their manifest."""
+    engines, onnx = built_once
+    source = read_artifact(onnx)
+    reports = engines.manifest.details["components"]
+    details = trt_build.make_details(source, trt_build.all_profiles(onnx, before), before, reports)
+    config = json.loads(json.dumps(to_dict(before)))
+    manifest = dataclasses.replace(engines.manifest, config=config, details=details)
+    old = dataclasses.replace(engines, manifest=manifest)
+    return in_words(trt_build.changes(old, source, trt_build.all_profiles(onnx, after), after))
+
+
+def profiles(*images: int) -> tuple[ProfileConfig, ...]:
+    return tuple(ProfileConfig(batch=ShapeRange(min=1, opt=one, max=one)) for one in images)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "words"),
+    [
+        ({"compute_capabilities": ("8.6", "12.0")}, {"compute_capabilities": ("12.0", "8.6")}, ""),
+        (
+            {"compute_capabilities": ("8.6", "12.0")},
+            {"compute_capabilities": ("8.6",)},
+            "text_encoder, unet, vae_decoder: it was built for 8.6, 12.0, this is 8.6",
+        ),
+        ({"more_profiles": profiles(2, 3)}, {"more_profiles": profiles(3, 2)}, ""),
+        (
+            {"batch": profiles(1)[0].batch, "more_profiles": profiles(2)},
+            {"batch": profiles(2)[0].batch, "more_profiles": profiles(1)},
+            "text_encoder, unet, vae_decoder: other shapes are asked for",
+        ),
+    ],
+    ids=["compute capabilities", "one capability", "profiles", "first profile"],
+)
+def test_an_order_that_means_nothing_makes_no_difference(
+    built_once: tuple[Artifact, Path], before: dict, after: dict, words: str
+) -> None:
+    assert changes(built_once, BuildConfig(**before), BuildConfig(**after)) == words
 
 
 ONE = ShapeRange(min=1, opt=1, max=1)
