@@ -298,11 +298,8 @@ def write_artifact(
         raise ValueError(f"stage is {stage!r}, expected one of {STAGES}")
     check_output(Path(output), stage=stage, overwrite=overwrite)
     output = Path(output).resolve()
-    made: list[Path] = []
     with contextlib.ExitStack() as cleanup:
-        cleanup.callback(_remove_empty, made)
         with storage_errors(output):
-            _make_parents(output.parent, made)
             cleanup.enter_context(locked(output.with_name(f".{output.name}.lock"), output, "quest-deploy"))
             if sweep(output):
                 check_output(output, stage=stage, overwrite=overwrite)
@@ -328,7 +325,6 @@ def write_artifact(
             if (known := storage_error(error, output)) is not None:
                 raise known from error
             raise
-        made.clear()
     logger.debug("wrote %s to %s", stage, output)
 
 
@@ -339,19 +335,6 @@ def _check_unchanged(sources: Mapping[str, Source], inputs: Mapping[str, str]) -
                 f"'{path}' was changed while it was read, so nothing is written; run the same command once nothing "
                 "changes it any more"
             )
-
-
-def _make_parents(path: Path, made: list[Path]) -> None:
-    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
-    for folder in reversed(missing):
-        folder.mkdir(exist_ok=True)
-        made.insert(0, folder)
-
-
-def _remove_empty(folders: list[Path]) -> None:
-    for folder in folders:
-        with contextlib.suppress(OSError):
-            folder.rmdir()
 
 
 def _seal(path: Path) -> dict[str, FileEntry]:

@@ -21,7 +21,8 @@ LOCKS = Path("/proc/locks")
 def locked(path: Path, output: Path, verb: str) -> Iterator[None]:
     """Hold the lock on the file `path` while the body runs, and remove that file.
 
-    A killed process leaves the file and no lock on it, so that nothing has to be cleaned up by hand.
+    Folders that are made for it are removed as well, where the body leaves nothing in them. A killed process leaves
+    the file and no lock on it, so that nothing has to be cleaned up by hand.
 
     Args:
         path: The file to lock. Nothing is written into it: it takes no room on a full disk.
@@ -31,20 +32,26 @@ def locked(path: Path, output: Path, verb: str) -> Iterator[None]:
     Raises:
         ConfigError: another process holds it.
     """
-    handle = _lock(path, output, verb)
+    made: list[Path] = []
     try:
-        yield
+        handle = _lock(path, output, verb, made)
+        try:
+            yield
+        finally:
+            # While it is still locked: whoever opened the file before sees that it is gone, and opens it again.
+            path.unlink(missing_ok=True)
+            os.close(handle)
     finally:
-        # While it is still locked: whoever opened the file before sees that it is gone, and opens it again.
-        path.unlink(missing_ok=True)
-        os.close(handle)
+        for folder in made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
 
-def _lock(path: Path, output: Path, verb: str) -> int:
-    """An open file that is locked, and that still is the one of that name."""
+def _lock(path: Path, output: Path, verb: str, made: list[Path]) -> int:
+    """An open file that is locked, and that still is the one of that name; folders made for it go into `made`."""
     while True:
         with storage_errors(output):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            _make_folders(path.parent, made)
             handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -61,6 +68,13 @@ def _lock(path: Path, output: Path, verb: str) -> int:
         if _is_still(path, handle):
             return handle
         os.close(handle)
+
+
+def _make_folders(path: Path, made: list[Path]) -> None:
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    for folder in reversed(missing):
+        folder.mkdir(exist_ok=True)
+        made.insert(0, folder)
 
 
 def _is_still(path: Path, handle: int) -> bool:

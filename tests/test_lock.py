@@ -89,6 +89,14 @@ def test_a_file_that_its_owner_removed_meanwhile_is_no_lock(
         assert len(opened) == 2 and path.is_file()
 
 
+def test_folders_made_for_a_lock_stay_where_something_is_left_in_them(tmp_path: Path) -> None:
+    for name in ("empty", "full"):
+        with lock.locked(tmp_path / name / "deep" / "lock", tmp_path, "build-engine"):
+            if name == "full":
+                (tmp_path / "full" / "out").touch()
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["full", "full/out"]
+
+
 def test_where_there_are_no_locks_a_warning_is_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

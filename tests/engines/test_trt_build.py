@@ -202,6 +202,15 @@ def test_weights_cast_from_four_bits_are_refused_before_building(
     refused(EngineBuildError, match, source, tmp_path / "engines")
 
 
+def test_a_failed_build_removes_the_folders_it_made(
+    make_onnx: Callable[..., Path], four_bit_unet: Callable[..., bytes], tmp_path: Path
+) -> None:
+    source = make_onnx(unet=four_bit_unet(cast=True))
+    with pytest.raises(EngineBuildError):
+        build_engine(source, tmp_path / "new" / "deep" / "engines", BuildConfig())
+    assert not (tmp_path / "new").exists()
+
+
 def test_graph_that_does_not_parse_is_refused_in_tensorrt_s_own_words(
     make_onnx: Callable[..., Path], asymmetric_unet: bytes, tmp_path: Path
 ) -> None:
