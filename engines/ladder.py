@@ -20,6 +20,9 @@ Component = Mapping[str, Any]
 LOWEST_LEVEL = 0
 WORKSPACES_MB = (1024, 256)
 
+# Of text encoders.
+TEXT_INPUTS = ("input_ids", "attention_mask")
+
 # TensorRT tells of every kernel that it times. TensorRT for RTX is through its phases at once, and then compiles in
 # silence: 95 % of the time of the bundled model's U-Net.
 PHASES_SHARE = {"tensorrt": 1.0, "tensorrt-rtx": 0.05}
@@ -156,9 +159,15 @@ def with_less(component: Component) -> tuple[dict[str, Any], str] | None:
             changed = {**options, "workspace_mb": smaller}
             return {**component, "options": changed}, f"a workspace of {smaller} MiB"
     fixed = [
-        {name: dict.fromkeys(("min", "opt", "max"), shapes["opt"]) for name, shapes in profile.items()}
+        {name: _optimal(name, shapes) for name, shapes in profile.items()}
         for profile in component["profiles"]
     ]
     if fixed != component["profiles"]:
         return {**component, "profiles": fixed}, "the optimal shapes alone"
     return None
+
+
+def _optimal(name: str, shapes: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
+    """The optimal shape of an input alone; texts keep their range of tokens, since a pipeline needs all of it."""
+    batch, *sizes = shapes["opt"]
+    return {edge: [batch, *(shape[1:] if name in TEXT_INPUTS else sizes)] for edge, shape in shapes.items()}

@@ -112,7 +112,8 @@ def dimension_ranges(
     for name in family.text_encoders:
         ranges[name] = {
             "batch": ShapeRange(min=1, opt=batch.opt, max=2 * batch.max),
-            "sequence": config.sequence or LONG_TEXT,
+            # What reads any number of tokens reads instructions, too, of which the denoiser is told nothing.
+            "sequence": LONG_TEXT,
         }
     if family.has_text:
         ranges[family.denoiser]["sequence"] = sequence_range(token_count(family, specs), config)

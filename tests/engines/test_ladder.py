@@ -71,6 +71,18 @@ def test_the_last_thing_tried_is_one_shape() -> None:
     assert built["a"]["profiles"] == [{"x": {"min": [2], "opt": [2], "max": [2]}}]
 
 
+def test_texts_of_all_lengths_fit_the_optimal_shapes() -> None:
+    tokens = {"min": [1, 1], "opt": [2, 512], "max": [8, 1024]}
+    latents = {"min": [1, 4, 8], "opt": [2, 4, 16], "max": [8, 4, 32]}
+    profile = {"input_ids": tokens, "attention_mask": tokens, "sample": latents}
+    smallest = {"optimization_level": 0, "workspace_mb": 256}
+    less, _ = ladder.with_less({"name": "a", "options": smallest, "profiles": [profile]})
+    any_length = {"min": [2, 1], "opt": [2, 512], "max": [2, 1024]}
+    fixed = dict.fromkeys(("min", "opt", "max"), [2, 4, 16])
+    assert less["profiles"] == [{"input_ids": any_length, "attention_mask": any_length, "sample": fixed}]
+    assert ladder.with_less(less) is None
+
+
 def test_what_never_suffices_is_an_error() -> None:
     with pytest.raises(
         BuildMemoryError, match="a: TensorRT for RTX 1 ran out of memory: bad_alloc; build with smaller"

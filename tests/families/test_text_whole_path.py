@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from quest_deploy.config import BuildConfig, ExportConfig, GenerateConfig, ShapeRange
-from quest_deploy.engines.profiles import component_profiles
+from quest_deploy.engines.profiles import LONG_TEXT, component_profiles
 from quest_deploy.export.to_onnx import export
 from quest_deploy.metrics import snr_db
 from quest_deploy.model.spec import component_specs, family_of
@@ -128,3 +128,11 @@ def test_an_engine_of_packed_latents_takes_their_tokens(model_of: Callable[[str]
     denoiser = component_profiles(model_of("flux-dev"), config)["transformer"]
     assert (denoiser["hidden_states"].min, denoiser["hidden_states"].max) == ((1, 16, 16), (2, 32, 16))
     assert denoiser["img_ids"].max == (32, 3)
+
+
+def test_text_embeddings_of_one_length_leave_instructions_room(model_of: Callable[[str], Path]) -> None:
+    own = ShapeRange(min=300, opt=300, max=300)
+    profiles = component_profiles(model_of("sana"), BuildConfig(sequence=own))
+    ids, told = profiles["text_encoder"]["input_ids"], profiles["transformer"]["encoder_hidden_states"]
+    assert (ids.min[1], ids.max[1]) == (LONG_TEXT.min, LONG_TEXT.max)
+    assert (told.min[1], told.max[1]) == (300, 300)
