@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from quest_deploy.artifacts import Artifact, read_artifact, write_artifact
+from quest_deploy.engines.run_record import copy_records
 from quest_deploy.engines.trt_build import PLAN_NAME, lock_of
 from quest_deploy.errors import StaleArtifactError
 from quest_deploy.lock import locked
@@ -51,6 +52,8 @@ def with_plans(
         for name in old.files:
             (writer.path / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(replaced.get(name, source.path / name), writer.path / name)
+        for name in old.details["components"].keys() - plans.keys():
+            copy_records(source.path / name, writer.path / name)
         # After the copies: a build ends by renaming its directory, so these files are of one and the same.
         if read_artifact(source.path, stage="engines").digest != source.digest:
             raise StaleArtifactError(

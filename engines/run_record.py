@@ -5,13 +5,15 @@ Like the runtime cache it is no part of the artifact. A record of another plan s
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import shutil
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from quest_deploy.artifacts import RUNS_NAME, read_json, write_json
+from quest_deploy.artifacts import RUNS_NAME, RUNTIME_CACHE_NAME, read_json, write_json
 from quest_deploy.errors import QuestDeployError
 
 logger = logging.getLogger(__name__)
@@ -52,3 +54,15 @@ def record_run(folder: Path, plan_sha256: str, place: Mapping[str, Any]) -> None
         )
     except QuestDeployError as error:
         logger.debug("that the engine ran is not kept in %s (%s)", folder, error)
+
+
+def copy_records(folder: Path, output: Path) -> None:
+    """Copy what the runs of an engine left beside it, to another place of the same plan; what cannot be read stays.
+
+    Args:
+        folder: The component's, where the engine lies.
+        output: That of the copy.
+    """
+    for name in (RUNS_NAME, RUNTIME_CACHE_NAME):
+        with contextlib.suppress(OSError):
+            shutil.copyfile(folder / name, output / name)

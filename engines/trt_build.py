@@ -25,6 +25,7 @@ from quest_deploy.engines.libraries import (
     title_of,
 )
 from quest_deploy.engines.profiles import Profile, all_profiles
+from quest_deploy.engines.run_record import copy_records
 from quest_deploy.engines.timing_cache import check_place_of_timing_cache, used_timing_cache
 from quest_deploy.engines.trt_process import Progress
 from quest_deploy.engines.up_to_date import (
@@ -197,9 +198,10 @@ def changes(
 
 
 def copy_plan(existing: Path, component: str, output: Path) -> None:
-    """Copy one engine of an earlier build."""
+    """Copy one engine of an earlier build, with what its runs left."""
     (output / component).mkdir(parents=True, exist_ok=True)
     shutil.copyfile(existing / component / PLAN_NAME, output / component / PLAN_NAME)
+    copy_records(existing / component, output / component)
 
 
 def check_graph(component: str, path: Path, backend: str) -> None:

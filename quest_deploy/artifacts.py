@@ -338,9 +338,11 @@ def _check_unchanged(sources: Mapping[str, Source], inputs: Mapping[str, str]) -
 
 
 def _seal(path: Path) -> dict[str, FileEntry]:
-    """Hash every file below `path` and make sure that it has reached the disk."""
+    """Hash every file below `path` but those of runtimes, and make sure that it has reached the disk."""
     files = {}
     for name in list_files(path):
+        if _OF_RUNTIMES.match(Path(name).name):
+            continue
         file = path / name
         if file.is_symlink():
             raise ArtifactError(f"'{name}' is a symbolic link; an artifact holds plain files only")

@@ -18,6 +18,7 @@ from quest_deploy.config import BuildConfig, ProfileConfig, ShapeRange, to_dict
 from quest_deploy.engines import trt_build
 from quest_deploy.engines.libraries import Gpu
 from quest_deploy.engines.replace import with_plans
+from quest_deploy.engines.run_record import read_runs, record_run
 from quest_deploy.engines.trt_build import build_engine
 from quest_deploy.engines.up_to_date import companions_digest, differences, graph_digest, in_words
 from quest_deploy.errors import ArtifactError, StaleArtifactError
@@ -126,6 +127,35 @@ def test_engines_that_were_built_again_meanwhile_are_not_mixed_with_plans_for_th
     with pytest.raises(StaleArtifactError, match="built again by another process meanwhile; run the same"):
         with_plans(engines, tmp_path / "refitted", {}, {})
     assert not (tmp_path / "refitted").exists()
+
+
+def test_engines_that_are_kept_keep_what_their_runs_left(
+    engines: Artifact, make_onnx: Callable[..., Path], tmp_path: Path
+) -> None:
+    place = dict.fromkeys(("gpu", "compute_capability", "driver", "library_version"), "1")
+
+    def left(engines: Artifact) -> list[str]:
+        """The components with a run record and kernels of their plan."""
+        return [
+            name
+            for name in ("text_encoder", "unet", "vae_decoder")
+            if read_runs(engines.path / name, engines.manifest.files[f"{name}/model.plan"].sha256)
+            and (engines.path / name / ".runtime-cache").exists()
+        ]
+
+    for name in engines.manifest.details["components"]:
+        record_run(engines.path / name, engines.manifest.files[f"{name}/model.plan"].sha256, place)
+        (engines.path / name / ".runtime-cache").write_text(name)
+    (tmp_path / "onnx").rename(tmp_path / "before")
+    onnx = make_onnx(unet=unet(np.random.default_rng(7)).SerializeToString())
+    again = build_engine(onnx, engines.path, BuildConfig(), overwrite=True)
+    assert left(again) == ["text_encoder", "vae_decoder"]
+    replaced = with_plans(
+        again, again.path, {"vae_decoder": again.path / "unet/model.plan"}, {}, overwrite=True
+    )
+    assert left(replaced) == ["text_encoder"]
+    assert not (replaced.path / "vae_decoder" / ".runtime-cache").exists()
+    assert not [name for name in replaced.manifest.files if "runtime" in name]
 
 
 def built_with_less(engines: Artifact, limit_gb: float | None, *, is_told: bool = True) -> None:
