@@ -126,7 +126,8 @@ class Recipe:
         split: Whether convolutions over a skip concatenation have a grid for each half.
         rotation: "feed-forward" puts a Hadamard matrix (blocks of up to 64 channels) in front of the second layer of
             every feed-forward, whose gated inputs have heavy tails, and turns its weight back: the same function, one
-            small product in floats more, and less lost to rounding; None leaves layers as they are.
+            small product in floats more, and less lost to rounding (nothing happens to a model without feed-forwards);
+            None leaves layers as they are.
         attention_bits: 4 or 8, of queries and keys, and of values where the probabilities have codes too (a product
             with codes on one side alone gains nothing); None leaves the products of attention in float.
         softmax_bits: 8, of the attention's probabilities; None leaves those, and values, in float.

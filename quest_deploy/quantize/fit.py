@@ -17,7 +17,6 @@ from quest_deploy.quantize.memory import enable_checkpointing, without_values
 from quest_deploy.quantize.operands import check_operands
 from quest_deploy.quantize.select import check_layers, layer_bits
 from quest_deploy.quantize.static import check_companions
-from quest_deploy.quantize.structure import check_structure
 from quest_deploy.quantize.tables import check_tables
 from quest_deploy.quantize.trace import Trace
 
@@ -41,7 +40,6 @@ def check_fit(model: LoadedModel, trace: Trace, recipe: Recipe) -> None:
         lambda: check_auto(model.denoiser, trace.roles, quantized, recipe),
         lambda: check_operands(model.denoiser, recipe),
         lambda: check_companions(model, recipe),
-        lambda: check_structure(model.denoiser, recipe),
         lambda: _check_checkpointing(model, recipe),
     )
     problems = []

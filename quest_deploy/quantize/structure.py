@@ -11,30 +11,17 @@ from typing import Any
 from torch import nn
 
 from quest_deploy.config import Recipe
-from quest_deploy.errors import ConfigError
 from quest_deploy.model.load import LoadedModel
 from quest_deploy.quantize.rotate import find_feed_forwards, rotate_layers, rotated_blocks
 from quest_deploy.quantize.split import find_concatenations, split_channels, split_layers
 
 
 def restructure(model: LoadedModel, recipe: Recipe) -> None:
-    """Change the denoiser of a full-precision model, in place, as `recipe` has it."""
+    """Change the denoiser of a full-precision model, in place, as `recipe` has it: whatever there is of it."""
     if recipe.split:
         split_layers(model.denoiser, find_concatenations(model.denoiser, model.denoiser_spec))
     if recipe.rotation is not None:
         rotate_layers(model.denoiser, find_feed_forwards(model.denoiser))
-
-
-def check_structure(denoiser: nn.Module, recipe: Recipe) -> None:
-    """See that a restructured denoiser has what was asked for.
-
-    Raises:
-        ConfigError: nothing of it could be rotated.
-    """
-    if recipe.rotation is not None and not rotated_blocks(denoiser):
-        raise ConfigError(
-            f"rotation is {recipe.rotation}, and no feed-forward of this model can be rotated; leave rotation out"
-        )
 
 
 def structure(denoiser: nn.Module) -> dict[str, dict[str, int]]:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from quest_deploy.artifacts import write_artifact
-from quest_deploy.errors import CalibrationError, ConfigError
+from quest_deploy.errors import CalibrationError
 from quest_deploy.model.components import predict
 from quest_deploy.model.load import LoadedModel
 from quest_deploy.quantize import affine
@@ -28,7 +28,7 @@ from quest_deploy.quantize.rotate import (
     rotate_layers,
     rotated_blocks,
 )
-from quest_deploy.quantize.structure import check_structure, restructure
+from quest_deploy.quantize.structure import restructure, structure
 
 ROTATED = dataclasses.replace(load_recipe("w4a4"), rotation="feed-forward")
 
@@ -116,12 +116,10 @@ def test_nothing_is_rotated_twice(rotated: LoadedModel) -> None:
         rotate_layers(rotated.denoiser, rotated_blocks(rotated.denoiser))
 
 
-def test_a_model_without_feed_forwards_is_told_so(rotated: LoadedModel) -> None:
-    check_structure(rotated.denoiser, ROTATED)
-    convolutions = nn.Sequential(nn.Conv2d(4, 4, 3))
-    with pytest.raises(ConfigError, match="no feed-forward of this model can be rotated"):
-        check_structure(convolutions, ROTATED)
-    check_structure(convolutions, dataclasses.replace(ROTATED, rotation=None))
+def test_a_model_without_feed_forwards_stays_as_it_is(float_model: LoadedModel) -> None:
+    plain = dataclasses.replace(float_model, denoiser=nn.Sequential(nn.Conv2d(4, 4, 3)))
+    restructure(plain, ROTATED)
+    assert structure(plain.denoiser) == {"splits": {}, "rotations": {}}
 
 
 @pytest.mark.parametrize("deferred", [False, True])
