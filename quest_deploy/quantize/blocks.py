@@ -24,10 +24,10 @@ class Samples:
     """What a part of the network is given at n samples, and what it should answer.
 
     Attributes:
-        args: Its positional arguments; tensors whose first axis has n entries hold the samples.
+        args: Its positional arguments; tensors whose first axis has n * rows entries hold the samples.
         kwargs: Its keyword arguments, likewise.
         timestep: float32 [n].
-        targets: Its output tensors in full precision, [n, ...] each.
+        targets: Its output tensors in full precision, [n * rows, ...] each.
     """
 
     args: tuple[Any, ...]
@@ -35,14 +35,20 @@ class Samples:
     timestep: Tensor
     targets: tuple[Tensor, ...]
 
+    @property
+    def rows(self) -> int:
+        """Of each sample, one after another: two where a layer is given an image's height and its width, else one."""
+        return _rows(self.targets, self.timestep.numel())
+
     def batch(self, index: Tensor) -> Samples:
         """The samples `index`, int64 [m]."""
-        n = self.timestep.numel()
+        count = self.timestep.numel() * self.rows
+        places = (index[:, None] * self.rows + torch.arange(self.rows, device=index.device)).flatten()
         return Samples(
-            tuple(_take(value, index, n) for value in self.args),
-            {name: _take(value, index, n) for name, value in self.kwargs.items()},
+            tuple(_take(value, places, count) for value in self.args),
+            {name: _take(value, places, count) for name, value in self.kwargs.items()},
             self.timestep[index],
-            tuple(target[index] for target in self.targets),
+            tuple(target[places] for target in self.targets),
         )
 
     def to(self, device: torch.device) -> Samples:
@@ -182,7 +188,9 @@ def collect(
         calls.append(given(student, name, run))
         targets.append(answered(teacher, name, run_teacher))
         timesteps.append(timestep)
-    sizes = [timestep.numel() for timestep in timesteps]
+    # An axis that only happens to be a multiple of the samples' number, as that of tokens, is no axis of samples.
+    rows = _rows(targets[0], timesteps[0].numel())
+    sizes = [timestep.numel() * rows for timestep in timesteps]
     samples = Samples(
         tuple(_join(values, sizes) for values in zip(*(args for args, _ in calls), strict=True)),
         {key: _join([kwargs[key] for _, kwargs in calls], sizes) for key in calls[0][1]},
@@ -218,6 +226,10 @@ def shapes_of(student: nn.Module, data: CalibrationSet, context: TimestepContext
 def tensors(output: Any) -> tuple[Tensor, ...]:
     """The tensors that a module answered, without what else it did."""
     return (output,) if isinstance(output, Tensor) else tuple(x for x in output if isinstance(x, Tensor))
+
+
+def _rows(targets: Sequence[Tensor], samples: int) -> int:
+    return max(1, targets[0].shape[0] // samples)
 
 
 def _per_sample(value: object, count: int) -> bool:

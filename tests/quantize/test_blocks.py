@@ -131,3 +131,12 @@ def test_a_batch_takes_samples_and_leaves_what_all_of_them_share() -> None:
     assert taken.args[0].tolist() == taken.timestep.tolist() == [2.0, 0.0]
     assert taken.args[1] is shared and taken.kwargs == {"mask": None}
     assert torch.equal(taken.targets[0], torch.eye(3)[[2, 0]])
+
+
+def test_a_batch_takes_all_rows_of_a_sample_and_leaves_what_all_of_them_share() -> None:
+    rows, tokens = torch.arange(6.0), torch.arange(12.0)
+    samples = blocks.Samples((rows, tokens), {}, torch.arange(3.0), (10 * rows,))
+    taken = samples.batch(torch.tensor([2, 0]))
+    assert taken.args[0].tolist() == [4.0, 5.0, 0.0, 1.0]
+    assert taken.targets[0].tolist() == [40.0, 50.0, 0.0, 10.0]
+    assert taken.args[1] is tokens
