@@ -326,12 +326,15 @@ def temporal_loss(
     conditioning: Conditioning,
     context: TimestepContext,
 ) -> Tensor:
-    """Mean over the temporal layers of their outputs' squared error, each relative to its output's power."""
+    """Mean over the temporal layers of their outputs' squared error, each relative to its output's power.
+
+    A layer that answers zero, as one that was never trained, has no power.
+    """
     with torch.no_grad():
         targets = trace.temporal_outputs(teacher, timestep, conditioning, None)
     outputs = trace.temporal_outputs(student, timestep, conditioning, context)
     losses = [
-        (output - target).square().mean() / target.square().mean()
+        (output - target).square().mean() / target.square().mean().clamp_min(LEAST_ERROR)
         for output, target in zip(outputs, targets, strict=True)
     ]
     return torch.stack(losses).mean()

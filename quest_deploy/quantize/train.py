@@ -8,6 +8,7 @@ all timesteps without the rest of the network, since that path depends on the ti
 from __future__ import annotations
 
 import functools
+import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -28,6 +29,8 @@ from quest_deploy.quantize.parallel import ALONE, Workers
 from quest_deploy.quantize.select import select
 from quest_deploy.quantize.tables import time_tables
 from quest_deploy.quantize.trace import Trace
+
+logger = logging.getLogger(__name__)
 
 VALIDATIONS_PER_PHASE = 8
 TIMESTEPS_PER_LOCAL_BATCH = 256
@@ -211,6 +214,8 @@ def run_phase(
 ) -> None:
     """Train from `state.step` to the end, then put the best tensors in place. Never ends worse than it began.
 
+    A loss that is not finite is told, and ends the phase.
+
     Args:
         task: What is trained, on what.
         phase: How.
@@ -230,6 +235,15 @@ def run_phase(
         optimizer.zero_grad(set_to_none=True)
         loss = _backpropagate(task, phase, state.step, temporal=temporal)
         loss = task.workers.sum_gradients(list(parameters.values()), loss)
+        if not math.isfinite(loss):
+            # No later update is any better: Adam's moments keep it.
+            name = "temporal" if temporal else "sensitive"
+            logger.warning(
+                "the training loss of the %s phase is %g at update %d of %d: the phase ends here, with the best that "
+                "its validations found (%g; 1 is the start); lower its learning rates in the recipe",
+                *(name, loss, state.step + 1, phase.steps, state.best_loss),
+            )
+            break
         optimizer.step()
         state.step += 1
         if state.step % every == 0 or state.step == phase.steps:

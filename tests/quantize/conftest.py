@@ -12,14 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from quest_deploy.model.load import LoadedModel, load_model
-from quest_deploy.quantize import resume
+from quest_deploy.quantize import losses, resume, train
 from quest_deploy.quantize.calibrate import CalibrationSet, collect_inputs, record_trajectories
 from quest_deploy.quantize.initialize import initialize
 from quest_deploy.quantize.insert import LayerQParams, insert
 from quest_deploy.quantize.layers import TimestepContext
 from quest_deploy.quantize.resume import WorkDirectory
 from quest_deploy.quantize.trace import Trace, trace
+from quest_deploy.quantize.walk import fit_steps
 
+GUIDANCE = 3.0
 PROMPTS = ("a red heart", "a blue car", "the moon", "a cat")
 
 
@@ -89,3 +91,32 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> WorkDirectory:
     directory = WorkDirectory(tmp_path / "out")
     directory.open({}, resume=False, overwrite=False)
     return directory
+
+
+@pytest.fixture
+def task(
+    float_model: LoadedModel,
+    traced: Trace,
+    recorded: CalibrationSet,
+    quantize_tiny: Callable[[int, int], tuple[nn.Module, TimestepContext]],
+) -> train.Task:
+    """The tiny model at W4A4, two prompts to train on and two that judge."""
+    student, context = quantize_tiny(4, 4)
+    validation = torch.tensor([2, 3])
+    steps = fit_steps(recorded, GUIDANCE)
+    assert steps is not None
+    objective = losses.make_objective(
+        student, recorded, validation, steps, walk_length=2, walk_share=1.0, guidance_scale=GUIDANCE
+    )
+    return train.Task(
+        student=student,
+        teacher=float_model.denoiser,
+        trace=traced,
+        data=recorded,
+        training=torch.tensor([0, 1]),
+        validation=validation,
+        objective=objective,
+        context=context,
+        seed=0,
+        last_time=999.0,
+    )

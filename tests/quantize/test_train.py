@@ -10,46 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from quest_deploy.config import PhaseConfig
 from quest_deploy.model.components import predict
-from quest_deploy.model.load import LoadedModel
 from quest_deploy.quantize import learned, losses, train
-from quest_deploy.quantize.calibrate import CalibrationSet
 from quest_deploy.quantize.insert import quantized_layers
-from quest_deploy.quantize.layers import TimestepContext
-from quest_deploy.quantize.trace import Trace
-from quest_deploy.quantize.walk import fit_steps
-
-GUIDANCE = 3.0
-Make = Callable[[int, int], tuple[nn.Module, TimestepContext]]
-
-
-@pytest.fixture
-def task(
-    float_model: LoadedModel, traced: Trace, recorded: CalibrationSet, quantize_tiny: Make
-) -> train.Task:
-    """The tiny model at W4A4, two prompts to train on and two that judge."""
-    student, context = quantize_tiny(4, 4)
-    validation = torch.tensor([2, 3])
-    steps = fit_steps(recorded, GUIDANCE)
-    assert steps is not None
-    objective = losses.make_objective(
-        student, recorded, validation, steps, walk_length=2, walk_share=1.0, guidance_scale=GUIDANCE
-    )
-    return train.Task(
-        student=student,
-        teacher=float_model.denoiser,
-        trace=traced,
-        data=recorded,
-        training=torch.tensor([0, 1]),
-        validation=validation,
-        objective=objective,
-        context=context,
-        seed=0,
-        last_time=999.0,
-    )
+from tests.quantize.conftest import GUIDANCE
 
 
 def phase(**changes: Any) -> PhaseConfig:
@@ -293,14 +260,6 @@ def test_a_denoiser_has_no_temporal_error_against_itself(task: train.Task) -> No
     timestep = torch.linspace(0, 999, 20)
     loss = losses.temporal_loss(task.teacher, task.teacher, task.trace, timestep, {}, task.context)
     assert float(loss) == 0.0
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_a_broken_scale_is_found(task: train.Task, value: float) -> None:
-    assert train.quantizers_are_finite(task.student)
-    with torch.no_grad():
-        quantized_layers(task.student)["conv_out"].quantizer.log_scale[1] = value
-    assert not train.quantizers_are_finite(task.student)
 
 
 def test_default_settings_give_the_bits_of_the_plain_path(
