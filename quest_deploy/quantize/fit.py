@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 
 import torch
+from torch import nn
 
 from quest_deploy.checks import raise_if_any
-from quest_deploy.config import Recipe
+from quest_deploy.config import PhaseConfig, Recipe
 from quest_deploy.errors import ConfigError
 from quest_deploy.model.load import LoadedModel
 from quest_deploy.quantize.auto_layers import check_auto
+from quest_deploy.quantize.insert import Role
 from quest_deploy.quantize.layers import TimestepContext
 from quest_deploy.quantize.memory import enable_checkpointing, without_values
 from quest_deploy.quantize.operands import check_operands
-from quest_deploy.quantize.select import check_layers, layer_bits
+from quest_deploy.quantize.phases import nothing_to_train, phases
+from quest_deploy.quantize.select import AUTO, check_layers, layer_bits, matching, patterns
 from quest_deploy.quantize.static import check_companions
 from quest_deploy.quantize.tables import check_tables
 from quest_deploy.quantize.trace import Trace
+from quest_deploy.quantize.train import NORMS
 
 
 def check_fit(model: LoadedModel, trace: Trace, recipe: Recipe) -> None:
@@ -38,6 +42,7 @@ def check_fit(model: LoadedModel, trace: Trace, recipe: Recipe) -> None:
         lambda: check_layers(trace.roles, recipe),
         lambda: check_tables(trace, recipe),
         lambda: check_auto(model.denoiser, trace.roles, quantized, recipe),
+        lambda: _check_learning(model.denoiser, trace.roles, quantized, recipe),
         lambda: check_operands(model.denoiser, recipe),
         lambda: check_companions(model, recipe),
         lambda: _check_checkpointing(model, recipe),
@@ -49,6 +54,42 @@ def check_fit(model: LoadedModel, trace: Trace, recipe: Recipe) -> None:
         except ConfigError as error:
             problems.append(str(error))
     raise_if_any(problems, f"recipe {recipe.name}")
+
+
+def _check_learning(
+    denoiser: nn.Module, roles: Mapping[str, Role], quantized: Collection[str], recipe: Recipe
+) -> None:
+    idle = [
+        name
+        for name, phase in phases(recipe)
+        if not _learns(denoiser, roles, quantized, phase, temporal=name == "temporal")
+    ]
+    if idle:
+        raise ConfigError("; ".join(map(nothing_to_train, idle)))
+
+
+def _learns(
+    denoiser: nn.Module,
+    roles: Mapping[str, Role],
+    quantized: Collection[str],
+    phase: PhaseConfig,
+    *,
+    temporal: bool,
+) -> bool:
+    """Whether :func:`quest_deploy.quantize.train.trainable` would find anything in the student of `denoiser`."""
+    own = [name for name, role in roles.items() if (role == "temporal") == temporal]
+    # Of layers, or of the tables in their place.
+    if own and phase.learning_rate_scales:
+        return True
+    wanted = patterns(phase.layers)
+    chosen = AUTO in wanted or any(not matching(roles, one).isdisjoint(quantized) for one in wanted)
+    if chosen and (phase.learning_rate_weights or phase.learning_rate_scales):
+        return True
+    layers = [denoiser.get_submodule(name) for name in own if name in quantized]
+    norms = [] if temporal else [module for module in denoiser.modules() if isinstance(module, NORMS)]
+    floats = [getattr(module, name, None) for module in norms for name in ("weight", "bias")]
+    floats += [layer.bias for layer in layers]
+    return bool(phase.learning_rate_floats) and any(tensor is not None for tensor in floats)
 
 
 def _check_checkpointing(model: LoadedModel, recipe: Recipe) -> None:

@@ -86,6 +86,11 @@ def phases(recipe: Recipe) -> list[tuple[str, PhaseConfig]]:
     return [(name, phase) for name, phase in both if phase.steps]
 
 
+def nothing_to_train(name: str) -> str:
+    """What is told of a phase that would learn nothing."""
+    return f"the {name} phase has steps but nothing to train; choose layers, raise a learning rate, or set steps to 0"
+
+
 def make_task(inputs: Inputs) -> train.Task:
     """What both phases work on."""
     recipe, data = inputs.recipe, inputs.data
@@ -176,9 +181,7 @@ def _train_phase(
     temporal = name == "temporal"
     groups = train.trainable(task.student, phase, task.trace.roles, temporal=temporal)
     if not groups:
-        raise ConfigError(
-            f"the {name} phase has steps but nothing to train; raise a learning rate, or set steps to 0"
-        )
+        raise ConfigError(nothing_to_train(name))
     optimizer = train.make_optimizer(groups)
     state = train.TrainState()
     with task.workers.main_first():

@@ -16,9 +16,11 @@ from quest_deploy.quantize.estimate import estimate
 from quest_deploy.quantize.finetune import finetune, prepare
 from tests.families.conftest import RECIPE
 
+STILL = PhaseConfig(layers="none", steps=1, learning_rate_scales=0.0)
 UNFIT: dict[str, tuple[str, dict[str, Any], str]] = {
     "text encoder": ("ldm", {"text_encoder": "w8a8"}, "no text encoder; set text_encoder to null"),
     "autoencoder": ("ddpm", {"vae_decoder": "w8a8"}, "no autoencoder; set vae_decoder to null"),
+    "nothing to train": ("ddpm", {"temporal": STILL}, "the temporal phase has steps but nothing to train"),
     "plain attention": ("sd3", {"attention_bits": 8}, "no attention of a supported kind; set attention_bits"),
 }
 
