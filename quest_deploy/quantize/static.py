@@ -123,9 +123,11 @@ def quantize_companions(model: LoadedModel, config: FinetuneConfig) -> dict[str,
         assert model.vae is not None and model.family.autoencoder is not None
         vae = copy.deepcopy(model.vae).to("cpu")
         names = list(decoder_layers(vae))
-        latents = final_latents(model, prompts[:MAX_IMAGES], config)
-        runs = _decoding(vae, latents, latents_at_once(model, recipe))
-        result[model.family.autoencoder] = quantize_static(vae, names, recipe.vae_decoder, runs, config)
+        decoding: Iterable[Batch] = ()
+        if recipe.vae_decoder == "w8a8":
+            latents = final_latents(model, prompts[:MAX_IMAGES], config)
+            decoding = _decoding(vae, latents, latents_at_once(model, recipe))
+        result[model.family.autoencoder] = quantize_static(vae, names, recipe.vae_decoder, decoding, config)
     return result
 
 
@@ -186,7 +188,7 @@ def quantize_static(
         component: Full precision.
         names: Of its layers.
         mode: Whether activations are quantized.
-        runs: The calibration batches.
+        runs: The calibration batches, which "int8-weight-only" does not look at.
         config: Channel rows, and the seed.
 
     Returns:

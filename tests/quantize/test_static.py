@@ -92,6 +92,11 @@ def test_activations_have_one_scale_and_weights_alone_none(
     assert all(layer.quantizer is None for layer in quantized_layers(alone["text_encoder"]).values())
 
 
+def test_weights_alone_need_no_images(float_model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(static, "final_latents", lambda *args: pytest.fail("drawn"))
+    assert set(static.quantize_companions(float_model, config(vae_decoder="int8-weight-only"))) == {"vae"}
+
+
 def test_nothing_is_quantized_unless_asked_for(float_model: LoadedModel) -> None:
     assert quantize_companions(float_model, config()) == {}
 
