@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from quest_deploy.model.components import Conditioning, predict
 from quest_deploy.quantize.calibrate import CalibrationSet
 from quest_deploy.quantize.layers import TimestepContext
-from quest_deploy.quantize.recomputed import conditioning_of
+from quest_deploy.quantize.recomputed import conditioning_of, exactly
 from quest_deploy.quantize.trace import Trace
 from quest_deploy.quantize.walk import Steps, walk_errors
 
@@ -330,7 +330,7 @@ def temporal_loss(
 
     A layer that answers zero, as one that was never trained, has no power.
     """
-    with torch.no_grad():
+    with torch.no_grad(), exactly(timestep):
         targets = trace.temporal_outputs(teacher, timestep, conditioning, None)
     outputs = trace.temporal_outputs(student, timestep, conditioning, context)
     losses = [

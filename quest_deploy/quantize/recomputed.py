@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -57,11 +57,16 @@ class Recomputed:
         latents = torch.cat([self.latents[prompt, step]] * branches).to(self.device)
         timestep = self.timesteps[step].repeat(branches).to(self.device)
         told: Conditioning = conditioning_of(self.positive, self.negative, prompt, self.device)
-        # The teacher's answers are exact whatever the student's float operations run in.
-        with torch.autocast(self.device.type, enabled=False):
+        with exactly(latents):
             told = controlled(self.control, latents, timestep, told)
             output = predict(self.teacher, latents, timestep, told)
         return torch.stack(output.chunk(branches), dim=1)
+
+
+def exactly(x: Tensor) -> AbstractContextManager[object]:
+    """The teacher's answers, where `x` is, are exact whatever the student's float operations run in."""
+    # PyTorch has no autocast where nothing is computed.
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 def conditioning_of(
@@ -82,7 +87,5 @@ def controlled(
     """What a denoiser is told after a ControlNet looked at the picture, if there are both."""
     if control is None or CONTROL not in conditioning:
         return conditioning
-    # As the teacher's answers, exact whatever the student's float operations run in.
-    exact = torch.autocast(sample.device.type, enabled=False) if not sample.is_meta else nullcontext()
-    with exact:
+    with exactly(sample):
         return with_residuals(control, sample, timestep, conditioning)

@@ -150,8 +150,9 @@ class Task:
         layers = quantized_layers(self.student).values()
         with (
             torch.no_grad(),
-            autocast(self.data.device, self.precision),
+            # As in an update, weights are quantized before anything is rounded: autocast would round B A.
             learned_weights.quantized_once(layers),
+            autocast(self.data.device, self.precision),
         ):
             total = losses.total_loss(self.student, self.data, mine, self.objective)
         return self.objective.mean(self.workers.sum(total) / self.validation.numel())
