@@ -22,7 +22,7 @@ from quest_deploy.quantize.select import AUTO, check_layers, layer_bits, matchin
 from quest_deploy.quantize.static import check_companions
 from quest_deploy.quantize.tables import check_tables
 from quest_deploy.quantize.trace import Trace
-from quest_deploy.quantize.train import NORMS
+from quest_deploy.quantize.train import norm_parameters
 
 
 def check_fit(model: LoadedModel, trace: Trace, recipe: Recipe) -> None:
@@ -85,11 +85,10 @@ def _learns(
     chosen = AUTO in wanted or any(not matching(roles, one).isdisjoint(quantized) for one in wanted)
     if chosen and (phase.learning_rate_weights or phase.learning_rate_scales):
         return True
-    layers = [denoiser.get_submodule(name) for name in own if name in quantized]
-    norms = [] if temporal else [module for module in denoiser.modules() if isinstance(module, NORMS)]
-    floats = [getattr(module, name, None) for module in norms for name in ("weight", "bias")]
-    floats += [layer.bias for layer in layers]
-    return bool(phase.learning_rate_floats) and any(tensor is not None for tensor in floats)
+    if not phase.learning_rate_floats:
+        return False
+    biases = [denoiser.get_submodule(name).bias for name in own if name in quantized]
+    return any(bias is not None for bias in biases) or (not temporal and bool(norm_parameters(denoiser)))
 
 
 def _check_checkpointing(model: LoadedModel, recipe: Recipe) -> None:

@@ -105,11 +105,20 @@ def trainable(
     else:
         for name, quantizer in operand_quantizers(denoiser).items():
             add(f"{name}.log_scale", quantizer.log_scale, phase.learning_rate_scales)
-        for name, module in denoiser.named_modules():
-            if isinstance(module, NORMS):
-                add(f"{name}.weight", module.weight, phase.learning_rate_floats)
-                add(f"{name}.bias", module.bias, phase.learning_rate_floats)
+        for name, parameter in norm_parameters(denoiser).items():
+            add(name, parameter, phase.learning_rate_floats)
     return groups
+
+
+def norm_parameters(denoiser: nn.Module) -> dict[str, nn.Parameter]:
+    """Weights and biases of the norms that have any, by name, in module order."""
+    return {
+        f"{name}.{which}": parameter
+        for name, module in denoiser.named_modules()
+        # By name: diffusers has an RMSNorm of its own beside torch's.
+        if isinstance(module, NORMS) or type(module).__name__ == "RMSNorm"
+        for which, parameter in module.named_parameters(recurse=False)
+    }
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from quest_deploy.config import FinetuneConfig, PhaseConfig
 from quest_deploy.model.load import LoadedModel
-from quest_deploy.quantize import losses
+from quest_deploy.quantize import losses, train
 from quest_deploy.quantize.finetune import finetune
 from tests.families.conftest import RECIPE
 
@@ -46,3 +47,14 @@ def test_phase_1_draws_timesteps_as_the_denoiser_is_told_them(
     (timestep,) = drawn
     # 256 draws cover the whole range.
     assert told[0] <= timestep.min() < 0.05 * told[1] and 0.95 * told[1] < timestep.max() <= told[1]
+
+
+@pytest.mark.parametrize("kind", ["sd35", "sana"])
+def test_a_rate_of_floats_lets_norms_of_root_mean_squares_learn(
+    kind: str, loaded: Callable[[str], LoadedModel]
+) -> None:
+    denoiser = copy.deepcopy(loaded(kind).denoiser)
+    floats = PhaseConfig(layers="none", steps=1, learning_rate_floats=0.01)
+    learned = train.learned(train.trainable(denoiser, floats, {}, temporal=False))
+    norms = [name for name, module in denoiser.named_modules() if type(module).__name__ == "RMSNorm"]
+    assert norms and {f"{name}.weight" for name in norms} <= set(learned)
