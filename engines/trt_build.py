@@ -28,6 +28,7 @@ from quest_deploy.engines.profiles import Profile, all_profiles
 from quest_deploy.engines.run_record import copy_records
 from quest_deploy.engines.timing_cache import check_place_of_timing_cache, used_timing_cache
 from quest_deploy.engines.trt_process import Progress
+from quest_deploy.engines.up_to_date import PLAN_NAME as PLAN_NAME
 from quest_deploy.engines.up_to_date import (
     companions_digest,
     differences,
@@ -44,7 +45,6 @@ from quest_deploy.model.merged import merged_details
 logger = logging.getLogger(__name__)
 
 ONNX_NAME = "model.onnx"
-PLAN_NAME = "model.plan"
 BUILDER_OPTIONS = (
     "optimization_level",
     "workspace_mb",

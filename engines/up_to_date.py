@@ -15,6 +15,7 @@ from quest_deploy.errors import ArtifactError
 from quest_deploy.files import hash_mapping
 from quest_deploy.manifest import MANIFEST_NAME, Manifest, made_by, read_manifest
 
+PLAN_NAME = "model.plan"
 CONFIGURATIONS = (".json", ".txt", ".md")
 """What lies beside a graph and is none of its weights."""
 
@@ -55,6 +56,8 @@ def check_reports(engines: Artifact) -> None:
     for name, report in components.items():
         if not isinstance(report, dict):
             raise _damaged(engines, f"'{name}' is {report!r}")
+        if f"{name}/{PLAN_NAME}" not in engines.manifest.files:
+            raise _damaged(engines, f"'{name}/{PLAN_NAME}' is not among its files")
         for field, kind in _NEEDED.items():
             if not isinstance(report.get(field), kind):
                 raise _damaged(engines, f"'{field}' of '{name}' is {report.get(field)!r}")

@@ -165,13 +165,15 @@ def build_engine(
     with show_progress() as progress:
         artifact = run(onnx_dir, output, config, progress=progress, overwrite=overwrite)
         proof = None
-        if artifact.manifest.details["verified"] and not config.strip_weights:
+        # Engines that are up to date may have got their weights by `refit` since.
+        stripped = artifact.manifest.details.get("weights_stripped")
+        if artifact.manifest.details["verified"] and not stripped:
             from quest_deploy.after_build import prove_here
 
             proof = prove_here(artifact, onnx_dir)
     on_the_gpu = f"quest-deploy generate {output} PROMPT -o DIR (on a machine with a GPU)"
     weights_first = f"quest-deploy refit {output} {onnx_dir} -o DIR (on the machine with the GPU that draws)"
-    result = artifact_result(artifact, weights_first if config.strip_weights else on_the_gpu)
+    result = artifact_result(artifact, weights_first if stripped else on_the_gpu)
     if proof is None:
         return result
     return Result(

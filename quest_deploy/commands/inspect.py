@@ -65,10 +65,12 @@ def describe(path: Path, *, verify: bool = False) -> dict[str, Any]:
             component["graph"] = describe_graph(path / name / "model.onnx")
     if stage == "engines":
         from quest_deploy.engines.run_record import read_runs
-        from quest_deploy.engines.trt_build import PLAN_NAME
+        from quest_deploy.engines.up_to_date import PLAN_NAME, check_reports
 
+        check_reports(artifact)
         for name, component in data["components"].items():
-            component["runs"] = read_runs(path / name, manifest.files[f"{name}/{PLAN_NAME}"].sha256)
+            plan = manifest.files.get(f"{name}/{PLAN_NAME}")
+            component["runs"] = [] if plan is None else read_runs(path / name, plan.sha256)
     if (path / QUANTIZATION_NAME).is_file():
         data["quantization"] = summarize_layers(path / QUANTIZATION_NAME)
     return data

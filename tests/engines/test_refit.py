@@ -121,6 +121,19 @@ def test_in_place(
     assert not refit.refit(path, tiny_onnx, path, overwrite=True).manifest.details["weights_stripped"]
 
 
+def test_the_build_command_again_after_refit_in_place_says_what_to_do_next(
+    stripped: Artifact, tiny_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    simulate(monkeypatch)
+    path = with_plans(stripped, tmp_path / "engines", {}, {}, config={"strip_weights": True}).path
+    words = ["build-engine", str(tiny_onnx), "-o", str(path), "--strip-weights"]
+    assert f"quest-deploy refit {path}" in CliRunner().invoke(main, words).output
+    refit.refit(path, tiny_onnx, path, overwrite=True)
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == 0, done.output
+    assert f"quest-deploy generate {path}" in done.output and "refit" not in done.output
+
+
 def test_weights_that_tensorrt_does_not_take_are_an_error_that_leaves_nothing(
     stripped: Artifact, tiny_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,6 +14,7 @@ import pytest
 
 from quest_deploy.artifacts import Artifact, read_artifact
 from quest_deploy.build_config import HardwareCompatibility
+from quest_deploy.commands.inspect import describe
 from quest_deploy.config import BuildConfig, ProfileConfig, ShapeRange, to_dict
 from quest_deploy.engines import trt_build
 from quest_deploy.engines.libraries import Gpu
@@ -400,6 +401,23 @@ def test_engines_whose_manifest_is_damaged_are_not_used_again(
     with pytest.raises(ArtifactError, match="exists already; add --overwrite"):
         build_engine(built_once[1], path, BuildConfig())
     assert "the manifest is damaged" in caplog.text
+
+
+def test_engines_without_a_plan_are_damaged(
+    built_once: tuple[Artifact, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = shutil.copytree(built_once[0].path, tmp_path / "engines")
+    content = json.loads((path / "manifest.json").read_text())
+    del content["files"]["unet/model.plan"]
+    (path / "manifest.json").write_text(json.dumps(content))
+    (path / "unet" / "model.plan").unlink()
+    with pytest.raises(ArtifactError, match="exists already; add --overwrite"):
+        build_engine(built_once[1], path, BuildConfig())
+    assert "'unet/model.plan' is not among its files; the manifest is damaged" in caplog.text
+    with pytest.raises(
+        ArtifactError, match="'unet/model.plan' is not among its files; the manifest is damaged"
+    ):
+        describe(path)
 
 
 def test_engines_of_a_version_without_an_option_are_what_its_default_makes(
