@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +20,7 @@ from quest_deploy.errors import ConfigError
 from quest_deploy.model.components import predict
 from quest_deploy.model.denoisers import CONTROL
 from quest_deploy.model.load import LoadedModel
+from quest_deploy.quantize import learned
 from quest_deploy.quantize.calibrate import CalibrationSet, told_to
 from quest_deploy.quantize.insert import quantized_layers
 from quest_deploy.quantize.layers import TimestepContext
@@ -163,9 +165,16 @@ class PassMemory:
 
 
 def pass_memory(
-    denoiser: nn.Module, data: CalibrationSet, context: TimestepContext, objective: Objective, *, walks: bool
+    denoiser: nn.Module,
+    data: CalibrationSet,
+    context: TimestepContext,
+    objective: Objective,
+    *,
+    walks: bool,
+    most: int = PROMPTS,
+    passes: int = 1,
 ) -> PassMemory:
-    """What gradients of pairs (or of walks) take, beside the parameters.
+    """What gradients of pairs (or of walks) take in an update, beside the parameters.
 
     Args:
         denoiser: Its parameters that ask for gradients are the ones that learn. No value is read.
@@ -173,35 +182,33 @@ def pass_memory(
         context: The denoiser's.
         objective: Gives the length of walks.
         walks: Which of both.
+        most: That go through a pass.
+        passes: Of an update: gradients of the ones before are kept.
     """
     before = context.now
     bare, shapes = without_values(denoiser, context), without_trajectories(data)
     timesteps = data.timesteps.numel()
-    length = objective.walk_length
     # Where values are missing, which ones they are does not matter.
     steps = None if objective.steps is None else Steps(torch.ones(timesteps), torch.ones(timesteps))
     empty = torch.zeros(0, dtype=torch.int64)
-    plain = Objective(
-        raw=torch.ones(timesteps),
-        walks=torch.ones(timesteps),
-        steps=steps,
-        walk_length=length,
-        walk_share=objective.walk_share,
-        guidance_scale=objective.guidance_scale,
+    plain = dataclasses.replace(
+        objective, raw=torch.ones(timesteps), walks=torch.ones(timesteps), steps=steps
     )
-    peaks = []
-    for count in (1, 2):
+
+    def peak(count: int) -> int:
         many = torch.zeros(count, dtype=torch.int64)
         drawn = (
             Draw(empty, empty, many, many, 1, count) if walks else Draw(many, many, empty, empty, count, 0)
         )
-        with PeakMemory() as memory:
-            network_loss(bare, shapes, plain, drawn).backward()
-        peaks.append(memory.peak)
+        with PeakMemory() as memory, learned.quantized_once(quantized_layers(bare).values()):
+            for _ in range(passes):
+                network_loss(bare, shapes, plain, drawn).backward()
         bare.zero_grad(set_to_none=True)
+        return memory.peak
+
+    found = PassMemory.measured(peak, max(2, most))
     context.now = before
-    each = max(1, peaks[1] - peaks[0])
-    return PassMemory(fixed=max(0, peaks[0] - each), each=each)
+    return found
 
 
 def temporal_memory(

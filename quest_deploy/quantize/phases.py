@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from dataclasses import dataclass
 from typing import Any
@@ -153,9 +154,13 @@ def phase_memory(
         walk_share=recipe.walk_share,
         guidance_scale=recipe.guidance_scale,
     )
-    pairs = pass_memory(student, data, inputs.context, bare, walks=False)
+    # Where there is a limit, an update may be cut.
+    measured = functools.partial(
+        pass_memory, student, data, inputs.context, bare, passes=1 if recipe.memory_limit_gb is None else 2
+    )
+    pairs = measured(walks=False, most=phase.batch_size)
     walking = steps is not None and steps.starts(recipe.walk_length) > 0
-    walks = pass_memory(student, data, inputs.context, bare, walks=True) if walking else None
+    walks = measured(walks=True, most=phase.walks) if walking else None
     if name == "temporal" and inputs.trace.ends:
         count = train.TIMESTEPS_PER_LOCAL_BATCH
         # Beside a pass over pairs, whose update it is part of.

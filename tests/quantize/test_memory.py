@@ -16,6 +16,7 @@ from quest_deploy.quantize import losses
 from quest_deploy.quantize.calibrate import CalibrationSet, from_tensors
 from quest_deploy.quantize.insert import quantized_layers
 from quest_deploy.quantize.layers import TimestepContext
+from quest_deploy.quantize.learned import quantized_once
 from quest_deploy.quantize.losses import Draw, Objective
 from quest_deploy.quantize.memory import (
     PassMemory,
@@ -128,6 +129,20 @@ def test_the_memory_of_a_pass_is_found_without_computing_it(student, recorded, o
     with PeakMemory() as memory, sdpa_kernel(SDPBackend.MATH):
         losses.network_loss(denoiser, recorded, objective, drawn).backward()
     assert 0.9 * memory.peak <= found.fixed + 2 * found.each <= 1.2 * memory.peak
+
+
+def test_the_memory_of_an_update_has_the_weights_that_its_passes_share(student, recorded, objective) -> None:  # type: ignore[no-untyped-def]
+    """Blocks that are computed twice keep little else."""
+    denoiser, context = student
+    enable_checkpointing(denoiser, context)
+    found = pass_memory(denoiser, recorded, context, objective, walks=False, most=2, passes=2)
+    none, two = torch.arange(0), torch.arange(2)
+    drawn = Draw(two, two, none, none, 2, 0)
+    layers = quantized_layers(denoiser).values()
+    with PeakMemory() as memory, sdpa_kernel(SDPBackend.MATH), quantized_once(layers):
+        for _ in range(2):
+            losses.network_loss(denoiser, recorded, objective, drawn).backward()
+    assert found.fixed + 2 * found.each == pytest.approx(memory.peak, rel=0.1)
 
 
 @pytest.mark.parametrize("count", [16, 256])
