@@ -79,7 +79,7 @@ def estimate(model: str | Path, config: FinetuneConfig) -> tuple[list[PartEstima
     context = make_context(data.boundaries(), data.timesteps, recipe)
     bits = layer_bits(trace.roles, recipe)
     student = make_student(loaded, _any_scales(loaded.denoiser, bits, data), {}, context)
-    rounded = without_values(student, context)
+    rounded = without_values(student.requires_grad_(False), context)
     trace = insert_tables(student, loaded.denoiser, trace, context, data.device)
     insert_attention(student, any_operands(loaded.denoiser, data, recipe), context)
     student.requires_grad_(False)

@@ -25,6 +25,7 @@ from quest_deploy.quantize.memory import (
     GIGABYTE,
     PassMemory,
     PeakMemory,
+    cached_bytes,
     forward_memory,
     limit_count,
     prompts_at_once,
@@ -206,6 +207,7 @@ def collapsed(run: Run) -> PartEstimate:
     pairs = min(collapse.STEPS, run.data.timesteps.numel()) * run.recipe.validation_prompts
     forward = forward_memory(run.student, run.data, run.context)
     held = run.held + size_bytes([*run.student.parameters(), *run.student.buffers()])
+    held += cached_bytes(run.student)
     at_once = limit_count(min(BATCH_PAIRS, pairs), held, run.recipe.memory_limit_gb, forward)
     return PartEstimate(
         part="collapse timestep groups",

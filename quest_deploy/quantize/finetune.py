@@ -42,6 +42,7 @@ from quest_deploy.quantize.fit import check_fit
 from quest_deploy.quantize.insert import LayerQParams, insert, quantizable_layers, share_quantizers
 from quest_deploy.quantize.layers import TimestepContext
 from quest_deploy.quantize.memory import (
+    cached_bytes,
     forward_memory,
     held_bytes,
     limit_count,
@@ -270,6 +271,7 @@ def _collapse(inputs: Inputs, progress: Progress) -> dict[str, Any]:
         return {}
     student = inputs.student
     held = held_bytes(inputs.model, data, recipe) + size_bytes([*student.parameters(), *student.buffers()])
+    held += cached_bytes(student)
     forward = forward_memory(student, data, inputs.context)
     found = collapse_groups(
         student,

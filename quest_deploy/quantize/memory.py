@@ -24,13 +24,7 @@ from quest_deploy.quantize import learned
 from quest_deploy.quantize.calibrate import CalibrationSet, told_to
 from quest_deploy.quantize.insert import quantized_layers
 from quest_deploy.quantize.layers import TimestepContext
-from quest_deploy.quantize.losses import (
-    Draw,
-    Objective,
-    network_loss,
-    temporal_conditioning,
-    temporal_loss,
-)
+from quest_deploy.quantize.losses import Draw, Objective, network_loss, temporal_conditioning, temporal_loss
 from quest_deploy.quantize.pictures import control_shape, sees_pictures, without_pictures
 from quest_deploy.quantize.trace import Trace, tensors_in
 from quest_deploy.quantize.walk import Steps
@@ -104,7 +98,7 @@ def enable_checkpointing(denoiser: nn.Module, context: TimestepContext) -> None:
 
 
 def without_values(denoiser: Module, context: TimestepContext) -> Module:
-    """A copy of `denoiser` whose tensors have shapes and no values; it shares `context`."""
+    """A copy of `denoiser` whose tensors have shapes and no values, as one that ran before; it shares `context`."""
     memo: dict[int, Any] = {id(context): context}
     for tensor in (*denoiser.parameters(), *denoiser.buffers()):
         empty = torch.empty_like(tensor, device=META)
@@ -114,7 +108,15 @@ def without_values(denoiser: Module, context: TimestepContext) -> Module:
     result = copy.deepcopy(denoiser, memo)
     for layer in quantized_layers(result).values():
         layer._cached = None
+        if not (layer.frozen or layer.weight_learns()):
+            layer.quantized_weight()
     return result
+
+
+def cached_bytes(student: nn.Module) -> int:
+    """Of the rounded weights that layers keep whose weights do not learn."""
+    layers = quantized_layers(student).values()
+    return size_bytes([layer.weight for layer in layers if not layer.weight_learns()])
 
 
 def without_trajectories(data: CalibrationSet) -> CalibrationSet:
@@ -187,13 +189,11 @@ def pass_memory(
     """
     before = context.now
     bare, shapes = without_values(denoiser, context), without_trajectories(data)
-    timesteps = data.timesteps.numel()
     # Where values are missing, which ones they are does not matter.
-    steps = None if objective.steps is None else Steps(torch.ones(timesteps), torch.ones(timesteps))
+    ones = torch.ones(data.timesteps.numel())
+    steps = None if objective.steps is None else Steps(ones, ones)
+    plain = dataclasses.replace(objective, raw=ones, walks=ones, steps=steps)
     empty = torch.zeros(0, dtype=torch.int64)
-    plain = dataclasses.replace(
-        objective, raw=torch.ones(timesteps), walks=torch.ones(timesteps), steps=steps
-    )
 
     def peak(count: int) -> int:
         many = torch.zeros(count, dtype=torch.int64)

@@ -21,9 +21,11 @@ from quest_deploy.quantize.losses import Draw, Objective
 from quest_deploy.quantize.memory import (
     PassMemory,
     PeakMemory,
+    cached_bytes,
     enable_checkpointing,
     limit_slices,
     pass_memory,
+    size_bytes,
     temporal_memory,
     without_values,
 )
@@ -143,6 +145,23 @@ def test_the_memory_of_an_update_has_the_weights_that_its_passes_share(student, 
         for _ in range(2):
             losses.network_loss(denoiser, recorded, objective, drawn).backward()
     assert found.fixed + 2 * found.each == pytest.approx(memory.peak, rel=0.1)
+
+
+def test_weights_that_do_not_learn_are_kept_beside_a_pass(student, recorded, objective) -> None:  # type: ignore[no-untyped-def]
+    denoiser, context = student
+    denoiser.requires_grad_(False)
+    quantized_layers(denoiser)["conv_in"].weight.requires_grad_(True)
+    found = pass_memory(denoiser, recorded, context, objective, walks=False, most=2)
+    none, few = torch.arange(0), torch.arange(4)
+    for _ in range(2):
+        with PeakMemory() as memory, sdpa_kernel(SDPBackend.MATH):
+            losses.network_loss(
+                denoiser, recorded, objective, Draw(few, few % 3, none, none, 4, 0)
+            ).backward()
+    assert found.fixed + 4 * found.each == pytest.approx(memory.peak, rel=0.1)
+    kept = [layer._cached for layer in quantized_layers(denoiser).values()]
+    assert kept.count(None) == 1
+    assert cached_bytes(denoiser) == size_bytes([cached[1] for cached in kept if cached is not None])
 
 
 @pytest.mark.parametrize("count", [16, 256])

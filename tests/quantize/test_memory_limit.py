@@ -202,14 +202,18 @@ def test_the_plan_of_a_block_s_rounding_holds_all_of_it(
     assert told.memory_bytes == pytest.approx(memory.peak, rel=0.15)
 
 
+@pytest.mark.parametrize("quantized", [False, True])
 def test_a_pass_without_gradients_takes_what_was_told(
-    float_model: LoadedModel, recorded: CalibrationSet
+    float_model: LoadedModel, recorded: CalibrationSet, quantize_tiny: Callable, quantized: bool
 ) -> None:
-    told = forward_memory(float_model.denoiser, recorded)
+    denoiser, context = quantize_tiny(8, 8) if quantized else (float_model.denoiser, None)
+    told = forward_memory(denoiser, recorded, context)
     at = torch.arange(4)
-    # Attention without values is not fused, which takes more.
-    with sdpa_kernel(SDPBackend.MATH), PeakMemory() as memory, torch.no_grad():
-        calibrate.predict(float_model.denoiser, *recorded.inputs(at, torch.zeros(4, dtype=torch.int64)))
+    # Layers keep their rounded weights from the first.
+    for _ in range(2):
+        # Attention without values is not fused, which takes more.
+        with sdpa_kernel(SDPBackend.MATH), PeakMemory() as memory, torch.no_grad():
+            calibrate.predict(denoiser, *recorded.inputs(at, torch.zeros(4, dtype=torch.int64)))
     assert told.fixed + 4 * told.each == pytest.approx(memory.peak, rel=0.1)
 
 
