@@ -101,16 +101,22 @@ def finetune(
 
 def _estimated(model: str, config: FinetuneConfig) -> Result:
     from quest_deploy.quantize.estimate import estimate
+    from quest_deploy.quantize.estimate_parts import most_on_disk
 
     parts, speed = estimate(model, config)
     rows = [("part", "time", "memory", "disk")]
     rows += [
-        (part.part, _format_time(part.seconds), format_size(part.memory_bytes), format_size(part.disk_bytes))
+        (
+            part.part,
+            _format_time(part.seconds),
+            format_size(part.memory_bytes),
+            format_size(part.disk_bytes + part.passing_bytes),
+        )
         for part in parts
     ]
     total_s = sum(part.seconds for part in parts)
     memory = max(part.memory_bytes for part in parts)
-    disk = sum(part.disk_bytes for part in parts)
+    disk = most_on_disk(parts)
     rows.append(("all", _format_time(total_s), format_size(memory), format_size(disk)))
     how = "timed" if speed.measured else "counted, not timed"
     note = (

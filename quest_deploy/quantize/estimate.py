@@ -112,12 +112,15 @@ def estimate(model: str | Path, config: FinetuneConfig) -> tuple[list[PartEstima
             seconds=data.num_prompts * data.timesteps.numel() * speed.forward_s,
             memory_bytes=run.passes(parts.batch_prompts(device)),
             disk_bytes=kept,
+            # Batches are joined to one file.
+            passing_bytes=kept if recipe.targets == "disk" else 0,
         ),
         PartEstimate(
             part="collect activations",
             seconds=run.shown * speed.forward_s,
             memory_bytes=run.passes(parts.PROMPTS_PER_STEP, seen),
             disk_bytes=seen,
+            passing_bytes=seen,
         ),
         PartEstimate(
             part="search scales",
@@ -275,5 +278,7 @@ def _phase(inputs: Inputs, name: str, phase: PhaseConfig, speed: Speed) -> PartE
         part=f"finetune {name} layers",
         seconds=updates * update_s + judged * speed.forward_s,
         memory_bytes=memory,
+        # The tensors, the best of them, and Adam's two moments.
         disk_bytes=4 * learned,
+        passing_bytes=4 * learned,
     )

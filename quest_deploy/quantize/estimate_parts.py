@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,12 +46,21 @@ class PartEstimate:
         seconds: On this machine.
         memory_bytes: The most at once, of tensors.
         disk_bytes: What is kept until the checkpoint is written; of the checkpoint, what it has at last.
+        passing_bytes: What lies on disk beside that for a while as the part runs: every file is written in full before
+            it takes the place of the one before.
     """
 
     part: str
     seconds: float
     memory_bytes: int
     disk_bytes: int
+    passing_bytes: int = 0
+
+
+def most_on_disk(parts: Sequence[PartEstimate]) -> int:
+    """Bytes, at any time of a run of these parts."""
+    kept = itertools.accumulate(part.disk_bytes for part in parts)
+    return max(so_far + part.passing_bytes for so_far, part in zip(kept, parts, strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,17 +145,31 @@ def attention_operands(run: Run) -> PartEstimate:
 def rounding(run: Run) -> PartEstimate:
     """The initializer."""
     found = _adaround if run.recipe.initializer == "adaround" else _gptq
-    seconds, memory = found(run)
-    weights = size_bytes([layer.weight for layer in run.layers.values()])
-    return PartEstimate(part="round weights", seconds=seconds, memory_bytes=memory, disk_bytes=weights)
+    seconds, memory, passing = found(run)
+    return PartEstimate(
+        part="round weights",
+        seconds=seconds,
+        memory_bytes=memory,
+        disk_bytes=_weights(run.layers.values()),
+        passing_bytes=passing,
+    )
 
 
-def _gptq(run: Run) -> tuple[float, int]:
+def _weights(layers: Iterable[Quantizable]) -> int:
+    return size_bytes([layer.weight for layer in layers])
+
+
+def _gptq(run: Run) -> tuple[float, int, int]:
     chunks = list(gptq.chunks(run.model.denoiser, list(run.layers)))
     plan = parts.plan_rounding(run.model, run.data, list(run.layers), run.recipe)
     own = [some for names in chunks for some in gptq.chunks(run.model.denoiser, names, plan.room)]
     seconds = len(own) * run.shown * run.speed.forward_s + _rounding_seconds(run.layers, chunks)
-    return seconds, plan.memory_bytes
+    passing = 0
+    for some in ([run.layers[name] for name in names] for names in own):
+        hessians = sum(map(gptq.hessian_bytes, some))
+        # Twice while they are gathered; then with the layers that are done.
+        passing = max(passing, hessians + max(hessians, 2 * _weights(some)))
+    return seconds, plan.memory_bytes, passing
 
 
 def _rounding_seconds(layers: Mapping[str, Quantizable], chunks: list[list[str]]) -> float:
@@ -165,7 +189,7 @@ def _rounding_seconds(layers: Mapping[str, Quantizable], chunks: list[list[str]]
     return spent * sum(map(cost, names)) / cost(name)
 
 
-def _adaround(run: Run) -> tuple[float, int]:
+def _adaround(run: Run) -> tuple[float, int, int]:
     """Each part learns on its own, so that all of them together take an update of the whole network."""
     shapes = blocks.shapes_of(run.rounded, run.data, run.context)
     branches, samples = run.data.targets.shape[2], adaround.count_samples(run.data)
@@ -185,14 +209,14 @@ def _adaround(run: Run) -> tuple[float, int]:
         ).memory_bytes
         for name, own in shapes.items()
     ]
-    return passes * run.speed.forward_s + run.recipe.adaround_iterations * update_s, max(memory)
+    return passes * run.speed.forward_s + run.recipe.adaround_iterations * update_s, max(memory), 0
 
 
 def layer_choice(run: Run) -> PartEstimate:
     """`layers: auto`."""
     steps = min(auto_layers.STEPS, run.data.timesteps.numel())
     measured = steps * min(auto_layers.PROMPTS, run.data.num_prompts)
-    rounded = size_bytes([layer.weight for layer in run.layers.values()])
+    rounded = _weights(run.layers.values())
     return PartEstimate(
         part="choose layers",
         seconds=(len(run.layers) + 1) * measured * run.speed.forward_s,

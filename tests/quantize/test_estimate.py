@@ -15,8 +15,11 @@ from safetensors.torch import load_file, save_file
 from quest_deploy.config import FinetuneConfig
 from quest_deploy.model.load import LoadedModel
 from quest_deploy.quantize import estimate as module
+from quest_deploy.quantize import gptq
 from quest_deploy.quantize.calibrate import CalibrationSet
 from quest_deploy.quantize.estimate import PartEstimate, Speed, estimate
+from quest_deploy.quantize.estimate_parts import most_on_disk
+from quest_deploy.quantize.insert import quantizable_layers
 from quest_deploy.quantize.operands import (
     AttentionBits,
     any_operands,
@@ -78,6 +81,26 @@ def test_the_checkpoint_of_a_model_in_half_precision_has_the_size_that_was_told(
     told = estimate(half, config)[0][-1].disk_bytes
     assert told == found[0][-1].disk_bytes - saved
     assert saved > 0.1 * told
+
+
+def test_disk_holds_what_a_part_writes_anew(
+    found: tuple[list[PartEstimate], Speed], float_model: LoadedModel
+) -> None:
+    parts = {part.part: part for part in found[0]}
+    (chunk,) = gptq.chunks(float_model.denoiser, list(quantizable_layers(float_model.denoiser)))
+    layers = quantizable_layers(float_model.denoiser)
+    hessians = sum(gptq.hessian_bytes(layers[name]) for name in chunk)
+    assert parts["round weights"].passing_bytes == 2 * hessians
+    phases = [part for name, part in parts.items() if name.startswith("finetune")]
+    assert all(part.passing_bytes == part.disk_bytes > 0 for part in phases)
+
+
+def test_most_is_on_disk_while_a_part_runs_or_at_the_end() -> None:
+    def part(kept: int, passing: int) -> PartEstimate:
+        return PartEstimate(part="", seconds=0, memory_bytes=0, disk_bytes=kept, passing_bytes=passing)
+
+    assert most_on_disk([part(10, 0), part(5, 20), part(7, 0)]) == 35
+    assert most_on_disk([part(10, 0), part(5, 20), part(30, 0)]) == 45
 
 
 @pytest.mark.thorough
