@@ -22,6 +22,7 @@ from quest_deploy.quantize.memory import (
     PassMemory,
     cached_bytes,
     enable_checkpointing,
+    kept_bytes,
     limit_slices,
     pass_memory,
     size_bytes,
@@ -147,8 +148,8 @@ def phase_memory(
     learned = size_bytes(train.learned(groups))
     held = weight_bytes(model) + size_bytes([*student.parameters(), *student.buffers()])
     held += cached_bytes(student)
-    if recipe.targets == "memory":
-        held += size_bytes(data.tensors())
+    if recipe.targets != "disk":
+        held += kept_bytes(data, recipe.targets)
     bare = Objective(
         raw=torch.empty(0),
         walks=torch.empty(0),

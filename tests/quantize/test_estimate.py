@@ -15,11 +15,12 @@ from safetensors.torch import load_file, save_file
 from quest_deploy.config import FinetuneConfig
 from quest_deploy.model.load import LoadedModel
 from quest_deploy.quantize import estimate as module
-from quest_deploy.quantize import gptq
-from quest_deploy.quantize.calibrate import CalibrationSet
+from quest_deploy.quantize import gptq, phases
+from quest_deploy.quantize.calibrate import CalibrationSet, from_tensors
 from quest_deploy.quantize.estimate import PartEstimate, Speed, estimate
 from quest_deploy.quantize.estimate_parts import most_on_disk
 from quest_deploy.quantize.insert import quantizable_layers
+from quest_deploy.quantize.memory import PassMemory, size_bytes
 from quest_deploy.quantize.operands import (
     AttentionBits,
     any_operands,
@@ -27,6 +28,7 @@ from quest_deploy.quantize.operands import (
     initialize_operands,
 )
 from quest_deploy.quantize.recipe import load_recipe
+from quest_deploy.quantize.trace import Trace
 
 
 @pytest.fixture(scope="module")
@@ -91,8 +93,37 @@ def test_disk_holds_what_a_part_writes_anew(
     layers = quantizable_layers(float_model.denoiser)
     hessians = sum(gptq.hessian_bytes(layers[name]) for name in chunk)
     assert parts["round weights"].passing_bytes == 2 * hessians
-    phases = [part for name, part in parts.items() if name.startswith("finetune")]
-    assert all(part.passing_bytes == part.disk_bytes > 0 for part in phases)
+    trained = [part for name, part in parts.items() if name.startswith("finetune")]
+    assert all(part.passing_bytes == part.disk_bytes > 0 for part in trained)
+
+
+def test_a_phase_holds_what_was_recorded_unless_it_is_read_from_disk(
+    float_model: LoadedModel,
+    recorded: CalibrationSet,
+    traced: Trace,
+    quantize_tiny: Callable,
+    config: FinetuneConfig,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(phases, "pass_memory", lambda *args, **options: PassMemory(fixed=0, each=1))
+    student, context = quantize_tiny(8, 8)
+    kept = recorded.tensors()
+    without = {name: value for name, value in kept.items() if name != "targets"}
+    again = from_tensors(without, teacher=float_model.denoiser)
+    held = {}
+    for targets, data in (("disk", recorded), ("memory", recorded), ("recompute", again)):
+        recipe = dataclasses.replace(config.recipe, targets=targets)
+        inputs = phases.Inputs(
+            model=float_model,
+            student=student,
+            trace=traced,
+            data=data,
+            context=context,
+            config=dataclasses.replace(config, recipe=recipe),
+        )
+        held[targets] = phases.phase_memory(inputs, None, "sensitive", recipe.sensitive)[0]
+    assert held["memory"] - held["disk"] == size_bytes(kept)
+    assert held["recompute"] - held["disk"] == size_bytes(without)
 
 
 def test_most_is_on_disk_while_a_part_runs_or_at_the_end() -> None:
