@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from quest_deploy.config import FinetuneConfig, Recipe, StaticMode
@@ -35,6 +35,7 @@ from quest_deploy.quantize.memory import (
 from quest_deploy.quantize.sensitivity import BATCH_PAIRS
 
 PRODUCT_SIZE = 512
+MOST_OPERATIONS, QUICK_S = 1e11, 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,20 +174,34 @@ def _gptq(run: Run) -> tuple[float, int, int]:
 
 
 def _rounding_seconds(layers: Mapping[str, Quantizable], chunks: list[list[str]]) -> float:
-    names = [name for chunk in chunks for name in chunk]
-    if not names:
+    """Of all layers, from a small and a large one: for each column, turns of a loop and products of matrices."""
+    weights = [layers[name].weight.detach().flatten(1) for chunk in chunks for name in chunk]
+
+    def products(weight: Tensor) -> int:
+        rows, columns = weight.shape
+        return columns * (columns + rows)
+
+    def column_s(weight: Tensor) -> float:
+        with weight.device:
+            scale, hessian = torch.full([weight.shape[0]], 0.01), torch.eye(weight.shape[1])
+        run = functools.partial(gptq.round_with_compensation, weight, scale, hessian, 8)
+        found = seconds_of(run, weight.device)
+        # The first is cold, and any may be disturbed.
+        for _ in range(2 if found < QUICK_S else 0):
+            found = min(found, seconds_of(run, weight.device))
+        return found / weight.shape[1]
+
+    by_size = sorted(weights, key=products)
+    some = [one for one in by_size if products(one) * one.shape[1] <= MOST_OPERATIONS] or by_size[:1]
+    if not some:
         return 0.0
-
-    def cost(name: str) -> int:
-        rows, columns = layers[name].weight.flatten(1).shape
-        return columns**2 * (columns + rows)
-
-    name = sorted(names, key=cost)[len(names) // 2]
-    weight = layers[name].weight.detach().flatten(1)
-    with weight.device:
-        scale, hessian = torch.full([weight.shape[0]], 0.01), torch.eye(weight.shape[1])
-    spent = seconds_of(lambda: gptq.round_with_compensation(weight, scale, hessian, 8), weight.device)
-    return spent * sum(map(cost, names)) / cost(name)
+    small, large = some[len(some) // 4], some[-1]
+    turn_s, product_s = column_s(small), 0.0
+    if further := products(large) - products(small):
+        large_s = column_s(large)
+        product_s = min(max(0.0, large_s - turn_s) / further, large_s / products(large))
+        turn_s = max(0.0, turn_s - products(small) * product_s)
+    return sum(one.shape[1] * (turn_s + products(one) * product_s) for one in weights)
 
 
 def _adaround(run: Run) -> tuple[float, int, int]:

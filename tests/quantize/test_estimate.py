@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from quest_deploy.config import FinetuneConfig
 from quest_deploy.model.load import LoadedModel
 from quest_deploy.quantize import estimate as module
-from quest_deploy.quantize import gptq, phases
+from quest_deploy.quantize import estimate_parts, gptq, phases
 from quest_deploy.quantize.calibrate import CalibrationSet, from_tensors
 from quest_deploy.quantize.estimate import PartEstimate, Speed, estimate
 from quest_deploy.quantize.estimate_parts import most_on_disk
@@ -124,6 +124,29 @@ def test_a_phase_holds_what_was_recorded_unless_it_is_read_from_disk(
         held[targets] = phases.phase_memory(inputs, None, "sensitive", recipe.sensitive)[0]
     assert held["memory"] - held["disk"] == size_bytes(kept)
     assert held["recompute"] - held["disk"] == size_bytes(without)
+
+
+def test_rounding_is_a_loop_over_columns_and_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine of so many turns and operations a second, where everything takes longer at first."""
+    shapes = {"a": (8, 36), "b": (64, 64), "c": (320, 64), "d": (64, 576)}
+    rounded: list[tuple[int, int]] = []
+
+    def seconds(rows: int, columns: int) -> float:
+        return 1e-4 * columns + 1e-9 * columns**2 * (columns + rows)
+
+    def seconds_of(run: Callable[[], object], device: torch.device) -> float:
+        run()
+        return seconds(*rounded[-1]) * (1 if rounded[-1] in rounded[:-1] else 3)
+
+    monkeypatch.setattr(
+        gptq, "round_with_compensation", lambda weight, *args: rounded.append(tuple(weight.shape))
+    )
+    monkeypatch.setattr(estimate_parts, "seconds_of", seconds_of)
+    layers = {name: torch.nn.Linear(columns, rows) for name, (rows, columns) in shapes.items()}
+    told = estimate_parts._rounding_seconds(layers, [["a", "b", "c"], ["d"]])
+    assert told == pytest.approx(sum(seconds(*shapes[name]) for name in "abcd"))
+    assert estimate_parts._rounding_seconds(layers, [["b"]]) == pytest.approx(seconds(*shapes["b"]))
+    assert estimate_parts._rounding_seconds(layers, []) == 0
 
 
 def test_most_is_on_disk_while_a_part_runs_or_at_the_end() -> None:
