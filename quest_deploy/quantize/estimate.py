@@ -57,7 +57,7 @@ from quest_deploy.quantize.parallel import ALONE, device_of, place
 from quest_deploy.quantize.phases import Inputs, phase_memory, phases
 from quest_deploy.quantize.select import layer_bits
 from quest_deploy.quantize.tables import insert_tables, make_context, time_tables
-from quest_deploy.quantize.walk import Steps
+from quest_deploy.quantize.walk import Steps, has_steps
 
 LONGEST_MEASUREMENT_S = 20.0
 BACKWARD_COST = 3.0
@@ -137,7 +137,9 @@ def estimate(model: str | Path, config: FinetuneConfig) -> tuple[list[PartEstima
         result.append(layer_choice(run))
         config = auto_layers.any_layers(loaded.denoiser, trace.roles, bits, config)
     inputs = Inputs(model=loaded, student=student, trace=trace, data=data, context=context, config=config)
-    result += [_phase(inputs, name, phase, speed) for name, phase in phases(config.recipe)]
+    walking = recipe.walk_share > 0 and data.timesteps.numel() > recipe.walk_length
+    walking = walking and has_steps(loaded, recipe.calibration_steps)
+    result += [_phase(inputs, name, phase, speed, walking) for name, phase in phases(config.recipe)]
     if recipe.collapse_loss_db:
         result.append(collapsed(run))
     result += companions(run)
@@ -252,10 +254,9 @@ def _search_seconds(
     return spent * sum(other.weight.numel() for other in layers.values()) / layer.weight.numel()
 
 
-def _phase(inputs: Inputs, name: str, phase: PhaseConfig, speed: Speed) -> PartEstimate:
+def _phase(inputs: Inputs, name: str, phase: PhaseConfig, speed: Speed, walking: bool) -> PartEstimate:
     recipe, student = inputs.recipe, inputs.student
     count = inputs.data.timesteps.numel()
-    walking = recipe.walk_share > 0 and count > recipe.walk_length
     steps = Steps(torch.ones(count - 1), torch.ones(count - 1)) if walking else None
     held, pairs, walks = phase_memory(inputs, steps, name, phase)
     passes = pairs.fixed + pairs.each * phase.batch_size

@@ -16,8 +16,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from quest_deploy.model.components import predict
+from quest_deploy import sampling
+from quest_deploy.model.components import Conditioning, predict
+from quest_deploy.model.load import LoadedModel
 from quest_deploy.quantize.calibrate import CalibrationSet
+from quest_deploy.quantize.schedule import flow_of, recording_config
 from quest_deploy.sampling import guide
 
 MAX_RESIDUAL = 1e-3
@@ -68,6 +71,41 @@ def fit_steps(data: CalibrationSet, guidance_scale: float) -> Steps | None:
         keep.append(float(solution[0]))
         move.append(float(solution[1]))
     return Steps(keep=torch.tensor(keep), move=torch.tensor(move)) if keep else None
+
+
+def has_steps(model: LoadedModel, count: int) -> bool:
+    """Whether trajectories of `count` steps will have steps of the module's form: found on noise for predictions."""
+    config = recording_config(model, count)
+    # Where latents are clipped depends on the predictions, and those of a model hardly are.
+    config = {**config, **{name: False for name in ("clip_sample", "thresholding") if name in config}}
+    generators = sampling.generators_of([0])
+    latents: list[Tensor] = []
+    targets: list[Tensor] = []
+
+    def denoise(sample: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+        targets.append(sampling.draw_noise(generators, model.latent_shape))
+        return targets[-1]
+
+    sampling.denoise(
+        denoise,
+        sampling.make_scheduler(None, config),
+        sampling.draw_noise(generators, model.latent_shape),
+        {},
+        None,
+        steps=count,
+        guidance_scale=1.0,
+        flow=flow_of(model),
+        generators=generators,
+        callback=lambda step: latents.append(step.latents),
+    )
+    recorded = CalibrationSet(
+        timesteps=torch.zeros(count),
+        latents=torch.stack(latents, dim=1),
+        targets=torch.stack(targets, dim=1)[:, :, None],
+        positive={},
+        negative={},
+    )
+    return fit_steps(recorded, 1.0) is not None
 
 
 def walk_errors(

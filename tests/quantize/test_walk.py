@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from quest_deploy import sampling
+from quest_deploy.model.load import LoadedModel
 from quest_deploy.quantize.calibrate import CalibrationSet
-from quest_deploy.quantize.walk import fit_steps, guided_target, walk_errors
+from quest_deploy.quantize.walk import fit_steps, guided_target, has_steps, walk_errors
 
 KEEP, MOVE = torch.tensor([0.9, 0.8, 1.1]), torch.tensor([-0.2, 0.3, -0.1])
 GUIDANCE = 3.0
@@ -128,3 +130,24 @@ def test_every_step_of_a_walk_is_learned_from(walked) -> None:  # type: ignore[n
 def test_walks_end_at_recorded_latents(walked) -> None:  # type: ignore[no-untyped-def]
     _, steps = walked
     assert [steps.starts(length) for length in (1, 3, 4, 9)] == [3, 1, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "options", "expected"),
+    [
+        ("ddim", {}, True),
+        # Recorded with DDIM.
+        ("pndm", {}, True),
+        ("ddim", {"clip_sample": True}, True),
+        ("euler", {}, True),
+        ("flow-euler", {}, True),
+        ("dpm++", {}, False),
+        ("lcm", {}, False),
+    ],
+)
+def test_which_schedulers_have_walks_is_known_beforehand(
+    float_model: LoadedModel, scheduler: str, options: dict[str, bool], expected: bool
+) -> None:
+    config = {**float_model.scheduler.config, **options, "_class_name": sampling.SCHEDULERS[scheduler]}
+    own = sampling.make_scheduler(None, config)
+    assert has_steps(dataclasses.replace(float_model, scheduler=own), 4) == expected
