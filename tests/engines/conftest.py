@@ -12,6 +12,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from quest_deploy.artifacts import Artifact, read_artifact, write_artifact
+from quest_deploy.config import BuildConfig
 
 TOKENS, HIDDEN, CHANNELS, LATENTS = 8, 16, 4, 8
 SCALE = 0.05
@@ -212,3 +213,27 @@ def four_bit_unet() -> Callable[..., bytes]:
         return unet(rng, four_bit_weight(rng), cast=cast).SerializeToString()
 
     return make
+
+
+@pytest.fixture
+def engines(make_onnx: Callable[..., Path], tmp_path: Path) -> Artifact:
+    """Of the tiny pipeline, in `tmp_path`; its ONNX lies in `onnx` beside it."""
+    from quest_deploy.engines.trt_build import build_engine
+
+    return build_engine(make_onnx(), tmp_path / "engines", BuildConfig())
+
+
+@pytest.fixture
+def jobs(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The components of every job that a worker is given."""
+    from quest_deploy.engines import trt_build
+
+    seen: list[list[str]] = []
+    build = trt_build.ladder.build
+
+    def keep(job, progress, **options):
+        seen.append([component["name"] for component in job["components"]])
+        return build(job, progress, **options)
+
+    monkeypatch.setattr(trt_build.ladder, "build", keep)
+    return seen
