@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 _UNET_WIDTHS = (320, 640, 1280, 1280)
+_RENAMED = {"ada_norm_zero": "DiTTransformer2DModel", "ada_norm_single": "PixArtTransformer2DModel"}
 
 DIFFUSERS_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "AutoencoderKL": {
@@ -69,7 +70,6 @@ DIFFUSERS_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "num_embeds_ada_norm": 1000,
         "norm_type": "ada_norm_zero",
     },
-    "Transformer2DModel": {"norm_type": "layer_norm"},
     "PixArtTransformer2DModel": {
         "in_channels": 4,
         "out_channels": 8,
@@ -112,3 +112,13 @@ TRANSFORMERS_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "gemma": {"hidden_size": 2304, "num_hidden_layers": 26},
 }
 """By kind of text encoder, then by field."""
+
+
+def class_read_by(kind: object, config: Mapping[str, Any]) -> str:
+    """The class that diffusers makes for a configuration of the class `kind`.
+
+    DiT and PixArt were one class at first, and models on the hub still say so; their norms tell them apart.
+    """
+    return (
+        _RENAMED.get(str(config.get("norm_type")), str(kind)) if kind == "Transformer2DModel" else str(kind)
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from fractions import Fraction
 
 from quest_deploy.errors import ModelLoadError
+from quest_deploy.model.defaults import class_read_by
 from quest_deploy.model.families import Classes, Family
 from quest_deploy.model.tensors import (
     TIMESTEP,
@@ -271,8 +272,6 @@ DENOISERS = {
     "UNet2DConditionModel": _conditional_unet,
     "UNet2DModel": _unet,
     "DiTTransformer2DModel": _dit,
-    # What a DiT was called at first; models on the hub still are.
-    "Transformer2DModel": _dit,
     "PixArtTransformer2DModel": _pixart,
     "SD3Transformer2DModel": _sd3,
     "SanaTransformer2DModel": _sana,
@@ -287,7 +286,7 @@ def denoiser_spec(family: Family, config: Config) -> ComponentSpec:
         KeyError: the configuration lacks a field.
         ModelLoadError: the denoiser is of a kind that is not supported.
     """
-    kind = config.get("_class_name", family.denoiser_class)
+    kind = class_read_by(config.get("_class_name", family.denoiser_class), config)
     if kind not in DENOISERS:
         raise ModelLoadError(f"{family.denoiser}: got a {kind}, expected one of {', '.join(DENOISERS)}")
     return DENOISERS[kind](family, config)

@@ -15,7 +15,7 @@ from typing import Any
 
 from quest_deploy.errors import ArtifactError, ConfigError, ModelLoadError
 from quest_deploy.model.corrections import corrected_denoiser
-from quest_deploy.model.defaults import DIFFUSERS_DEFAULTS, TRANSFORMERS_DEFAULTS
+from quest_deploy.model.defaults import DIFFUSERS_DEFAULTS, TRANSFORMERS_DEFAULTS, class_read_by
 from quest_deploy.model.denoisers import (
     controlnet_spec,
     denoiser_spec,
@@ -194,7 +194,7 @@ def _defaults(family: Family, name: str, config: Config, index: Mapping[str, Any
     entry = index.get(folder)
     named = entry[-1] if isinstance(entry, list) and entry else None
     usual = family.denoiser_class if name == family.denoiser else None
-    kinds = map(str, (config.get("_class_name"), named, usual))
+    kinds = [class_read_by(kind, config) for kind in (config.get("_class_name"), named, usual)]
     return next((DIFFUSERS_DEFAULTS[kind] for kind in kinds if kind in DIFFUSERS_DEFAULTS), {})
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 from torch import Tensor
@@ -61,6 +64,20 @@ def model_of(
         return made[kind]
 
     return get
+
+
+@pytest.fixture
+def altered(model_of: Callable[[str], Path], tmp_path: Path) -> Callable[..., Path]:
+    """A copy of a model of that kind, where one of its JSON files says something else."""
+
+    def make(kind: str, file: str, **changes: Any) -> Path:
+        copy = tmp_path / f"altered {kind}"
+        if not copy.exists():
+            shutil.copytree(model_of(kind), copy)
+        (copy / file).write_text(json.dumps(json.loads((copy / file).read_text()) | changes))
+        return copy
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -36,7 +36,6 @@ UNREAD = {
     "UNet2DModel": {"layers_per_block", "attention_head_dim"},
     "ControlNetModel": {"attention_head_dim"},
     "DiTTransformer2DModel": {"attention_head_dim"},
-    "Transformer2DModel": {"attention_head_dim"},
     "PixArtTransformer2DModel": {"attention_head_dim", "norm_type", "num_embeds_ada_norm"},
     "SD3Transformer2DModel": {"attention_head_dim"},
     "SanaTransformer2DModel": {"attention_head_dim", "cross_attention_dim"},

@@ -1,0 +1,86 @@
+"""Models whose configurations say what those of diffusers' examples do not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, PixArtTransformer2DModel
+from diffusers.utils import logging as diffusers_logging
+
+from quest_deploy import sampling
+from quest_deploy.config import FinetuneConfig
+from quest_deploy.model.load import load_model
+from quest_deploy.model.spec import component_configs, component_specs
+from quest_deploy.pipeline import load_pipeline
+from quest_deploy.quantize.checkpoint import load_checkpoint
+from quest_deploy.quantize.finetune import finetune
+from tests.families.conftest import RECIPE
+
+SEEDS, PROMPTS = [5, 9], ["a red heart", "Pizza 7"]
+SETTINGS = {"guidance_scale": 4.0}
+
+
+def check_same(path: Path, **call: object) -> None:
+    """Check that torch draws the latents of diffusers, bit for bit."""
+    diffusers_logging.set_verbosity_error()
+    theirs = DiffusionPipeline.from_pretrained(str(path), torch_dtype=torch.float32)
+    theirs.set_progress_bar_config(disable=True)
+    generators = sampling.generators_of(SEEDS)
+    expected = theirs(
+        PROMPTS, generator=generators, num_inference_steps=3, output_type="latent", **SETTINGS, **call
+    ).images
+    generators = sampling.generators_of(SEEDS)
+    with load_pipeline(path) as pipeline:
+        got = pipeline.denoise(
+            sampling.draw_noise(generators, pipeline.latent_shape()),
+            pipeline.encode(PROMPTS),
+            pipeline.encode_negative(len(PROMPTS)),
+            steps=3,
+            generators=generators,
+            **SETTINGS,
+        )
+    assert torch.equal(got, expected)
+
+
+@pytest.fixture
+def first_pixart(altered: Callable[..., Path]) -> Path:
+    """As PixArt-alpha is on the hub: saved before its transformer had a class of its own."""
+    altered("pixart-alpha", "transformer/config.json", _class_name="Transformer2DModel")
+    return altered("pixart-alpha", "model_index.json", transformer=["diffusers", "Transformer2DModel"])
+
+
+def test_a_pixart_of_the_first_class_draws_as_in_diffusers(
+    first_pixart: Path, text_models: ModuleType
+) -> None:
+    check_same(first_pixart, **text_models.CALLS["pixart-alpha"])
+
+
+def test_a_pixart_of_the_first_class_is_the_same_model(
+    first_pixart: Path, model_of: Callable[[str], Path]
+) -> None:
+    path = first_pixart / "transformer" / "config.json"
+    config = json.loads(path.read_text())
+    del config["patch_size"], config["out_channels"]
+    path.write_text(json.dumps(config))
+    assert component_specs(first_pixart) == component_specs(model_of("pixart-alpha"))
+    assert component_configs(first_pixart)["transformer"]["patch_size"] == 2
+    for deferred in (False, True):
+        assert type(load_model(first_pixart, deferred=deferred).denoiser) is PixArtTransformer2DModel
+
+
+def test_a_dit_of_the_first_class_is_the_same_model(
+    altered: Callable[..., Path], model_of: Callable[[str], Path]
+) -> None:
+    path = altered("dit", "transformer/config.json", _class_name="Transformer2DModel")
+    assert component_specs(path) == component_specs(model_of("dit"))
+
+
+@pytest.mark.thorough
+def test_a_pixart_of_the_first_class_is_finetuned(first_pixart: Path, tmp_path: Path) -> None:
+    finetune(first_pixart, tmp_path / "checkpoint", FinetuneConfig(recipe=RECIPE))
+    assert type(load_checkpoint(tmp_path / "checkpoint").denoiser) is PixArtTransformer2DModel
