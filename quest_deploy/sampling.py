@@ -41,6 +41,7 @@ SCHEDULERS = {
 
 # What `set_timesteps` would switch on by itself, with a warning each time.
 DEFAULTS = {"DPMSolverSinglestepScheduler": {"lower_order_final": True}}
+_SAID_OF_FLOWS = ("prediction_type", "use_flow_sigmas", "flow_shift")
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def make_scheduler(name: str | None, config: Any, *, own: str | None = None) -> 
         own: The class of the model's own scheduler, where its configuration may name another.
 
     Raises:
-        ConfigError: the name is unknown.
+        ConfigError: the name is unknown, or that scheduler does not take what the model predicts.
     """
     import diffusers
 
@@ -80,16 +81,41 @@ def make_scheduler(name: str | None, config: Any, *, own: str | None = None) -> 
         raise ConfigError(
             f"scheduler {class_name!r} is unknown; choose one of {known} or the diffusers class name of one"
         )
-    if is_flow(str(class_name)) != is_flow(own):
+    kind = getattr(diffusers, str(class_name))
+    flow = predicts_flow(config, own)
+    # A flow-matching scheduler's configuration lacks what other schedulers go by.
+    fits = is_flow(str(class_name)) or (flow and not is_flow(own) and takes_flow(kind))
+    if fits != flow and class_name != own:
         raise ConfigError(
-            f"scheduler {class_name!r} is for {'flow' if is_flow(str(class_name)) else 'noise'} predictions, and the "
-            f"model's own is a {own}; leave the scheduler out"
+            f"scheduler {class_name!r} is for {'noise' if flow else 'flow'} predictions, and the model's own, a {own}, "
+            f"for those of {'a flow' if flow else 'noise'}; leave the scheduler out"
         )
-    return getattr(diffusers, str(class_name)).from_config({**DEFAULTS.get(str(class_name), {}), **config})
+    settings = {**DEFAULTS.get(str(class_name), {}), **config}
+    if is_flow(str(class_name)) and not is_flow(own):
+        # They take nothing else, and have another name for the shift.
+        settings = {name: value for name, value in settings.items() if name not in _SAID_OF_FLOWS}
+        settings["shift"] = config.get("flow_shift", 1.0)
+    return kind.from_config(settings)
+
+
+def predicts_flow(config: Any, own: str) -> bool:
+    """Whether a model predicts the velocity of a flow from noise to data.
+
+    Args:
+        config: The configuration of its scheduler.
+        own: The class of that.
+    """
+    said = config.get("prediction_type") == "flow_prediction" or config.get("use_flow_sigmas")
+    return is_flow(own) or bool(said)
+
+
+def takes_flow(kind: type) -> bool:
+    """Whether a scheduler class of diffusers can be told that predictions are those of a flow."""
+    return "use_flow_sigmas" in inspect.signature(kind).parameters
 
 
 def is_flow(class_name: str) -> bool:
-    """Whether a scheduler class of diffusers takes the velocity of a flow from noise to data."""
+    """Whether a scheduler class of diffusers takes the velocity of a flow, and nothing else."""
     return class_name.startswith("FlowMatch")
 
 

@@ -224,3 +224,44 @@ def test_steps_that_leave_the_trained_timesteps_are_refused(ours: Pipeline, sche
 def test_a_flow_begins_at_its_last_timestep() -> None:
     flow = sampling.make_scheduler(None, {"_class_name": "FlowMatchEulerDiscreteScheduler"})
     assert sampling.timesteps(flow, 4).max() == 1000
+
+
+SOLVER = {
+    "_class_name": "DPMSolverMultistepScheduler",
+    "prediction_type": "flow_prediction",
+    "use_flow_sigmas": True,
+    "flow_shift": 3.0,
+}
+
+
+def follow(scheduler: Any, steps: int) -> Tensor:
+    """Latents that start at one, where the velocity is theirs times 0.3."""
+    noise, told = torch.ones(1, 1, 1, 1), {"text": torch.zeros(1, 1, 1)}
+
+    def velocity(sample: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+        return 0.3 * sample
+
+    return sampling.denoise(velocity, scheduler, noise, told, None, steps=steps, guidance_scale=1.0)
+
+
+@pytest.mark.parametrize("name", ["dpm++", "dpm++-single", "deis", "unipc", "flow-euler"])
+def test_a_flow_that_a_solver_follows_is_followed_by_whatever_takes_flows(name: str) -> None:
+    scheduler = sampling.make_scheduler(name, SOLVER)
+    assert scheduler.config.get("flow_shift", scheduler.config.get("shift")) == 3.0
+    # All go to the solution of the same equation.
+    torch.testing.assert_close(follow(scheduler, 100), torch.full((1, 1, 1, 1), 0.7408), rtol=0, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    "name", ["ddim", "ddpm", "pndm", "lms", "euler", "euler-ancestral", "heun", "lcm", "LMSDiscreteScheduler"]
+)
+def test_a_flow_that_a_solver_follows_is_refused_to_schedulers_of_noise(name: str) -> None:
+    with pytest.raises(
+        ConfigError, match="is for noise predictions, and the model's own, a DPMSolver.*a flow"
+    ):
+        sampling.make_scheduler(name, SOLVER)
+
+
+def test_noise_predictions_are_refused_to_schedulers_of_flows(ours: Pipeline) -> None:
+    with pytest.raises(ConfigError, match="is for flow predictions, and the model's own, .* of noise"):
+        ours.make_scheduler("flow-euler")
