@@ -168,7 +168,13 @@ def controlnet_spec(family: Family, config: Config) -> ComponentSpec:
 
     Raises:
         KeyError: the configuration lacks a field.
+        ModelLoadError: the network is of a kind that is not supported.
     """
+    if config.get("global_pool_conditions"):
+        raise ModelLoadError(
+            f"{family.controlnet}: global_pool_conditions is true (as in ControlNets of shuffled pictures), which is "
+            "not supported; take a ControlNet whose residuals are pictures"
+        )
     scale = Fraction(2 ** (len(config["conditioning_embedding_out_channels"]) - 1))
     picture = (scaled_symbol(side, scale) for side in SIZE)
     return ComponentSpec(

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from diffusers.utils import logging as diffusers_logging
 
 from quest_deploy import sampling
 from quest_deploy.config import FinetuneConfig
+from quest_deploy.errors import ModelLoadError
 from quest_deploy.model.load import load_model
 from quest_deploy.model.spec import component_configs, component_specs
 from quest_deploy.pipeline import load_pipeline
@@ -84,3 +86,14 @@ def test_a_dit_of_the_first_class_is_the_same_model(
 def test_a_pixart_of_the_first_class_is_finetuned(first_pixart: Path, tmp_path: Path) -> None:
     finetune(first_pixart, tmp_path / "checkpoint", FinetuneConfig(recipe=RECIPE))
     assert type(load_checkpoint(tmp_path / "checkpoint").denoiser) is PixArtTransformer2DModel
+
+
+@pytest.mark.parametrize(
+    ("kind", "file", "changes", "message"),
+    [("controlnet", "controlnet/config.json", {"global_pool_conditions": True}, "global_pool_conditions")],
+)
+def test_what_is_not_supported_is_refused_by_name(
+    kind: str, file: str, changes: dict[str, Any], message: str, altered: Callable[..., Path]
+) -> None:
+    with pytest.raises(ModelLoadError, match=f"{message}.*not supported"):
+        load_model(altered(kind, file, **changes))
