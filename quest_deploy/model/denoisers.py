@@ -78,6 +78,11 @@ def latent_granularity(config: Config) -> int:
     return int(2 ** (len(config.get("block_out_channels", [0])) - 1))
 
 
+def has_patches(config: Config) -> bool:
+    """Whether the denoiser cuts latents into patches, or packs them into tokens, and leaves no remainder."""
+    return is_packed(config) or "patch_size" in config
+
+
 def is_resizable(denoiser: ComponentSpec) -> bool:
     """Whether a denoiser takes latents of any size."""
     return not all(isinstance(size, int) for size in denoiser.inputs[0].shape[1:])

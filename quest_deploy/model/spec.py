@@ -20,6 +20,7 @@ from quest_deploy.model.denoisers import (
     controlnet_spec,
     denoiser_spec,
     has_negative,
+    has_patches,
     is_resizable,
     latent_channels,
     latent_granularity,
@@ -56,6 +57,7 @@ __all__ = [
     "decoder_granularity",
     "family_of",
     "has_negative",
+    "has_patches",
     "is_resizable",
     "latent_channels",
     "latent_granularity",
@@ -153,7 +155,7 @@ def check_multiple(axis: str, sizes: Iterable[int], step: int) -> None:
         near = f"{below} or {below + step}" if below else f"{step}"
         raise ConfigError(
             f"{axis}: got {', '.join(map(str, bad))} pixels, expected multiples of {step} (the VAE and the "
-            f"U-Net halve the image {int(math.log2(step))} times); choose {near}"
+            f"denoiser halve the image {int(math.log2(step))} times); choose {near}"
         )
 
 

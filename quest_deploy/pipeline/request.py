@@ -18,6 +18,7 @@ from quest_deploy.model.spec import (
     component_configs,
     component_specs,
     family_of,
+    has_patches,
     is_resizable,
     latent_channels,
     latent_granularity,
@@ -126,7 +127,7 @@ def latent_shape(
                 f"{name} is {pixels} pixels, expected a multiple of {scale}, the pixels of one latent; "
                 f"use {max(1, round(pixels / scale)) * scale}"
             )
-        if pixels is not None and resizable and backend != "torch":
+        if pixels is not None and resizable and (backend != "torch" or has_patches(config)):
             check_multiple(name, (pixels,), scale * latent_granularity(config))
         sides.append(side if pixels is None else pixels // scale)
     return (latent_channels(config), sides[0], sides[1])
