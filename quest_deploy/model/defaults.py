@@ -84,6 +84,7 @@ DIFFUSERS_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "patch_size": 2,
         "joint_attention_dim": 4096,
         "pooled_projection_dim": 2048,
+        "pos_embed_max_size": 96,
     },
     "SanaTransformer2DModel": {
         "in_channels": 32,

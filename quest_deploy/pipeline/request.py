@@ -130,4 +130,11 @@ def latent_shape(
         if pixels is not None and resizable and (backend != "torch" or has_patches(config)):
             check_multiple(name, (pixels,), scale * latent_granularity(config))
         sides.append(side if pixels is None else pixels // scale)
+        positions = config.get("pos_embed_max_size")
+        largest = None if positions is None else positions * scale * latent_granularity(config)
+        if largest is not None and sides[-1] * scale > largest:
+            raise ConfigError(
+                f"{name} is {sides[-1] * scale} pixels, and the model has positions for {largest} at most; "
+                f"use {largest} or less"
+            )
     return (latent_channels(config), sides[0], sides[1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,3 +30,20 @@ def test_a_size_that_leaves_half_a_patch_is_refused(
         ConfigError, match=r"height: got 72 pixels, expected multiples of 16 .* choose 64 or 80"
     ):
         check_request(path, request(72, 64), backend)
+
+
+@both
+def test_a_size_beyond_the_stored_positions_is_refused(backend: str, model_of: Callable[[str], Path]) -> None:
+    check_request(model_of("sd3"), request(16, 48), backend)
+    with pytest.raises(ConfigError, match=r"width is 56 pixels, .* positions for 48 at most"):
+        check_request(model_of("sd3"), request(16, 56), backend)
+
+
+def test_how_many_positions_are_stored_may_be_left_out(altered: Callable[..., Path]) -> None:
+    path = altered("sd3", "transformer/config.json") / "transformer" / "config.json"
+    config = json.loads(path.read_text())
+    del config["pos_embed_max_size"]
+    path.write_text(json.dumps(config))
+    check_request(path.parents[1], request(16, 384), "torch")
+    with pytest.raises(ConfigError, match="positions for 384 at most"):
+        check_request(path.parents[1], request(16, 392), "torch")
