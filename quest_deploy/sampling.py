@@ -126,10 +126,12 @@ class Flow:
     Attributes:
         patch: Latents along one side of an image token.
         even_sigmas: Whether they are spread evenly from 1 to 1 / steps, and only then shifted.
+        max_shift: How far the most image tokens shift them, where the scheduler does not say.
     """
 
     patch: int = 1
     even_sigmas: bool = False
+    max_shift: float = 1.15
 
     def options(self, scheduler: Any, steps: int, size: Sequence[int]) -> dict[str, Any]:
         """What `set_timesteps` is given besides the number of steps, for which `sigmas` stand.
@@ -142,18 +144,20 @@ class Flow:
             options = {"sigmas": np.linspace(1.0, 1 / steps, steps)}
         if settings.get("use_dynamic_shifting"):
             tokens = (size[-2] // self.patch) * (size[-1] // self.patch)
-            options["mu"] = image_shift(settings, tokens)
+            options["mu"] = image_shift(settings, tokens, self.max_shift)
         return options
 
 
 PLAIN = Flow()
 
 
-def image_shift(settings: Any, tokens: int) -> float:
+def image_shift(settings: Any, tokens: int, max_shift: float) -> float:
     """mu, linear in the number of image tokens: larger images need more noise (arXiv 2403.03206, section 5.3.2)."""
-    few, many = settings["base_image_seq_len"], settings["max_image_seq_len"]
-    slope = (settings["max_shift"] - settings["base_shift"]) / (many - few)
-    return float(tokens * slope + (settings["base_shift"] - slope * few))
+    # Solvers that follow flows have no such settings: these are of diffusers' pipelines.
+    few, many = settings.get("base_image_seq_len", 256), settings.get("max_image_seq_len", 4096)
+    least, most = settings.get("base_shift", 0.5), settings.get("max_shift", max_shift)
+    slope = (most - least) / (many - few)
+    return float(tokens * slope + (least - slope * few))
 
 
 def timesteps(

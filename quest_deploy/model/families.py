@@ -74,6 +74,7 @@ class Family:
         guided: Whether a model that reads text has a negative branch, where no input takes the guidance scale.
         timestep_divisor: What the denoiser has the scheduler's timesteps divided by.
         even_sigmas: Whether a flow's noise levels are spread evenly from 1 to 1 / steps before they are shifted.
+        max_shift: How far the most image tokens shift a flow's noise levels, where the scheduler does not say.
         zero_negative: Whether zeros, instead of the empty prompt's embeddings, stand for no negative prompt.
         aesthetic: Whether the denoiser is told an aesthetic score where others are told the size to draw.
     """
@@ -91,6 +92,7 @@ class Family:
     guided: bool = True
     timestep_divisor: int = 1
     even_sigmas: bool = False
+    max_shift: float = 1.15
     zero_negative: bool = False
     aesthetic: bool = False
 
@@ -210,6 +212,7 @@ FAMILIES = {
             ),
             prompting="joint",
             sequence=(TEXT_ENCODER, JOINT_T5_TOKENS),
+            max_shift=1.16,
         ),
         Family(
             pipeline="SanaPipeline",

@@ -90,7 +90,8 @@ def check_prompts(family: Family, classes: Classes | None, config: GenerateConfi
 
 def flow_of(family: Family, configs: Mapping[str, Mapping[str, Any]]) -> Flow:
     """How a flow's noise levels are made for a model whose components have these configurations."""
-    return Flow(patch=latent_granularity(configs[family.denoiser]), even_sigmas=family.even_sigmas)
+    patch = latent_granularity(configs[family.denoiser])
+    return Flow(patch=patch, even_sigmas=family.even_sigmas, max_shift=family.max_shift)
 
 
 def latent_shape(

@@ -18,7 +18,8 @@ PREDICTIONS = ("epsilon", "sample", "v_prediction")
 
 def flow_of(model: LoadedModel) -> sampling.Flow:
     """How a flow's noise levels are made for the model."""
-    return sampling.Flow(patch=model.patch, even_sigmas=model.family.even_sigmas)
+    family = model.family
+    return sampling.Flow(patch=model.patch, even_sigmas=family.even_sigmas, max_shift=family.max_shift)
 
 
 def recording_config(

@@ -17,6 +17,7 @@ from quest_deploy import sampling
 from quest_deploy.config import FinetuneConfig
 from quest_deploy.errors import ModelLoadError
 from quest_deploy.model.load import load_model
+from quest_deploy.model.packing import unpack
 from quest_deploy.model.spec import component_configs, component_specs
 from quest_deploy.pipeline import load_pipeline
 from quest_deploy.quantize.checkpoint import load_checkpoint
@@ -46,7 +47,7 @@ def check_same(path: Path, **call: object) -> None:
             generators=generators,
             **SETTINGS,
         )
-    assert torch.equal(got, expected)
+    assert torch.equal(got, unpack(expected, *got.shape[-2:]) if expected.ndim == 3 else expected)
 
 
 @pytest.fixture
@@ -86,6 +87,18 @@ def test_a_dit_of_the_first_class_is_the_same_model(
 def test_a_pixart_of_the_first_class_is_finetuned(first_pixart: Path, tmp_path: Path) -> None:
     finetune(first_pixart, tmp_path / "checkpoint", FinetuneConfig(recipe=RECIPE))
     assert type(load_checkpoint(tmp_path / "checkpoint").denoiser) is PixArtTransformer2DModel
+
+
+@pytest.mark.parametrize("solver", ["UniPCMultistepScheduler", "DPMSolverMultistepScheduler"])
+@pytest.mark.parametrize("kind", ["sd3", "flux-dev"])
+def test_a_solver_s_flow_is_shifted_by_the_size_as_in_diffusers(
+    kind: str, solver: str, altered: Callable[..., Path], text_models: ModuleType
+) -> None:
+    altered(kind, "model_index.json", scheduler=["diffusers", solver])
+    path = altered(kind, "scheduler/scheduler_config.json")
+    settings = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "use_dynamic_shifting": True}
+    (path / "scheduler" / "scheduler_config.json").write_text(json.dumps(settings | {"_class_name": solver}))
+    check_same(path, **text_models.CALLS.get(kind, {}))
 
 
 @pytest.mark.parametrize(
