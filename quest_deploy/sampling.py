@@ -70,7 +70,10 @@ def make_scheduler(name: str | None, config: Any, *, own: str | None = None) -> 
         own: The class of the model's own scheduler, where its configuration may name another.
 
     Raises:
-        ConfigError: the name is unknown, or that scheduler does not take what the model predicts.
+        ConfigError: the name is unknown, or that scheduler does not take what the model predicts, or its settings.
+        NotImplementedError: the model's own scheduler does not take its settings.
+        TypeError: the same.
+        ValueError: the same.
     """
     import diffusers
 
@@ -95,7 +98,14 @@ def make_scheduler(name: str | None, config: Any, *, own: str | None = None) -> 
         # They take nothing else, and have another name for the shift.
         settings = {name: value for name, value in settings.items() if name not in _SAID_OF_FLOWS}
         settings["shift"] = config.get("flow_shift", 1.0)
-    return kind.from_config(settings)
+    try:
+        return kind.from_config(settings)
+    except (NotImplementedError, ValueError, TypeError) as error:
+        if class_name == own:
+            raise
+        raise ConfigError(
+            f"scheduler {class_name!r} does not fit the model's own configuration ({str(error).strip()}); take another"
+        ) from error
 
 
 def predicts_flow(config: Any, own: str) -> bool:

@@ -265,3 +265,9 @@ def test_a_flow_that_a_solver_follows_is_refused_to_schedulers_of_noise(name: st
 def test_noise_predictions_are_refused_to_schedulers_of_flows(ours: Pipeline) -> None:
     with pytest.raises(ConfigError, match="is for flow predictions, and the model's own, .* of noise"):
         ours.make_scheduler("flow-euler")
+
+
+def test_settings_that_a_scheduler_does_not_have_are_refused() -> None:
+    config = {"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "sde-dpmsolver++"}
+    with pytest.raises(ConfigError, match="'DEISMultistepScheduler' does not fit .*sde-dpm.*; take another"):
+        sampling.make_scheduler("deis", config)
