@@ -24,6 +24,10 @@ FIRST_RIGHT_VERSION = (0, 9)
 
 def corrected_scheduler(scheduler: Any, family: Family) -> Any:
     """A scheduler of diffusers as the family's pipeline has it; the one given where that is the same."""
+    if family.pipeline == "DDIMPipeline" and type(scheduler).__name__ != "DDIMScheduler":
+        from diffusers import DDIMScheduler
+
+        return DDIMScheduler.from_config(scheduler.config)
     changes = {
         key: value for key, value in SCHEDULER.get(family.pipeline, {}).items() if key in scheduler.config
     }

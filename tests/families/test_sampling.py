@@ -42,15 +42,22 @@ def ours(pipeline: Pipeline, prompts: list[str], guidance_scale: float = 1.0) ->
     return pipeline.decode(latents).permute(0, 2, 3, 1)
 
 
-@pytest.mark.parametrize("kind", ["ddpm", "ldm"])
-def test_images_without_conditions_are_those_of_diffusers(kind: str, model_of: Callable[[str], Path]) -> None:
-    expected = theirs(model_of(kind))(
+@pytest.mark.parametrize(
+    ("kind", "index"),
+    [("ddpm", {}), ("ldm", {}), ("ddpm", {"_class_name": "DDIMPipeline"})],
+    ids=["ddpm", "ldm", "ddim over a scheduler of ddpm"],
+)
+def test_images_without_conditions_are_those_of_diffusers(
+    kind: str, index: dict[str, str], altered: Callable[..., Path]
+) -> None:
+    path = altered(kind, "model_index.json", **index)
+    expected = theirs(path)(
         batch_size=2,
         generator=sampling.generators_of(SEEDS),
         num_inference_steps=STEPS,
         output_type="np",
     ).images
-    with load_pipeline(model_of(kind)) as pipeline:
+    with load_pipeline(path) as pipeline:
         got = ours(pipeline, ["", ""])
     torch.testing.assert_close(got, torch.from_numpy(expected), rtol=0, atol=ROUNDING)
 
