@@ -45,6 +45,7 @@ from quest_deploy.model.spec import (
     latent_size,
     make_spec,
     read_config,
+    scheduler_config,
     vae_scale_factor,
 )
 from quest_deploy.model.weights import check_weights
@@ -193,6 +194,7 @@ def load_directory(directory: Path, *, deferred: bool = False, **components: Any
         check_weights(directory / name, family.library_of(name))
     index = read_config(directory / "model_index.json")
     with loading_errors(directory):
+        components["scheduler"] = _load_scheduler(directory / "scheduler", index.get("scheduler"))
         for name in needed:
             folder = directory / name
             component_class = _component_class(folder, index.get(name))
@@ -202,7 +204,6 @@ def load_directory(directory: Path, *, deferred: bool = False, **components: Any
             folder = directory / part.tokenizer
             tokenizer_class = _component_class(folder, index.get(part.tokenizer))
             components[part.tokenizer] = load_tokenizer(folder, part, tokenizer_class)
-        components["scheduler"] = _load_scheduler(directory / "scheduler", index.get("scheduler"))
         return _loaded(directory, family, index, SimpleNamespace(**components))
 
 
@@ -224,8 +225,9 @@ def _component_class(folder: Path, entry: object) -> Any:
 
 def _load_scheduler(folder: Path, entry: object) -> Any:
     # Where the file is missing, diffusers would ask the hub for a model with the folder's name.
-    read_config(folder / "scheduler_config.json")
-    return _component_class(folder, entry).from_pretrained(folder, local_files_only=True)
+    scheduler_config(folder)
+    with loading_errors(folder / "scheduler_config.json"):
+        return _component_class(folder, entry).from_pretrained(folder, local_files_only=True)
 
 
 def _load_deferred(folder: Path, component_class: Any) -> nn.Module | None:
@@ -287,8 +289,6 @@ def load_component(folder: Path, component_class: Any) -> nn.Module:
 
 
 def _dtype() -> Any:
-    import torch
-
     return torch.float32
 
 

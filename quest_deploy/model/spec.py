@@ -64,9 +64,13 @@ __all__ = [
     "latent_size",
     "make_spec",
     "read_config",
+    "scheduler_config",
     "token_count",
     "vae_scale_factor",
 ]
+
+# What the schedulers of diffusers know, some of them under another name.
+PREDICTIONS = ("epsilon", "sample", "original_sample", "v_prediction", "flow_prediction")
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -184,7 +188,43 @@ def component_configs(model_dir: Path) -> dict[str, dict[str, Any]]:
 
 def _read_component(family: Family, name: str, path: Path, index: Mapping[str, Any]) -> dict[str, Any]:
     config = read_config(path)
-    return {**_defaults(family, name, config, index), **config}
+    defaults = _defaults(family, name, config, index)
+    for field, default in {"sample_size": 0, **defaults}.items():
+        value = config.get(field)
+        if value is not None and not _is_like(value, default):
+            expected = "names" if isinstance(default, str) else "numbers"
+            raise ArtifactError(
+                f"{path}: {field} is {value!r}, expected {expected} like {default!r}; restore the file from its source"
+            )
+    return {**defaults, **config}
+
+
+def _is_like(value: object, default: object) -> bool:
+    """Whether a field's value is of its default's kind; a list may stand for one number that holds for all levels."""
+    if isinstance(default, str):
+        return isinstance(value, str)
+    if isinstance(value, list):
+        return all(isinstance(number, int | float) for number in value)
+    return isinstance(value, int | float) and not isinstance(default, tuple)
+
+
+def scheduler_config(folder: Path) -> dict[str, Any]:
+    """Read the configuration of a scheduler.
+
+    Args:
+        folder: Where ``scheduler_config.json`` lies.
+
+    Raises:
+        ArtifactError: the file is missing or corrupt, or names a kind of prediction that there is not.
+    """
+    file = folder / "scheduler_config.json"
+    config = read_config(file)
+    prediction = config.get("prediction_type", PREDICTIONS[0])
+    if prediction not in PREDICTIONS:
+        raise ArtifactError(
+            f"{file}: prediction_type is {prediction!r}, expected one of {', '.join(PREDICTIONS)}; correct it"
+        )
+    return config
 
 
 def _defaults(family: Family, name: str, config: Config, index: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -11,6 +11,7 @@ from quest_deploy.config import GenerateConfig
 from quest_deploy.errors import ArtifactError, ConfigError, ModelLoadError
 from quest_deploy.model.corrections import corrected_scheduler
 from quest_deploy.model.families import VAE_DECODER, Classes, Family
+from quest_deploy.model.load import loading_errors
 from quest_deploy.model.spec import (
     ComponentSpec,
     check_multiple,
@@ -24,6 +25,7 @@ from quest_deploy.model.spec import (
     latent_granularity,
     latent_size,
     read_config,
+    scheduler_config,
     vae_scale_factor,
 )
 from quest_deploy.sampling import Flow
@@ -58,13 +60,16 @@ def own_scheduler(path: Path) -> Any:
 
     Raises:
         ArtifactError: its file, or another that says what lies there, is missing or corrupt.
+        ModelLoadError: it does not take what its file says.
         ConfigError: it is of a class that diffusers does not have.
     """
-    config = read_config(path / "scheduler" / "scheduler_config.json")
+    config = scheduler_config(path / "scheduler")
     # The file may be of another class: diffusers goes by the index.
     entry = read_config(path / "model_index.json").get("scheduler")
     own = entry[-1] if isinstance(entry, list) and entry else None
-    return corrected_scheduler(sampling.make_scheduler(None, config, own=own), family_of(path))
+    with loading_errors(path / "scheduler" / "scheduler_config.json"):
+        scheduler = sampling.make_scheduler(None, config, own=own)
+    return corrected_scheduler(scheduler, family_of(path))
 
 
 def check_prompts(family: Family, classes: Classes | None, config: GenerateConfig) -> None:

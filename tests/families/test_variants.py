@@ -14,12 +14,12 @@ from diffusers import DiffusionPipeline, PixArtTransformer2DModel
 from diffusers.utils import logging as diffusers_logging
 
 from quest_deploy import sampling
-from quest_deploy.config import FinetuneConfig
-from quest_deploy.errors import ModelLoadError
+from quest_deploy.config import FinetuneConfig, GenerateConfig
+from quest_deploy.errors import ArtifactError, ModelLoadError
 from quest_deploy.model.load import load_model
 from quest_deploy.model.packing import unpack
 from quest_deploy.model.spec import component_configs, component_specs
-from quest_deploy.pipeline import load_pipeline
+from quest_deploy.pipeline import generate, load_pipeline
 from quest_deploy.quantize.checkpoint import load_checkpoint
 from quest_deploy.quantize.finetune import finetune
 from tests.families.conftest import RECIPE
@@ -110,3 +110,26 @@ def test_what_is_not_supported_is_refused_by_name(
 ) -> None:
     with pytest.raises(ModelLoadError, match=f"{message}.*not supported"):
         load_model(altered(kind, file, **changes))
+
+
+SCHEDULER, UNET = "scheduler/scheduler_config.json", "unet/config.json"
+
+
+@pytest.mark.parametrize(
+    ("file", "changes"),
+    [
+        (SCHEDULER, {"beta_schedule": "nonsense"}),
+        (SCHEDULER, {"prediction_type": "v-prediction"}),
+        (UNET, {"block_out_channels": 64}),
+        (UNET, {"sample_size": "big"}),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_broken_configuration_is_named(
+    file: str, changes: dict[str, Any], altered: Callable[..., Path], tmp_path: Path
+) -> None:
+    path, config = altered("sd2", file, **changes), GenerateConfig(prompts=("cat",), steps=2)
+    with pytest.raises((ArtifactError, ModelLoadError), match=f"{file}: "):
+        generate(path, tmp_path / "images", config)
+    with pytest.raises((ArtifactError, ModelLoadError), match=f"{file}: "):
+        load_model(path)
