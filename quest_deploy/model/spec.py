@@ -109,6 +109,10 @@ def family_of(model_dir: Path) -> Family:
         raise ModelLoadError(
             f"{model_dir}: got a {kind}, expected one of {known}; other families are not supported yet"
         )
+    if "MultiControlNetModel" in (index.get("controlnet") or ()):
+        raise ModelLoadError(
+            f"{model_dir}: has several ControlNets (MultiControlNetModel), which is not supported; save it with one"
+        )
     return FAMILIES[kind].of_index(index)
 
 

@@ -103,7 +103,15 @@ def test_a_solver_s_flow_is_shifted_by_the_size_as_in_diffusers(
 
 @pytest.mark.parametrize(
     ("kind", "file", "changes", "message"),
-    [("controlnet", "controlnet/config.json", {"global_pool_conditions": True}, "global_pool_conditions")],
+    [
+        ("controlnet", "controlnet/config.json", {"global_pool_conditions": True}, "global_pool_conditions"),
+        (
+            "controlnet",
+            "model_index.json",
+            {"controlnet": ["diffusers", "MultiControlNetModel"]},
+            "several ControlNets",
+        ),
+    ],
 )
 def test_what_is_not_supported_is_refused_by_name(
     kind: str, file: str, changes: dict[str, Any], message: str, altered: Callable[..., Path]
