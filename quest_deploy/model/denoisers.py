@@ -126,8 +126,26 @@ def _channels(config: Config) -> tuple[int, int]:
 CLASS_LABELS = integer_tensor("class_labels", "batch")
 
 
+def _text_width(family: Family, config: Config) -> int:
+    """Width of the embeddings that a U-Net is told."""
+    kind, width = config.get("encoder_hid_dim_type"), config.get("encoder_hid_dim")
+    if kind not in (None, "text_proj"):
+        raise ModelLoadError(
+            f"{family.denoiser}: encoder_hid_dim_type is {kind!r}, which is not supported; expected 'text_proj' or none"
+        )
+    if width is not None:
+        return int(width)
+    widths = config["cross_attention_dim"]
+    if not isinstance(widths, int) and len(set(widths)) != 1:
+        raise ModelLoadError(
+            f"{family.denoiser}: cross_attention_dim is {widths!r}, and levels of different widths are not supported; "
+            "expected one width"
+        )
+    return widths if isinstance(widths, int) else int(widths[0])
+
+
 def _told_to_unet(family: Family, config: Config) -> list[TensorSpec]:
-    told = [float_tensor("encoder_hidden_states", "batch", "sequence", config["cross_attention_dim"])]
+    told = [float_tensor("encoder_hidden_states", "batch", "sequence", _text_width(family, config))]
     added = config.get("addition_embed_type")
     if added == "text_time":
         ids = AESTHETIC_IDS if family.aesthetic else SIZE_IDS

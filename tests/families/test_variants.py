@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, PixArtTransformer2DModel
+from diffusers import DiffusionPipeline, PixArtTransformer2DModel, UNet2DConditionModel
 from diffusers.utils import logging as diffusers_logging
 
 from quest_deploy import sampling
@@ -23,6 +23,7 @@ from quest_deploy.pipeline import generate, load_pipeline
 from quest_deploy.quantize.checkpoint import load_checkpoint
 from quest_deploy.quantize.finetune import finetune
 from tests.families.conftest import RECIPE
+from tests.families.text_parts import HIDDEN, shaken
 
 SEEDS, PROMPTS = [5, 9], ["a red heart", "Pizza 7"]
 SETTINGS = {"guidance_scale": 4.0}
@@ -111,6 +112,13 @@ def test_a_solver_s_flow_is_shifted_by_the_size_as_in_diffusers(
             {"controlnet": ["diffusers", "MultiControlNetModel"]},
             "several ControlNets",
         ),
+        (
+            "sd2",
+            "unet/config.json",
+            {"cross_attention_dim": [16, 24]},
+            r"\[16, 24\], and levels of different",
+        ),
+        ("sd2", "unet/config.json", {"encoder_hid_dim_type": "image_proj"}, "'image_proj'"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(
@@ -118,6 +126,26 @@ def test_what_is_not_supported_is_refused_by_name(
 ) -> None:
     with pytest.raises(ModelLoadError, match=f"{message}.*not supported"):
         load_model(altered(kind, file, **changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"cross_attention_dim": [HIDDEN, HIDDEN]},
+        {"cross_attention_dim": 24, "encoder_hid_dim": HIDDEN, "encoder_hid_dim_type": "text_proj"},
+    ],
+    ids=["a list of one width", "projected text"],
+)
+def test_a_unet_is_told_the_width_that_it_takes(
+    changes: dict[str, Any], text_models: ModuleType, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    pipe = text_models.sd2()
+    pipe.register_modules(unet=shaken(UNet2DConditionModel(**(text_models.UNET | changes))))
+    pipe.save_pretrained(tmp_path / "model")
+    check_same(tmp_path / "model")
+    told = component_specs(tmp_path / "model")["unet"].inputs[2]
+    assert told.shape == ("batch", "sequence", HIDDEN)
 
 
 SCHEDULER, UNET = "scheduler/scheduler_config.json", "unet/config.json"
