@@ -301,6 +301,12 @@ def make_spec(family: Family, name: str, config: Config) -> ComponentSpec:
     """
     for part in family.text:
         if name == part.name:
+            # Other pipelines of diffusers pay no attention to it.
+            if config.get("use_attention_mask") and family.prompting == "last":
+                raise ModelLoadError(
+                    f"{name}: use_attention_mask is true, which is not supported, since it is run without a mask; "
+                    "take a model whose text_encoder/config.json does not ask for one"
+                )
             return _text_encoder(part, config)
     if name == VAE_ENCODER:
         return _vae_encoder(config)

@@ -112,6 +112,7 @@ def test_a_solver_s_flow_is_shifted_by_the_size_as_in_diffusers(
             {"controlnet": ["diffusers", "MultiControlNetModel"]},
             "several ControlNets",
         ),
+        ("sd2", "text_encoder/config.json", {"use_attention_mask": True}, "use_attention_mask"),
         (
             "sd2",
             "unet/config.json",
