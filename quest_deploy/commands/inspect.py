@@ -69,8 +69,8 @@ def describe(path: Path, *, verify: bool = False) -> dict[str, Any]:
 
         check_reports(artifact)
         for name, component in data["components"].items():
-            plan = manifest.files.get(f"{name}/{PLAN_NAME}")
-            component["runs"] = [] if plan is None else read_runs(path / name, plan.sha256)
+            plan = manifest.files[f"{name}/{PLAN_NAME}"]
+            component["runs"] = read_runs(path / name, plan.sha256)
     if (path / QUANTIZATION_NAME).is_file():
         data["quantization"] = summarize_layers(path / QUANTIZATION_NAME)
     return data

@@ -254,12 +254,17 @@ class QuantizedLayer(nn.Module):
         weight = self.scaled_weight()
         if not self.weight_learns():
             return self._constant_weight(weight)
+        self.drop_rounded()
         return learned.weight(weight, self.weight_scale(), *weight_bounds(self.weight_bits))
 
     def weight_learns(self) -> bool:
         """Whether the weight or its scale is being trained."""
         parts = (self.weight, self.weight_log_scale, self.low_rank_a, self.low_rank_b)
         return any(part is not None and part.requires_grad for part in parts)
+
+    def drop_rounded(self) -> None:
+        """Keep no rounded copy of the weight: it learns now, or has no values."""
+        self._cached = None
 
     def _constant_weight(self, weight: Tensor) -> Tensor:
         # Rounding an untrained weight again at every step would cost as much as the layer itself.

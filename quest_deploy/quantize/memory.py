@@ -107,7 +107,7 @@ def without_values(denoiser: Module, context: TimestepContext) -> Module:
         memo[id(tensor)] = empty
     result = copy.deepcopy(denoiser, memo)
     for layer in quantized_layers(result).values():
-        layer._cached = None
+        layer.drop_rounded()
         if not (layer.frozen or layer.weight_learns()):
             layer.quantized_weight()
     return result

@@ -15,7 +15,6 @@ from quest_deploy.errors import CalibrationError, ConfigError
 from quest_deploy.model.load import LoadedModel
 from quest_deploy.quantize import train
 from quest_deploy.quantize.calibrate import CalibrationSet
-from quest_deploy.quantize.insert import quantized_layers
 from quest_deploy.quantize.layers import TimestepContext
 from quest_deploy.quantize.losses import Objective, make_objective
 from quest_deploy.quantize.memory import (
@@ -191,10 +190,6 @@ def _train_phase(
     groups = train.trainable(task.student, phase, task.trace.roles, temporal=temporal)
     if not groups:
         raise ConfigError(nothing_to_train(name))
-    for layer in quantized_layers(task.student).values():
-        if layer.weight_learns():
-            # Rounded before it learned.
-            layer._cached = None
     optimizer = train.make_optimizer(groups)
     state = train.TrainState()
     with task.workers.main_first():

@@ -6,9 +6,9 @@ orthogonal matrix H in front of the quantizer mixes neighbouring channels, and t
 
     W x = (W H) (H x),        H = H^T = H^-1,
 
-the same function in float. H is Sylvester's Hadamard matrix in blocks of 64 channels, whose entries are exact in
-float16 and bfloat16 too. It takes the place of the feed-forward's dropout, so that no layer has another name, and is
-exported as a product in floats with a constant.
+the same function in float. H is Sylvester's Hadamard matrix in blocks of up to 64 channels; the entries of blocks of
+4, 16 and 64 are exact in float16 and bfloat16 too. It takes the place of the feed-forward's dropout, so that no layer
+has another name, and is exported as a product in floats with a constant.
 """
 
 from __future__ import annotations
