@@ -103,6 +103,9 @@ def make(
         # Of other code, settings or threads: nothing of it may be gone on with.
         shutil.rmtree(unfinished)
     resumed = unfinished.is_dir()
+    if arguments[0] == "build-engine" and output.is_dir():
+        # Engines that are up to date would be kept, in no time.
+        shutil.rmtree(output)
     for folder in (output.parent, record.parent):
         folder.mkdir(parents=True, exist_ok=True)
     begun.write_text(start, encoding="utf-8")

@@ -68,6 +68,14 @@ def test_other_arguments_inputs_or_a_changed_output_run_it_again(calls: list[str
     assert len(calls) == 4
 
 
+def test_engines_of_an_earlier_run_are_not_kept(calls: list[str]) -> None:
+    make("build-engine")
+    Path("out/left").touch()
+    make("build-engine", "--other")
+    assert calls == ["a stage"] * 2
+    assert not Path("out/left").exists()
+
+
 def test_a_failed_stage_is_run_again(calls: list[str]) -> None:
     assert make("fail")["exit_code"] == 1
     make("fail")
