@@ -16,6 +16,7 @@ HEADINGS = {
     "quality": "Quality",
     "baselines": "Baselines",
     "ablation": "Ablation",
+    "initializers": "Rounding at the start",
     "kid": "Kernel distance",
     "order": "Cost of finetuning against the published order",
     "cost": "Time, memory and size",
@@ -37,8 +38,9 @@ INTRODUCTION = """\
 <!-- Rendered from benchmarks/results/*.json by `python -m benchmarks.report`. Do not edit. -->
 
 What was measured on the bundled reference model. `make bench` measures it again; one benchmark alone:
-`python -m benchmarks quality` (or `baselines`, `ablation`, `kid`, `order`, `cost`, `engines`, `runtimes`, `families`,
-`modes`, `large`, `cpu_speed`, `generation`, `analysis`, `halves`, `differences`; `gpu` on a machine with one).
+`python -m benchmarks quality` (or `baselines`, `ablation`, `initializers`, `kid`, `order`, `cost`, `engines`,
+`runtimes`, `families`, `modes`, `large`, `cpu_speed`, `generation`, `analysis`, `halves`, `differences`; `gpu` on a
+machine with one).
 """
 
 

@@ -12,6 +12,7 @@ from benchmarks import runtimes
 from benchmarks.ablation import VARIANTS
 from benchmarks.baselines.rows import ROWS as BASELINES
 from benchmarks.in_turn import times_as_fast
+from benchmarks.initializers import ROWS as STARTS
 from benchmarks.order import ratios
 from benchmarks.quality import FIGURES, ROWS, difference, differences
 
@@ -34,6 +35,14 @@ def quality() -> dict[str, Any]:
         recipes[name] = {"rows": rows, "differences": differences(rows)}
     made_by = {"w8a8": "this code", "w4a8": "other code"}
     return {**HEADER, "recipes": recipes, "checkpoints_made_by": made_by}
+
+
+def initializers() -> dict[str, Any]:
+    found = {
+        row: {figure: figures(28.0, offset=place) for figure in FIGURES} for place, row in enumerate(STARTS)
+    }
+    recipe = {"rows": found, "difference": difference(found["adaround"], found["gptq"])}
+    return {**HEADER, "iterations": 500, "recipes": {"w4a8": recipe}}
 
 
 def baselines() -> dict[str, Any]:

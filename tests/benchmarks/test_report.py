@@ -63,6 +63,7 @@ def everything(made_up: ModuleType) -> dict[str, dict]:
         "quality": made_up.quality(),
         "baselines": made_up.baselines(),
         "ablation": made_up.ablation(),
+        "initializers": made_up.initializers(),
         "kid": made_up.kid(),
         "order": made_up.order(),
         "cost": made_up.cost(),
