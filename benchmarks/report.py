@@ -41,6 +41,8 @@ What was measured on the bundled reference model. `make bench` measures it again
 `python -m benchmarks quality` (or `baselines`, `ablation`, `initializers`, `kid`, `order`, `cost`, `engines`,
 `runtimes`, `families`, `modes`, `large`, `cpu_speed`, `generation`, `analysis`, `halves`, `differences`; `gpu` on a
 machine with one).
+
+W4A4 that was measured before 2026-11-28 is the recipe before its feed-forwards were rotated.
 """
 
 

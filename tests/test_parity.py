@@ -197,6 +197,18 @@ def test_a_recipe_without_budget_is_not_gated(rungs: Rungs) -> None:
     assert note.replace("'", "&#39;") in (rungs.root / "parity" / "report.html").read_text()
 
 
+def test_a_budget_that_limits_nothing_is_said(rungs: Rungs, tmp_path: Path) -> None:
+    budget = tmp_path / "budget.yaml"
+    budget.write_text("image_psnr_db_min: 900")
+    config = replace(CONFIG, budget=str(budget))
+    floats = rungs.add("model"), rungs.add("onnx", stage="onnx")
+    report = compare(*floats, rungs.root / "floats", config).report
+    assert [note for note in report["notes"] if "--budget" in note and "held against nothing" in note]
+    checkpoint = rungs.add("checkpoint", stage="checkpoint", recipe="w8a8")
+    report = compare(floats[0], checkpoint, rungs.root / "quantized", config).report
+    assert not [note for note in report["notes"] if "held against nothing" in note]
+
+
 def test_every_rung_below_a_quantized_reference_is_said_to_have_no_limits(rungs: Rungs) -> None:
     reference, candidate = (
         rungs.add(name, stage="checkpoint", recipe=recipe) for name, recipe in (("a", "w8a8"), ("b", "w4a8"))

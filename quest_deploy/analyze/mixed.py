@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from quest_deploy.config import Recipe, raise_if_any, to_dict
+from quest_deploy.errors import ConfigError
 from quest_deploy.files import write_text
 from quest_deploy.quantize.allocate import (
     BOUNDARY,
@@ -86,6 +87,11 @@ def request_of(
             "analyze",
         )
         return None
+    if finetune_share is not None and not recipe.sensitive.steps:
+        raise ConfigError(
+            "analyze: --finetune-share chooses layers for the second phase, which recipe "
+            f"{recipe.name} has no steps for; give sensitive.steps in the recipe, or leave the share out"
+        )
     needed = set(itertools.product(WIDTHS, WIDTHS)) if given else bits_of(recipe)
     missing = missing_bits(bits, needed)
     what = "a budget chooses among 4 and 8" if given else f"layers of recipe {recipe.name} have them"

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from quest_deploy.errors import ConfigError
+from quest_deploy.quantize.recipe import NotingLoader
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,12 +84,14 @@ def _read(source: Any) -> Mapping[str, Any]:
         ConfigError: see :func:`load_budget`.
     """
     try:
-        content = yaml.safe_load(source.read_text(encoding="utf-8"))
+        loader = NotingLoader(source.read_text(encoding="utf-8"))
+        content = loader.get_single_data()
     except OSError as error:
         raise ConfigError(f"budget {source}: cannot be read ({error.strerror}); check the path") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"budget {source}: got binary data, expected YAML text") from error
-    except yaml.YAMLError as error:
+    # A date that no calendar has is a ValueError.
+    except (yaml.YAMLError, ValueError) as error:
         first, *_ = str(error).splitlines()
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}" if mark is not None else ""
@@ -100,7 +103,7 @@ def _read(source: Any) -> Mapping[str, Any]:
         raise ConfigError(
             f"budget {source}: got {_kind(content)}, expected floors ({', '.join(_FLOORS)}) or recipes"
         )
-    problems = _problems(content)
+    problems = loader.repeated + _problems(content)
     if problems:
         raise ConfigError(f"budget {source}: " + "; ".join(problems))
     return content
@@ -114,6 +117,9 @@ def _problems(content: Mapping[str, Any]) -> list[str]:
     if not isinstance(recipes, Mapping):
         return [*problems, f"recipes: got {_kind(recipes)}, expected recipe names with their floors"]
     for name, floors in recipes.items():
+        if not isinstance(name, str):
+            # No recipe would find its floors under it.
+            problems.append(f"recipes.{name}: got {_kind(name)} for a name, expected text; put it in quotes")
         if isinstance(floors, Mapping):
             problems += _floor_problems(f"recipes.{name}.", floors)
         else:

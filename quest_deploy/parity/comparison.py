@@ -114,6 +114,10 @@ def compare(
             prompts=prompts,
         )
         document["notes"] += unjudged + without_limits(outcomes, edges, gates)
+        if budget_path is not None and all(edge.kind == "deployment" for edge in edges):
+            document["notes"].append(
+                "--budget: no rung is quantized otherwise than the one above, so its floors were held against nothing"
+            )
         if config.debug_engines and all(rung.stage != "engines" for rung in rungs):
             document["notes"].append("no rung is of TensorRT engines: --debug-engines had nothing to build")
         if len(prompts) < config.num_prompts:

@@ -49,7 +49,7 @@ def load_recipe(source: str) -> Recipe:
     else:
         text = _read(source)
     try:
-        loader = _Loader(text)
+        loader = NotingLoader(text)
         fields = loader.get_single_data()
     # A date that no calendar has is a ValueError.
     except (yaml.YAMLError, ValueError) as error:
@@ -68,7 +68,7 @@ def recipe_from_dict(fields: dict[str, Any]) -> Recipe:
     return _recipe(fields, [])
 
 
-class _Loader(yaml.SafeLoader):
+class NotingLoader(yaml.SafeLoader):
     """Notes in `repeated` the keys that a mapping has twice, of which YAML's loaders keep the last."""
 
     def __init__(self, text: str) -> None:

@@ -140,6 +140,19 @@ def test_bits_that_a_share_needs_are_asked_for_at_once(tmp_path: Path) -> None:
     assert "bits lack" not in done.stderr
 
 
+def test_a_share_for_a_phase_without_steps_is_refused(tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        "weight_bits: 8\nactivation_bits: 8\n"
+        "temporal: {layers: temporal, steps: 1}\nsensitive: {layers: none, steps: 0}\n"
+    )
+    words = ["analyze", "nowhere/model", "-o", str(tmp_path / "out"), "--recipe", str(recipe)]
+    words += ["--finetune-share", "0.2", "--write-recipe", str(tmp_path / "mixed.yaml")]
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == 1
+    assert "which recipe r has no steps for" in done.stderr
+
+
 def test_a_checkpoints_own_recipe_is_the_default(
     tmp_path: Path, tiny_model: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

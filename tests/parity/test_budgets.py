@@ -47,6 +47,10 @@ def test_every_mistake_in_a_budget_is_reported_at_once(tmp_path: Path) -> None:
         (b"image_ssim_min: yes\n", "expected a number"),
         (b"image_ssim_min: 2\n", "between -1 and 1"),
         (b"a: &a [*a]\n", "unknown"),
+        (b"image_ssim_min: 0.9\nimage_ssim_min: 0.1\n", "image_ssim_min is in lines 1 and 2, expected once"),
+        (b"recipes: {2026-11-28: {image_ssim_min: 0.9}}\n", "got a date for a name, expected text"),
+        (b"recipes: {8: {image_ssim_min: 0.9}}\n", "got a int for a name, expected text"),
+        (b"recipes: {2026-13-45: {image_ssim_min: 0.9}}\n", "not valid YAML"),
         (b"x: !!python/object/apply:os.system ['false']\n", "not valid YAML"),
     ],
 )
