@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 from torch import nn
@@ -31,6 +31,7 @@ from quest_deploy.export.graph import component_graph
 from quest_deploy.files import copy_tree
 from quest_deploy.manifest import QUANTIZATION_NAME
 from quest_deploy.model.carried import copy_notices, copy_safety, index_of_carried
+from quest_deploy.model.components import VaeEncoder
 from quest_deploy.model.families import VAE_DECODER
 from quest_deploy.model.load import LoadedModel, load_model, wrap_components
 from quest_deploy.model.merged import merged_details
@@ -43,6 +44,9 @@ from quest_deploy.model.spec import (
     read_config,
 )
 from quest_deploy.quantize.weight_only import drop_activation_quantizers
+
+if TYPE_CHECKING:
+    from quest_deploy.quantize.layers import QuantizedLayer
 
 logger = logging.getLogger(__name__)
 
@@ -236,12 +240,11 @@ def save(
 def quantized_layer_names(module: nn.Module) -> list[str]:
     """Paths of the layers of a component with weights and activations quantized, and of its quantized attentions."""
     from quest_deploy.quantize.attention import quantized_attentions
-    from quest_deploy.quantize.insert import quantized_layers
     from quest_deploy.quantize.layers import ActivationQuantizer
 
     layers = [
         name
-        for name, layer in quantized_layers(module).items()
+        for name, layer in _quantized_layers(module).items()
         if isinstance(layer.quantizer, ActivationQuantizer)
     ]
     return layers + [
@@ -253,14 +256,20 @@ def quantized_layer_names(module: nn.Module) -> list[str]:
 
 def weight_only_layer_names(module: nn.Module) -> list[str]:
     """Paths of the layers of a component with quantized weights and float activations."""
-    from quest_deploy.quantize.insert import quantized_layers
     from quest_deploy.quantize.layers import ActivationQuantizer
 
     return [
         name
-        for name, layer in quantized_layers(module).items()
+        for name, layer in _quantized_layers(module).items()
         if not isinstance(layer.quantizer, ActivationQuantizer)
     ]
+
+
+def _quantized_layers(module: nn.Module) -> Mapping[str, QuantizedLayer]:
+    """Those that a component runs: an autoencoder's are in its decoder, which is part of its encoder's module, too."""
+    from quest_deploy.quantize.insert import quantized_layers
+
+    return {} if isinstance(module, VaeEncoder) else quantized_layers(module)
 
 
 def copy_configuration(source: Path, output: Path) -> None:

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from quest_deploy.config import FinetuneConfig, PhaseConfig, StaticMode
+from quest_deploy.export.to_onnx import quantized_layer_names, weight_only_layer_names
 from quest_deploy.model.deferred import streamed
-from quest_deploy.model.load import LoadedModel
+from quest_deploy.model.load import LoadedModel, wrap_components
 from quest_deploy.prompts import load_prompts
 from quest_deploy.quantize.checkpoint import load_checkpoint
 from quest_deploy.quantize.finetune import finetune
@@ -64,3 +65,15 @@ def test_the_embeddings_of_a_loaded_t5_are_one_tensor_again(
     finetune(model_of("pixart-alpha"), tmp_path / "out", FinetuneConfig(recipe=recipe))
     encoder = load_checkpoint(tmp_path / "out").text_encoder
     assert encoder.encoder.embed_tokens.weight is encoder.shared.weight
+
+
+def test_a_quantized_decoder_is_no_product_of_the_encoder_that_reads_images(
+    loaded: Callable[[str], LoadedModel],
+) -> None:
+    recipe = dataclasses.replace(RECIPE, vae_decoder="int8-weight-only")
+    vae = quantize_companions(loaded("inpaint"), FinetuneConfig(recipe=recipe))["vae"]
+    modules = wrap_components(dataclasses.replace(loaded("inpaint"), vae=vae))
+    assert weight_only_layer_names(modules["vae_decoder"])
+    # An export counts these in the component's graph, and refuses one that has others.
+    for names_of in (quantized_layer_names, weight_only_layer_names):
+        assert names_of(modules["vae_encoder"]) == []
