@@ -172,6 +172,8 @@ def test_deployment_that_changes_image_quality_fails(rungs: Rungs) -> None:
     change = gate(result, "change of image PSNR")
     assert change.passed is False and change.measured == pytest.approx(6, abs=0.5)
     assert "95 % interval" in change.detail
+    # Three prompts.
+    assert "too few for 95 %" in change.detail and "raise --num-prompts" in change.detail
 
 
 def test_a_checkpoint_below_its_budget_fails(rungs: Rungs, tmp_path: Path) -> None:

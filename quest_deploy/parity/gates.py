@@ -19,6 +19,8 @@ DEPLOYMENT_SNR_DB_MIN = {"fp32": 50.0, "fp16": 42.0, "bf16": 24.0}
 CODE_FLIP_FRACTION_MAX = {"fp32": 1e-4, "fp16": 127 * 2**-11, "bf16": 127 * 2**-8}
 CODE_DIFFERENCE_MAX = 1
 IMAGE_PSNR_CHANGE_DB_MAX = 0.3
+# Of fewer, even least and greatest miss the median more often than one time in twenty: 2 / 2^n.
+MEDIAN_PROMPTS = 6
 # A flipped code sends a few prompts in a hundred to pictures that are this much farther from full precision's.
 LOST_DB = 6.0
 LOST_SHARE_MAX = 0.1
@@ -287,4 +289,12 @@ def _describe_change(change: PsnrChange) -> str:
     mean = f"mean {change.mean:+.2f} dB"
     if not all(map(math.isfinite, (change.low, change.high))):
         return f"median {change.median:+.2f} dB; {mean}"
-    return f"median {change.median:+.2f} dB, 95 % interval {change.low:+.2f} to {change.high:+.2f}; {mean}"
+    interval = (
+        f"median {change.median:+.2f} dB, 95 % interval {change.low:+.2f} to {change.high:+.2f}; {mean}"
+    )
+    if change.prompts < MEDIAN_PROMPTS:
+        return (
+            f"{interval}; {change.prompts} prompts are too few for 95 %, and a good runtime may fail: "
+            "raise --num-prompts"
+        )
+    return interval

@@ -50,6 +50,14 @@ def test_a_few_pictures_may_be_lost_to_flipped_codes_and_no_more(
     assert gate.passed is passes and gate.detail.startswith(f"{lost} of {prompts};")
 
 
+@pytest.mark.parametrize(("prompts", "told"), [(5, True), (6, False)])
+def test_an_interval_of_too_few_prompts_says_so(prompts: int, told: bool) -> None:
+    change = PsnrChange(median=0.5, low=0.4, high=0.6, mean=0.5, lost=0, prompts=prompts)
+    gates = deployment_gates("onnx", figures(psnr_change=change), quantized=True)
+    (gate,) = (gate for gate in gates if gate.quantity == "change of image PSNR")
+    assert gate.passed is False and ("too few for 95 %" in gate.detail) is told
+
+
 def test_floats_are_held_to_the_limit_in_every_prompt() -> None:
     gates = deployment_gates("onnx", figures(worst_prompt_snr_db=-3.0), quantized=False)
     assert [gate.quantity for gate in gates if not gate.passed] == ["noise SNR, worst prompt"]
