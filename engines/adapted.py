@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quest_deploy.engines.base import Batched, Closing, Engine, device_of
+from quest_deploy.engines.base import Closing, Engine, batched, device_of
 from quest_deploy.engines.foreign import AGAIN, Fitted
 from quest_deploy.errors import EngineInputError
 from quest_deploy.model.spec import TIMESTEP, TensorSpec
@@ -42,11 +42,12 @@ class AdaptedEngine(Closing):
 
     def batch_ranges(self, shapes: Mapping[str, tuple[int, ...]]) -> Sequence[tuple[int, int]]:
         """Those of the engine, for the shapes that its graph takes; none where it takes any batch."""
-        if not isinstance(self.engine, Batched):
+        inner = batched(self.engine)
+        if inner is None:
             return []
         # A timestep may be a scalar there.
         taken = {t.name: shapes[t.name][: len(t.shape)] for t in self.graph.inputs if t.name in shapes}
-        return self.engine.batch_ranges(taken)
+        return inner.batch_ranges(taken)
 
     def close(self) -> None:
         self.engine.close()

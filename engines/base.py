@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -37,12 +37,19 @@ class Engine(Protocol):
     ) -> None: ...
 
 
-@runtime_checkable
 class Batched(Protocol):
     """An engine with optimization profiles: it takes batches of some sizes alone."""
 
     def batch_ranges(self, shapes: Mapping[str, tuple[int, ...]]) -> Sequence[tuple[int, int]]:
         """Fewest and most samples at once by each profile that holds all sizes of `shapes` beside the batch."""
+
+
+def batched(engine: Engine) -> Batched | None:
+    """`engine` as one with profiles; None where it has none.
+
+    Not by `isinstance`, which from Python 3.12 on overlooks what a wrapper passes on.
+    """
+    return cast("Batched", engine) if hasattr(engine, "batch_ranges") else None
 
 
 def device_of(engine: Engine) -> torch.device:

@@ -41,6 +41,10 @@ _PLACE, _CHECK = "Exception from ", "Check '"
 # Graphs of fixed shapes are faster; each is a copy of the weights.
 MAX_STATIC = 2
 
+# Kernels that the graph for any shape keeps, the last used ones: OpenVINO's own bound, 5000, is more memory than the
+# model takes where sizes keep changing.
+MOST_KERNELS = 512
+
 Shapes = tuple[tuple[str, tuple[int, ...]], ...]
 
 
@@ -159,6 +163,7 @@ def load_openvino_engines(onnx_dir: Path, *, threads: int | None = None) -> dict
     source = read_artifact(Path(onnx_dir), stage="onnx")
     check_attention(source)
     core = openvino.Core()
+    bound_kernels(core)
     options = compile_options(threads)
     engines: dict[str, Engine] = {}
     fitted = fitted_components(source)
@@ -171,6 +176,14 @@ def load_openvino_engines(onnx_dir: Path, *, threads: int | None = None) -> dict
         engines[name] = OpenVinoEngine(spec, graph)
     logger.debug("read %s with OpenVINO at %s", source.path, PRECISION)
     return engines
+
+
+def bound_kernels(core: Any) -> None:
+    """Let `core` keep :data:`MOST_KERNELS` kernels; versions without that setting keep their own bound."""
+    try:
+        core.set_property(DEVICE, {"CPU_RUNTIME_CACHE_CAPACITY": MOST_KERNELS})
+    except RuntimeError as error:
+        logger.debug("OpenVINO keeps as many kernels as it likes: %s", _cause(error))
 
 
 def compile_options(threads: int | None) -> dict[str, Any]:

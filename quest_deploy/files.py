@@ -160,7 +160,7 @@ def hash_file(path: Path) -> str:
 
 def hash_mapping(value: Mapping[str, Any]) -> str:
     """Hex sha256 of a JSON object, whatever the order of its keys."""
-    text = json.dumps(_plain(value), sort_keys=True, separators=(",", ":"))
+    text = json.dumps(plain(value), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -289,14 +289,14 @@ def remembered_digests() -> Iterator[DigestCache]:
             logger.debug("digests are not remembered: %s", error)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """`value` in JSON's own types. JSON has no infinity or NaN: they become null."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, Path):
         return str(value)
     return value
@@ -305,7 +305,7 @@ def _plain(value: Any) -> Any:
 def write_json(path: Path, value: Any) -> None:
     """Write JSON (sorted keys, indented, newline at the end; infinity, NaN as null), all of it or nothing."""
     write_text(
-        path, json.dumps(_plain(value), sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        path, json.dumps(plain(value), sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     )
 
 

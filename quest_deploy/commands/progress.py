@@ -60,7 +60,7 @@ class LineProgress:
 @contextlib.contextmanager
 def show_progress() -> Iterator[Progress]:
     """A progress callback for the stages, shown while the body runs."""
-    if not sys.stderr.isatty():
+    if sys.stderr is None or not sys.stderr.isatty():  # None where it was closed before Python started
         yield LineProgress()
         return
     from rich.console import Console

@@ -24,7 +24,7 @@ import click
 
 from quest_deploy.artifacts import Artifact
 from quest_deploy.errors import QuestDeployError
-from quest_deploy.files import storage_error
+from quest_deploy.files import plain, storage_error
 
 DONE = 0
 ERROR = 1
@@ -105,7 +105,8 @@ def verb(
                 refused = None
             elif as_json:
                 seconds = round(time.monotonic() - started, 3)
-                refused = _print(json.dumps({**result.data, "seconds": seconds}, ensure_ascii=False))
+                found = plain({**result.data, "seconds": seconds})
+                refused = _print(json.dumps(found, ensure_ascii=False, allow_nan=False))
             else:
                 refused = _print(result.text)
             if refused is not None:
@@ -197,14 +198,26 @@ def _explain_error(error: BaseException) -> tuple[str, str, int]:
 @contextlib.contextmanager
 def _standard_output_for_the_result() -> Iterator[None]:
     """Send what libraries print, from Python or from C++, to standard error."""
+    _fill_closed_streams()
     with contextlib.ExitStack() as restore:
         restore.enter_context(contextlib.redirect_stdout(sys.stderr))
-        with contextlib.suppress(OSError):  # standard output is closed: nothing to protect
-            saved = os.dup(1)
-            restore.callback(os.close, saved)
-            restore.callback(os.dup2, saved, 1)
-            os.dup2(2, 1)
+        saved = os.dup(1)
+        restore.callback(os.close, saved)
+        restore.callback(os.dup2, saved, 1)
+        os.dup2(2, 1)
         yield
+
+
+def _fill_closed_streams() -> None:
+    """Open the null device as a standard stream that is closed, before a file gets its number, and what C++ prints."""
+    for number in (1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, number)
+            if nowhere != number:
+                os.close(nowhere)
 
 
 @contextlib.contextmanager

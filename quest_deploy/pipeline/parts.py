@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from quest_deploy.engines.base import Batched, Engine
+from quest_deploy.engines.base import Engine, batched
 
 
 def run_in_parts(engine: Engine, **inputs: Tensor) -> dict[str, Tensor]:
@@ -18,10 +18,11 @@ def run_in_parts(engine: Engine, **inputs: Tensor) -> dict[str, Tensor]:
     sample is repeated, and what comes of the repetitions is dropped. Of several profiles, the one serves that has the
     fewest samples run, and of those the one of the fewest parts.
     """
-    batched = [tensor.name for tensor in engine.spec.inputs if tensor.shape[0] == "batch"]
-    batch = inputs[batched[0]].shape[0]
+    along_batch = [tensor.name for tensor in engine.spec.inputs if tensor.shape[0] == "batch"]
+    batch = inputs[along_batch[0]].shape[0]
     shapes = {name: tuple(value.shape) for name, value in inputs.items()}
-    ranges = engine.batch_ranges(shapes) if isinstance(engine, Batched) else ()
+    profiled = batched(engine)
+    ranges = () if profiled is None else profiled.batch_ranges(shapes)
     # Where no profile holds the other sizes, the engine says so.
     if not ranges or any(least <= batch <= largest for least, largest in ranges):
         return engine(**inputs)
@@ -29,8 +30,8 @@ def run_in_parts(engine: Engine, **inputs: Tensor) -> dict[str, Tensor]:
     count = math.ceil(batch / largest)
     # A timestep of one value belongs to every part.
     along = {t.name for t in engine.spec.inputs if t.shape[0] == "steps" and len(inputs[t.name]) > 1}
-    split = {name: inputs[name].tensor_split(count) for name in (*batched, *along)}
-    sizes = [len(part) for part in split[batched[0]]]
+    split = {name: inputs[name].tensor_split(count) for name in (*along_batch, *along)}
+    sizes = [len(part) for part in split[along_batch[0]]]
     parts = [
         engine(**{name: _filled(split[name][i], least) if name in split else inputs[name] for name in inputs})
         for i in range(count)

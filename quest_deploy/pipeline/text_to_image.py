@@ -29,6 +29,9 @@ from quest_deploy.sampling import Flow, Step
 
 logger = logging.getLogger(__name__)
 
+# Cut prompts that are not told again; a server sees new ones for as long as it runs.
+MOST_TOLD = 1000
+
 
 @dataclass(kw_only=True)
 class Pipeline(Closing):
@@ -146,13 +149,15 @@ class Pipeline(Closing):
     def _tell_if_cut(self, prompt: str) -> None:
         if prompt in self._told:
             return
-        self._told.add(prompt)
         # The longest reader: what it does not see, no other does.
         part = max(self.family.text, key=lambda part: token_limit(part, self.tokenizers[part.name]))
         tokenizer = self.tokenizers[part.name]
         limit = token_limit(part, tokenizer)
         tokens = tokenizer([prompt], truncation=False, verbose=False).input_ids[0]
         if len(tokens) > limit:
+            if len(self._told) >= MOST_TOLD:
+                self._told.clear()
+            self._told.add(prompt)
             special = tokenizer.num_special_tokens_to_add()
             dropped = tokenizer.decode(tokens[limit - 1 : -1]).strip()
             logger.warning(
@@ -197,7 +202,7 @@ class Pipeline(Closing):
             guidance_scale: Up to 1 means no guidance.
             scheduler: A name; None takes the model's own.
             generators: One for each image, for schedulers that draw noise at every step; None seeds one for each
-                image with its position in the batch.
+                image with its position in the batch, behind what :meth:`initial_noise` takes of such a seed.
             callback: Called once each step.
 
         Returns:
@@ -207,7 +212,10 @@ class Pipeline(Closing):
             ConfigError: the scheduler is unknown or cannot do that many steps.
         """
         if generators is None:
-            generators = [torch.Generator().manual_seed(position) for position in range(len(noise))]
+            generators = sampling.generators_of(range(len(noise)))
+            # The noise that they begin with may be the one that is given: added once more, it would not be fresh.
+            _, channels, height, width = noise.shape
+            sampling.draw_noise(generators, (channels, height, width))
         return sampling.denoise(
             self._denoiser,
             self.make_scheduler(scheduler),

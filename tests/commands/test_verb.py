@@ -48,6 +48,12 @@ def test_json_is_one_object() -> None:
     assert json.loads(done.stdout)["seconds"] >= 0
 
 
+def test_json_has_no_word_for_what_is_not_finite() -> None:
+    done = run(lambda: VerbResult(data={"psnr": [float("inf"), float("nan"), 1.5]}, text=""), "--json")
+    refuse = pytest.fail  # JavaScript and most other readers take no NaN
+    assert json.loads(done.stdout, parse_constant=refuse)["psnr"] == [None, None, 1.5]
+
+
 def test_exit_code_of_the_result_is_used() -> None:
     assert run(lambda: VerbResult(data={}, text="", exit_code=3)).exit_code == 3
 
@@ -171,6 +177,19 @@ def test_reader_that_left_is_no_error() -> None:
 def test_closed_streams_are_no_error() -> None:
     closed = ["sh", "-c", 'exec "$@" >&- 2>&-', "sh", sys.executable, "-c", REPORT]
     assert subprocess.run(closed).returncode == 0
+
+
+def test_a_closed_standard_error_takes_no_work_and_no_result() -> None:
+    """What libraries print there goes nowhere, in particular not into the result; progress is for nobody."""
+    code = (
+        "import os, click\nfrom quest_deploy.commands.progress import show_progress\n"
+        "from quest_deploy.commands.verb import Result, verb\n"
+        "def body():\n    with show_progress():\n        os.write(1, b'native\\n'), os.write(2, b'native\\n')\n"
+        "    return Result(data={}, text='result')\nclick.command()(verb()(body))()\n"
+    )
+    closed = ["sh", "-c", 'exec "$@" 2>&-', "sh", sys.executable, "-c", code]
+    done = subprocess.run(closed, stdout=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stdout) == (0, "result\n")
 
 
 @pytest.mark.parametrize(

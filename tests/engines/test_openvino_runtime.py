@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +15,13 @@ from quest_deploy.artifacts import read_artifact, write_artifact
 from quest_deploy.config import RunConfig
 from quest_deploy.engines import check_run, load_engines, resolve_backend
 from quest_deploy.engines.base import Engine
-from quest_deploy.engines.openvino_runtime import Graph, check_attention, load_openvino_engines
+from quest_deploy.engines.openvino_runtime import (
+    MOST_KERNELS,
+    Graph,
+    bound_kernels,
+    check_attention,
+    load_openvino_engines,
+)
 from quest_deploy.engines.ort_runtime import load_ort_engines
 from quest_deploy.errors import ArtifactError, ConfigError, EngineInputError, MissingDependencyError
 
@@ -75,6 +83,31 @@ def test_two_sets_of_shapes_have_graphs_of_their_own_and_the_others_share_one(ti
         torch.testing.assert_close(engine(**inputs)["out_sample"], expected, rtol=1e-5, atol=1e-5)
     batches = [None if shapes is None else dict(shapes)["sample"][0] for shapes in engine.compiled]  # type: ignore[attr-defined]
     assert batches == [1, 2, None]
+
+
+def test_kernels_of_many_sizes_are_kept_up_to_a_bound(
+    tiny_onnx: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    openvino = pytest.importorskip("openvino")
+    told: list[dict[str, int]] = []
+
+    def note(core: object, device: str, settings: dict[str, int]) -> None:
+        told.append(settings)
+        known(core, device, settings)
+
+    known = openvino.Core.set_property
+    monkeypatch.setattr(openvino.Core, "set_property", note)
+    with caplog.at_level(logging.DEBUG, logger="quest_deploy"):
+        load_openvino_engines(tiny_onnx)
+    assert told == [{"CPU_RUNTIME_CACHE_CAPACITY": MOST_KERNELS}]
+    assert "keeps as many kernels" not in caplog.text
+
+
+def test_kernels_of_a_version_that_does_not_bound_them_are_no_error() -> None:
+    def refuse(device: str, settings: dict[str, int]) -> None:
+        raise RuntimeError("Unsupported property")
+
+    bound_kernels(SimpleNamespace(set_property=refuse))
 
 
 def test_a_wrong_shape_is_named(engines: dict[str, Engine]) -> None:

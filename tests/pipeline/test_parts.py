@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from quest_deploy.bench.worker import TimedEngine
 from quest_deploy.config import ProfileConfig, ShapeRange
-from quest_deploy.engines.base import check_inputs
+from quest_deploy.engines.base import Batched, check_inputs
 from quest_deploy.engines.profiles import (
     Profile,
     Shape,
@@ -159,3 +160,13 @@ def test_sizes_that_no_profile_holds_are_told_by_the_engine(profiled: Callable[.
 
 def fixed(size: int) -> ShapeRange:
     return ShapeRange(min=size, opt=size, max=size)
+
+
+def test_an_engine_that_is_timed_runs_in_parts(pipeline: Pipeline) -> None:
+    """By its methods: from Python 3.12 on `isinstance` overlooks, for a protocol, what a wrapper passes on."""
+    engine = pipeline.engines["unet"]
+    engine.batch_ranges = lambda shapes: [(1, 2)]
+    with pytest.raises(TypeError):
+        isinstance(engine, Batched)
+    run_in_parts(TimedEngine(engine, lambda: None), **unet_inputs(3, 1))
+    assert engine.batches == [2, 1]

@@ -73,6 +73,13 @@ def test_a_cut_prompt_is_told_once(pipeline: Pipeline, caplog: pytest.LogCapture
     assert len(caplog.records) == 1
 
 
+def test_a_server_does_not_keep_every_prompt(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quest_deploy.pipeline.text_to_image.MOST_TOLD", 3)
+    for number in range(9):
+        pipeline.encode([f"cat {number}", f"cat {number} " + "heart " * 30])
+    assert len(pipeline._told) == 3
+
+
 def test_noise_is_the_same_at_any_batch_size(pipeline: Pipeline) -> None:
     assert torch.equal(pipeline.initial_noise([3, 4])[1:], pipeline.initial_noise([4]))
 
@@ -105,6 +112,22 @@ def test_a_scheduler_that_draws_noise_repeats_itself_without_generators(pipeline
         return pipeline.denoise(noise, text, text, steps=2, guidance_scale=1.0, scheduler="euler-ancestral")
 
     assert torch.equal(run(), run())
+
+
+@pytest.mark.parametrize("seeds", [[0], [0, 1]])
+def test_without_generators_noise_goes_on_behind_that_of_the_seeds(
+    pipeline: Pipeline, seeds: list[int]
+) -> None:
+    text = pipeline.encode(["a"] * len(seeds))
+    generators = sampling.generators_of(seeds)
+    noise = sampling.draw_noise(generators, pipeline.latent_shape())
+
+    def run(generators: list[torch.Generator] | None) -> torch.Tensor:
+        return pipeline.denoise(
+            noise, text, text, steps=2, guidance_scale=1.0, scheduler="euler-ancestral", generators=generators
+        )
+
+    assert torch.equal(run(None), run(generators))
 
 
 def test_two_runs_do_not_share_a_scheduler(pipeline: Pipeline) -> None:
