@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+from onnx import ModelProto, TensorProto, helper, numpy_helper
+
 from benchmarks import stages
 from benchmarks.environment import header
 from benchmarks.settings import MODEL, Settings
@@ -15,6 +18,8 @@ NAME = "engines"
 TARGET = "tensorrt-rtx"
 FULL_PRECISION = "fp32"
 COMPONENTS = ("text_encoder", "unet", "vae_decoder")
+CHANNELS, SIDE = 1024, 16
+WAYS = ("fp32", "fp16", "int8")
 
 
 def run(settings: Settings) -> dict[str, Any]:
@@ -27,7 +32,59 @@ def run(settings: Settings) -> dict[str, Any]:
         engines, outcome = stages.build(settings, name, onnx)
         builds = outcome["exit_code"] == 0 and (engines / MANIFEST_NAME).is_file()
         built[name] = {**outcome, "builds": builds, "size_bytes": demo.sizes(engines) if builds else None}
-    return {**header(settings), "engines": built}
+    return {**header(settings), "engines": built, "one_product": {way: one_product(way) for way in WAYS}}
+
+
+def one_product(way: str) -> dict[str, int]:
+    """Bytes of ONNX and engine of a convolution with 9.4 million weights, which outweigh its kernels.
+
+    Raises:
+        RuntimeError: TensorRT for RTX does not build it.
+    """
+    import tensorrt_rtx as trt
+
+    model = convolution(way).SerializeToString()
+    logger = trt.Logger(trt.Logger.ERROR)
+    builder = trt.Builder(logger)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, logger)
+    plan = None
+    if parser.parse(model):
+        config, profile = builder.create_builder_config(), builder.create_optimization_profile()
+        profile.set_shape("x", *((batch, CHANNELS, SIDE, SIDE) for batch in (1, 2, 4)))
+        config.add_optimization_profile(profile)
+        plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise RuntimeError(f"TensorRT for RTX does not build a convolution in {way}")
+    return {"onnx_bytes": len(model), "engine_bytes": int(plan.nbytes)}
+
+
+def convolution(way: str) -> ModelProto:
+    """A 3x3 convolution of random weights: "fp32", "fp16", or "int8" weights and activations."""
+    weight = np.random.default_rng(0).normal(size=(CHANNELS, CHANNELS, 3, 3)).astype(np.float32)
+    constants, nodes, names = {}, [], ("x", "weight")
+    if way == "int8":
+        scale = np.abs(weight).max(axis=(1, 2, 3)) / 127
+        constants["codes"] = np.rint(weight / scale[:, None, None, None]).astype(np.int8)
+        constants["scale"], constants["step"] = scale, np.float32(0.05)
+        nodes = [
+            helper.make_node("DequantizeLinear", ["codes", "scale"], ["weight"], axis=0),
+            helper.make_node("QuantizeLinear", ["x", "step"], ["q"], output_dtype=TensorProto.INT8),
+            helper.make_node("DequantizeLinear", ["q", "step"], ["x_q"]),
+        ]
+        names = ("x_q", "weight")
+    else:
+        constants["weight"] = weight.astype(np.float16 if way == "fp16" else np.float32)
+    nodes.append(helper.make_node("Conv", names, ["y"], pads=[1] * 4))
+    kind = TensorProto.FLOAT16 if way == "fp16" else TensorProto.FLOAT
+    graph = helper.make_graph(
+        nodes,
+        way,
+        [helper.make_tensor_value_info("x", kind, ["batch", CHANNELS, SIDE, SIDE])],
+        [helper.make_tensor_value_info("y", kind, None)],
+        [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
@@ -51,6 +108,15 @@ def tables(result: dict[str, Any]) -> list[Table]:
             columns=("model", "builds", "time", "peak memory", "text encoder", "denoiser", "VAE decoder"),
             rows=tuple(rows),
             note="Built, not run: a machine without a driver cannot load them. 4-bit weights are kept as int8, since "
-            "the builder takes no int4 weights beside int8 activations.",
-        )
+            "the builder takes no int4 weights beside int8 activations. Most of engines this small is not "
+            "weights.",
+        ),
+        Table(
+            title="What weights take in an engine",
+            columns=("one 3x3 convolution, 9.4 million weights", "ONNX", "engine"),
+            rows=tuple(
+                (way, megabytes(size["onnx_bytes"]), megabytes(size["engine_bytes"]))
+                for way, size in result["one_product"].items()
+            ),
+        ),
     ]

@@ -100,7 +100,8 @@ def cost() -> dict[str, Any]:
 def engines() -> dict[str, Any]:
     built = {**outcome(30.0), "builds": True, "size_bytes": {"total": 3_000_000, "unet": 2_000_000}}
     failed = {**outcome(3.0, exit_code=1), "builds": False, "size_bytes": None}
-    return {**HEADER, "engines": {"fp32": built, "w8a8": built, "w4a8": failed}}
+    one = {"fp32": {"onnx_bytes": 4_000_000, "engine_bytes": 5_000_000}}
+    return {**HEADER, "engines": {"fp32": built, "w8a8": built, "w4a8": failed}, "one_product": one}
 
 
 def gate(
