@@ -116,7 +116,9 @@ def tables(result: dict[str, Any]) -> list[Table]:
             columns=("one 3x3 convolution, 9.4 million weights", "ONNX", "engine"),
             rows=tuple(
                 (way, megabytes(size["onnx_bytes"]), megabytes(size["engine_bytes"]))
-                for way, size in result["one_product"].items()
+                for way, size in (
+                    (way, result["one_product"][way]) for way in WAYS if way in result["one_product"]
+                )
             ),
         ),
     ]
