@@ -45,6 +45,8 @@ MODES: tuple[str, ...] = get_args(Mode)
 DTYPES: tuple[str, ...] = get_args(Dtype)
 BACKENDS: tuple[str, ...] = get_args(Backend)
 PROVIDERS: tuple[str, ...] = get_args(Provider)
+# More than any GPU has; bytes beyond it would leave TensorRT's integers.
+MAX_GPU_WEIGHTS_GB = 100_000
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -99,6 +101,10 @@ class RunConfig:
             one_of(problems, "provider", self.provider, PROVIDERS)
         if self.gpu_weights_gb is not None:
             at_least(problems, 0, gpu_weights_gb=self.gpu_weights_gb)
+            if self.gpu_weights_gb > MAX_GPU_WEIGHTS_GB:
+                problems.append(
+                    f"gpu_weights_gb is {self.gpu_weights_gb:g}, expected at most {MAX_GPU_WEIGHTS_GB:,}"
+                )
         raise_if_any(problems, "run")
 
 

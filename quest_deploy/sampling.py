@@ -41,6 +41,8 @@ SCHEDULERS = {
 
 # What `set_timesteps` would switch on by itself, with a warning each time.
 DEFAULTS = {"DPMSolverSinglestepScheduler": {"lower_order_final": True}}
+# They would say so at their first step.
+_NOT_FOR_SAMPLES = ("PNDMScheduler", "EulerAncestralDiscreteScheduler")
 _SAID_OF_FLOWS = ("prediction_type", "use_flow_sigmas", "flow_shift")
 
 
@@ -92,6 +94,11 @@ def make_scheduler(name: str | None, config: Any, *, own: str | None = None) -> 
         raise ConfigError(
             f"scheduler {class_name!r} is for {'noise' if flow else 'flow'} predictions, and the model's own, a {own}, "
             f"for those of {'a flow' if flow else 'noise'}; leave the scheduler out"
+        )
+    if config.get("prediction_type") == "sample" and class_name in _NOT_FOR_SAMPLES:
+        raise ConfigError(
+            f"scheduler {class_name!r} does not take predictions of the sample itself, which this model makes; "
+            "take another"
         )
     settings = {**DEFAULTS.get(str(class_name), {}), **config}
     if is_flow(str(class_name)) and not is_flow(own):

@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 
 from quest_deploy.analyze.config import AnalyzeConfig
-from quest_deploy.config import BenchConfig, FinetuneConfig, GenerateConfig, ParityConfig, PhaseConfig, Recipe
+from quest_deploy.config import (
+    BenchConfig,
+    FinetuneConfig,
+    GenerateConfig,
+    ParityConfig,
+    PhaseConfig,
+    Recipe,
+    RunConfig,
+)
 from quest_deploy.errors import ConfigError
 
 PHASE = PhaseConfig(layers="all", steps=1)
@@ -100,3 +108,9 @@ def test_what_numpy_counts_is_a_whole_number() -> None:
 def test_a_negative_prompt_is_a_text() -> None:
     with pytest.raises(ConfigError, match="negative_prompt is None, expected a text"):
         GenerateConfig(negative_prompt=None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("much", [-1, 1e300, float("inf"), float("nan")])
+def test_weights_on_the_gpu_are_what_a_gpu_may_hold(much: float) -> None:
+    with pytest.raises(ConfigError, match="gpu_weights_gb is "):
+        RunConfig(gpu_weights_gb=much)

@@ -271,3 +271,16 @@ def test_settings_that_a_scheduler_does_not_have_are_refused() -> None:
     config = {"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "sde-dpmsolver++"}
     with pytest.raises(ConfigError, match="'DEISMultistepScheduler' does not fit .*sde-dpm.*; take another"):
         sampling.make_scheduler("deis", config)
+
+
+NOISY = [name for name, kind in sampling.SCHEDULERS.items() if not sampling.is_flow(kind)]
+
+
+@pytest.mark.parametrize("name", NOISY)
+def test_predictions_of_the_sample_are_taken_or_refused_before_the_loop(name: str) -> None:
+    config = {"_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "prediction_type": "sample"}
+    if name in ("pndm", "euler-ancestral"):
+        with pytest.raises(ConfigError, match="predictions of the sample itself"):
+            sampling.make_scheduler(name, config)
+    else:
+        assert follow(sampling.make_scheduler(name, config), 4).isfinite()
