@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from quest_deploy.config import ExportConfig
 from quest_deploy.export.passes.block_int4 import BLOCKS
 from quest_deploy.export.to_onnx import INLINE_LIMIT_BYTES, load_source
-from quest_deploy.model.components import VaeDecoder, VaeEncoder
+from quest_deploy.model.components import runs
 from quest_deploy.model.load import wrap_components
 from quest_deploy.quantize.insert import quantized_layers
 from quest_deploy.quantize.layers import QuantizedLayer, QuantizedLinear
@@ -21,11 +21,6 @@ FLOAT_BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0}
 FLOAT32_BYTES = 4
 # Of quantizers: a graph has what follows from them.
 NOT_EXPORTED = (".stored_scale", ".row")
-# Both components of an autoencoder hold all of it.
-OTHER_HALF: dict[type[nn.Module], tuple[str, ...]] = {
-    VaeDecoder: ("vae.encoder.", "vae.quant_conv."),
-    VaeEncoder: ("vae.decoder.", "vae.post_quant_conv."),
-}
 # Counted from exports whose peak was measured (benchmarks/results/large.json): the traced program and its graph, for
 # each module; and how often the largest weight, and a file without external data, are in memory at once.
 BYTES_OF_MODULE = 250_000
@@ -88,8 +83,7 @@ def _weights(module: nn.Module, config: ExportConfig) -> Iterator[tuple[int, flo
     codes = {f"{name}.codes": layer for name, layer in layers.items()}
     seen: set[int] = set()
     for name, tensor in module.state_dict(keep_vars=True).items():
-        other = any(isinstance(module, kind) and name.startswith(half) for kind, half in OTHER_HALF.items())
-        if id(tensor) in seen or name.endswith(NOT_EXPORTED) or other:
+        if id(tensor) in seen or name.endswith(NOT_EXPORTED) or not runs(module, name):
             continue
         seen.add(id(tensor))
         size = _code_bytes(codes[name], config) if name in codes else _float_bytes(tensor, config)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,7 @@ from quest_deploy.export.graph import component_graph
 from quest_deploy.files import copy_tree
 from quest_deploy.manifest import QUANTIZATION_NAME
 from quest_deploy.model.carried import copy_notices, copy_safety, index_of_carried
-from quest_deploy.model.components import VaeEncoder
+from quest_deploy.model.components import runs
 from quest_deploy.model.families import VAE_DECODER
 from quest_deploy.model.load import LoadedModel, load_model, wrap_components
 from quest_deploy.model.merged import merged_details
@@ -265,11 +265,11 @@ def weight_only_layer_names(module: nn.Module) -> list[str]:
     ]
 
 
-def _quantized_layers(module: nn.Module) -> Mapping[str, QuantizedLayer]:
-    """Those that a component runs: an autoencoder's are in its decoder, which is part of its encoder's module, too."""
+def _quantized_layers(module: nn.Module) -> dict[str, QuantizedLayer]:
+    """Those that a component runs."""
     from quest_deploy.quantize.insert import quantized_layers
 
-    return {} if isinstance(module, VaeEncoder) else quantized_layers(module)
+    return {name: layer for name, layer in quantized_layers(module).items() if runs(module, name)}
 
 
 def copy_configuration(source: Path, output: Path) -> None:

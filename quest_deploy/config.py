@@ -100,8 +100,9 @@ class RunConfig:
         if self.provider is not None:
             one_of(problems, "provider", self.provider, PROVIDERS)
         if self.gpu_weights_gb is not None:
+            before = len(problems)
             at_least(problems, 0, gpu_weights_gb=self.gpu_weights_gb)
-            if self.gpu_weights_gb > MAX_GPU_WEIGHTS_GB:
+            if len(problems) == before and self.gpu_weights_gb > MAX_GPU_WEIGHTS_GB:
                 problems.append(
                     f"gpu_weights_gb is {self.gpu_weights_gb:g}, expected at most {MAX_GPU_WEIGHTS_GB:,}"
                 )

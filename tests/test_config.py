@@ -110,7 +110,7 @@ def test_a_negative_prompt_is_a_text() -> None:
         GenerateConfig(negative_prompt=None)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("much", [-1, 1e300, float("inf"), float("nan")])
-def test_weights_on_the_gpu_are_what_a_gpu_may_hold(much: float) -> None:
+@pytest.mark.parametrize("much", [-1, 1e300, float("inf"), float("nan"), "much"])
+def test_weights_on_the_gpu_are_what_a_gpu_may_hold(much: Any) -> None:
     with pytest.raises(ConfigError, match="gpu_weights_gb is "):
         RunConfig(gpu_weights_gb=much)

@@ -72,9 +72,10 @@ def draw_theirs(pipeline: Any, scheduler: str, guidance_scale: float) -> Tensor:
     ).images
 
 
-@pytest.mark.parametrize(
-    "scheduler", [name for name, kind in sampling.SCHEDULERS.items() if not sampling.is_flow(kind)]
-)
+NOISY = [name for name, kind in sampling.SCHEDULERS.items() if not sampling.is_flow(kind)]
+
+
+@pytest.mark.parametrize("scheduler", NOISY)
 def test_latents_equal_those_of_diffusers(ours: Pipeline, theirs: Any, scheduler: str) -> None:
     assert torch.equal(draw_ours(ours, scheduler, 3.0), draw_theirs(theirs, scheduler, 3.0))
 
@@ -271,9 +272,6 @@ def test_settings_that_a_scheduler_does_not_have_are_refused() -> None:
     config = {"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "sde-dpmsolver++"}
     with pytest.raises(ConfigError, match="'DEISMultistepScheduler' does not fit .*sde-dpm.*; take another"):
         sampling.make_scheduler("deis", config)
-
-
-NOISY = [name for name, kind in sampling.SCHEDULERS.items() if not sampling.is_flow(kind)]
 
 
 @pytest.mark.parametrize("name", NOISY)

@@ -222,6 +222,18 @@ class VaeEncoder(nn.Module):
         return (self.vae.encode(sample, return_dict=False)[0].parameters,)
 
 
+# Both components of an autoencoder hold all of it.
+_OTHER_HALF: Mapping[type[nn.Module], tuple[str, ...]] = {
+    VaeDecoder: ("vae.encoder.", "vae.quant_conv."),
+    VaeEncoder: ("vae.decoder.", "vae.post_quant_conv."),
+}
+
+
+def runs(component: nn.Module, name: str) -> bool:
+    """Whether a component runs its layer, or uses its tensor, of that name."""
+    return not f"{name}.".startswith(_OTHER_HALF.get(type(component), ()))
+
+
 def scaled(config: Mapping[str, Any], latents: Tensor) -> Tensor:
     """The inverse of :func:`unscaled`."""
     mean, deviation = config.get("latents_mean"), config.get("latents_std")

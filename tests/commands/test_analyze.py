@@ -125,14 +125,19 @@ def test_onnx_is_refused(tmp_path: Path, tiny_onnx: Path) -> None:
     assert "stage 'onnx', which has no layers to analyze" in done.stderr
 
 
+def share_of(folder: Path, recipe: str) -> list[str]:
+    """The command that chooses layers for a recipe's second phase; `recipe` is its YAML, its name "r"."""
+    (folder / "r.yaml").write_text(recipe)
+    words = ["analyze", "nowhere/model", "-o", str(folder / "out"), "--recipe", str(folder / "r.yaml")]
+    return [*words, "--finetune-share", "0.2", "--write-recipe", str(folder / "mixed.yaml")]
+
+
 def test_bits_that_a_share_needs_are_asked_for_at_once(tmp_path: Path) -> None:
-    recipe = tmp_path / "r.yaml"
-    recipe.write_text(
+    words = share_of(
+        tmp_path,
         "weight_bits: 4\nactivation_bits: 4\noverrides: [{layers: time-projections, activation_bits: 8}]\n"
-        "temporal: {layers: none, steps: 0}\nsensitive: {layers: all, steps: 1}\n"
+        "temporal: {layers: none, steps: 0}\nsensitive: {layers: all, steps: 1}\n",
     )
-    words = ["analyze", "nowhere/model", "-o", str(tmp_path / "out"), "--recipe", str(recipe)]
-    words += ["--finetune-share", "0.2", "--write-recipe", str(tmp_path / "mixed.yaml")]
     done = CliRunner().invoke(main, [*words, "--bits", "w8a8,w4a4"])
     assert done.exit_code == 1
     assert "bits lack w4a8, and layers of recipe r have them" in done.stderr
@@ -141,13 +146,11 @@ def test_bits_that_a_share_needs_are_asked_for_at_once(tmp_path: Path) -> None:
 
 
 def test_a_share_for_a_phase_without_steps_is_refused(tmp_path: Path) -> None:
-    recipe = tmp_path / "r.yaml"
-    recipe.write_text(
+    words = share_of(
+        tmp_path,
         "weight_bits: 8\nactivation_bits: 8\n"
-        "temporal: {layers: temporal, steps: 1}\nsensitive: {layers: none, steps: 0}\n"
+        "temporal: {layers: temporal, steps: 1}\nsensitive: {layers: none, steps: 0}\n",
     )
-    words = ["analyze", "nowhere/model", "-o", str(tmp_path / "out"), "--recipe", str(recipe)]
-    words += ["--finetune-share", "0.2", "--write-recipe", str(tmp_path / "mixed.yaml")]
     done = CliRunner().invoke(main, words)
     assert done.exit_code == 1
     assert "which recipe r has no steps for" in done.stderr
