@@ -11,8 +11,8 @@ OUTSIDE = "outside of engines"
 
 
 def parts(row: Mapping[str, Any]) -> dict[str, float]:
-    """Seconds of a median run: each component's calls times the median of one, and the rest."""
-    found = {name: one["calls"] * one["median_s"] for name, one in row["components"].items()}
+    """Seconds of a run by component, the median over runs each, and the rest."""
+    found = {name: one["run_median_s"] for name, one in row["components"].items()}
     return {**found, OUTSIDE: row["loop"]["overhead"] * row["loop"]["median_s"]}
 
 
