@@ -37,6 +37,7 @@ _DISTRIBUTIONS = (
     "onnxscript",
     "onnx-ir",
     "onnxruntime",
+    "openvino",
     "polygraphy",
     "tensorrt",
     "tensorrt-rtx-cu13",

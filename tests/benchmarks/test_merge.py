@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.merge import merged
+from benchmarks.merge import elsewhere, merged
 from benchmarks.report import provenance
 
 
@@ -83,3 +83,14 @@ def test_other_settings_are_not_mixed(tmp_path: Path) -> None:
     file = write(tmp_path / "quality.json", result("Monday", "w8a8", prompts=16))
     with pytest.raises(SystemExit, match="other settings"):
         merged(file, result("Tuesday", "w4a4"))
+
+
+def test_times_of_other_threads_than_the_results_are_told(tmp_path: Path) -> None:
+    old, new = result("Monday", "w8a8"), result("Tuesday", "w4a4")
+    old["machine"]["omp_num_threads"] = "1"
+    found = merged(write(tmp_path / "cost.json", old), new)
+    one = {"finetune": {"cores": 2, "threads": "1"}, "parity": {}}
+    assert elsewhere(found, {"w8a8": one}) == ""
+    assert "told above: finetune of W4A4, build of fp32." in elsewhere(
+        found, {"w8a8": one, "w4a4": one, "fp32": {"build": {"cores": 3, "threads": None}}}
+    )

@@ -57,7 +57,9 @@ def test_gains_of_the_digits(repository: Path) -> None:
 def test_digits_of_the_examples(repository: Path) -> None:
     models = results(repository, "families")["models"]
     psnr = {
-        recipe: [mean(models[model][recipe]["rows"], "quest", "psnr_db") for model in ("digits-class", "digits")]
+        recipe: [
+            mean(models[model][recipe]["rows"], "quest", "psnr_db") for model in ("digits-class", "digits")
+        ]
         for recipe in ("w4a8", "w4a4")
     }
     text = " ".join((repository / "examples" / "README.md").read_text(encoding="utf-8").split())

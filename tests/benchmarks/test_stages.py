@@ -120,6 +120,23 @@ def test_what_ran_in_other_threads_is_begun_afresh(calls: list[str], monkeypatch
     assert make("verb")["resumed"] is False
 
 
+def test_a_stage_tells_the_threads_that_it_ran_with(
+    calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    make("verb")
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert make("verb")["threads"] == "1"
+    assert calls == ["a stage"]
+
+
+def test_openvino_matters_to_what_runs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "openvino" in stages.tool_versions()
+    monkeypatch.setattr(stages, "tool_versions", lambda: {"torch": "9", "openvino": "1"})
+    assert stages.made_by(stages.QUANTIZER)["tools"] == {"torch": "9"}
+    assert stages.made_by(stages.PACKAGE)["tools"] == {"torch": "9", "openvino": "1"}
+
+
 def test_another_content_of_the_recipe_or_another_library_runs_it_again(
     calls: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
