@@ -4,11 +4,13 @@ import dataclasses
 import json
 import struct
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import click
 import pytest
 
+from benchmarks import __main__ as entry
 from benchmarks import cost, environment, stages
 from benchmarks.__main__ import parse
 from benchmarks.settings import RESULTS, Settings, write_recipe
@@ -154,6 +156,17 @@ def test_a_stage_is_of_the_code_that_it_began_with(calls: list[str], monkeypatch
     monkeypatch.setattr(stages, "sources_digest", lambda paths: next(digests))
     make("verb")
     assert json.loads(Path("work/stages/a stage.json").read_text())["sources"] == "before"
+
+
+@pytest.mark.parametrize(("after", "told"), [("same", ("end", False)), ("other", ("start", True))])
+def test_code_that_changed_while_a_benchmark_ran_is_told(
+    after: str, told: tuple[str, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digests = iter(["same", after])
+    monkeypatch.setattr(entry, "sources_digest", lambda paths: next(digests))
+    monkeypatch.setattr(entry, "git", lambda *words: "start")
+    module = SimpleNamespace(run=lambda settings: {"commit": "end", "uncommitted_changes": False})
+    assert entry.measured(module, Work()) == dict(zip(("commit", "uncommitted_changes"), told, strict=True))
 
 
 def test_every_stage_is_a_valid_call_of_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
