@@ -19,7 +19,7 @@ BY_RECIPE = (
     "recipe_digests",
 )
 # What others are compared with, which must not have changed between.
-SHARED = ("fp32", "openvino", "modelopt", "prompts")
+SHARED = ("fp32", "openvino", "modelopt", "prompts", "iterations", "images", "groups")
 # Of every result that has full precision beside the recipes, what does not depend on how busy the machine is.
 SHARED_SIZES = "denoiser_bytes"
 FLOATS = ("fp32", "fp16")

@@ -23,7 +23,8 @@ def plot(rows: Mapping[str, Mapping[str, Any]], order: Sequence[str]) -> str:
 
     measured = {label: parts(rows[label]) for label in order if "loop" in rows[label]}
     names = list(dict.fromkeys(name for one in measured.values() for name in one))
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "quest-deploy"}):
+    # Labels are paths, in which a dollar begins no formula.
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "quest-deploy", "text.parse_math": False}):
         figure = Figure(figsize=(WIDTH, ROW_HEIGHT * len(measured) + 1.2), layout="constrained")
         axes = figure.add_subplot()
         left = [0.0] * len(measured)

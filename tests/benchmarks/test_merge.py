@@ -66,17 +66,20 @@ def test_what_a_stage_took_stays_as_well(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"fp32": {"kid": 2}}, {"models": {}}], ids=["another full precision", "by model"]
+    "changes",
+    [{"fp32": {"kid": 2}}, {"iterations": 1000}, {"models": {}}],
+    ids=["another full precision", "more updates", "by model"],
 )
 def test_what_would_lose_or_mix_results_is_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
     old = {
         **result("Monday", "w8a8", "w4a4"),
         "fp32": {"kid": 1},
-        **{key: {} for key in changes if key != "fp32"},
+        "iterations": 500,
+        **{key: {} for key in changes if key == "models"},
     }
     file = write(tmp_path / "some.json", old)
     with pytest.raises(SystemExit, match="measure all recipes"):
-        merged(file, {**result("Tuesday", "w4a4"), "fp32": {"kid": 1}, **changes})
+        merged(file, {**result("Tuesday", "w4a4"), "fp32": {"kid": 1}, "iterations": 500, **changes})
 
 
 def test_other_settings_are_not_mixed(tmp_path: Path) -> None:
