@@ -6,11 +6,10 @@ import os
 import platform
 import subprocess
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
 from benchmarks.settings import RESULTS, ROOT, Settings
-from quest_deploy.manifest import tool_versions
+from quest_deploy.manifest import cpu_model, tool_versions
 
 SOURCES = ("quest_deploy", "export", "engines", "benchmarks", "scripts")
 
@@ -36,22 +35,12 @@ def now() -> str:
 def machine() -> dict[str, Any]:
     """Processor, cores that may be used, and memory."""
     return {
-        "cpu": cpu_model(Path("/proc/cpuinfo")),
+        "cpu": cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
     }
-
-
-def cpu_model(cpuinfo: Path) -> str:
-    """The processor's name; the architecture where the system does not tell it."""
-    try:
-        lines = cpuinfo.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())
 
 
 def git(*arguments: str) -> str | None:

@@ -77,6 +77,18 @@ def tool_versions() -> dict[str, str]:
     return versions
 
 
+def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """The processor's name; the architecture where the system does not tell it."""
+    import platform
+
+    try:
+        lines = cpuinfo.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
+
+
 def digest_of(manifest: Manifest) -> str:
     """Identity of an artifact: sha256 over stage, config and file hashes."""
     files = {name: entry.sha256 for name, entry in manifest.files.items()}

@@ -15,6 +15,7 @@ from benchmarks import cost, environment, stages
 from benchmarks.__main__ import parse
 from benchmarks.settings import RESULTS, Settings, write_recipe
 from quest_deploy.artifacts import write_artifact
+from quest_deploy.bench import stage as bench_stage
 from quest_deploy.commands import main
 from quest_deploy.config import FinetuneConfig, to_dict
 from quest_deploy.prompts import load_prompts
@@ -273,6 +274,7 @@ def test_ratio_needs_both_sizes() -> None:
 
 
 def test_processor_is_named_or_the_architecture(tmp_path: Path) -> None:
+    assert bench_stage.machine()["cpu"] == environment.machine()["cpu"]
     (tmp_path / "cpuinfo").write_text("processor\t: 0\nmodel name\t: Abacus 3000\nmodel name\t: other\n")
     assert environment.cpu_model(tmp_path / "cpuinfo") == "Abacus 3000"
     assert environment.cpu_model(tmp_path / "missing") == environment.platform.machine()
