@@ -21,8 +21,7 @@ def header(settings: Settings) -> dict[str, Any]:
         "machine": machine(),
         "versions": tool_versions(),
         "commit": git("rev-parse", "HEAD"),
-        # Results that were just written are no change of the code that wrote them.
-        "uncommitted_changes": bool(git("status", "--porcelain", "--", *SOURCES, f":!{RESULTS}")),
+        "uncommitted_changes": uncommitted_changes(),
         "settings": settings.describe(),
     }
 
@@ -41,6 +40,13 @@ def machine() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
     }
+
+
+def uncommitted_changes() -> bool | None:
+    """Whether code is not as its commit has it; None outside of a repository."""
+    # Results that were just written are no change of the code that wrote them.
+    changed = git("status", "--porcelain", "--", *SOURCES, f":!{RESULTS}")
+    return None if changed is None else bool(changed)
 
 
 def git(*arguments: str) -> str | None:
