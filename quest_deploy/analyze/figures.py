@@ -102,7 +102,7 @@ def sensitivity_by_depth(sensitivity: Mapping[str, Any], run_order: Sequence[str
         axes.set_yscale("log")
         axes.set_xlabel("layer, in the order in which they run")
         axes.set_ylabel("relative error")
-        axes.legend(ncols=len(alone), loc="upper right")
+        figure.legend(loc="outside upper right", ncols=len(alone))
     return figure
 
 

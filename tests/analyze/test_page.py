@@ -92,6 +92,16 @@ def test_plots_of_a_single_layer_show_it_and_their_labels() -> None:
     assert figure.bbox.contains(*label.min) and figure.bbox.contains(*label.max)
 
 
+def test_legends_lie_outside_of_what_is_plotted() -> None:
+    layers = [{"name": "conv", "role": "other", "damage": {"w4": {"snr_db": 20.0}}}]
+    sensitivity = {"bits": ["w4"], "layers": layers}
+    for figure in (
+        figures.sensitivity_by_depth(sensitivity, ["conv"]),
+        figures.sensitivity_bars(sensitivity, "w4"),
+    ):
+        assert figure.legends and figure.axes[0].get_legend() is None
+
+
 def test_before_and_after_are_one_statistic(document: dict[str, Any], quick_plots: None) -> None:
     changed = copy.deepcopy(document)
     start = changed["network"]["start"] = {**changed["network"]["start"], "step_snr_db": 9.8, "snr_db": 10.2}
