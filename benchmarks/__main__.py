@@ -7,10 +7,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from benchmarks import report
+from benchmarks.environment import SOURCES, git
 from benchmarks.merge import merged
 from benchmarks.settings import ROOT, Settings
+from benchmarks.stages import sources_digest
 from benchmarks.tables import show
 from quest_deploy.artifacts import write_json
 from quest_deploy.quantize.recipe import PACKAGED
@@ -73,7 +76,7 @@ def main() -> int:
     os.chdir(ROOT)
     settings = Settings(recipes=arguments.recipes, quick=arguments.quick, checkpoints=arguments.checkpoints)
     module = report.benchmark(arguments.benchmark)
-    result = module.run(settings)
+    result = measured(module, settings)
     settings.results.mkdir(parents=True, exist_ok=True)
     file = settings.results / f"{module.NAME}.json"
     result = merged(file, result)
@@ -82,6 +85,15 @@ def main() -> int:
     if not settings.quick:
         report.write()
     return 0
+
+
+def measured(module: Any, settings: Settings) -> dict[str, Any]:
+    """A benchmark's result; of the commit that it began at, with changes, where the code changed while it ran."""
+    commit, before = git("rev-parse", "HEAD"), sources_digest(SOURCES)
+    result: dict[str, Any] = module.run(settings)
+    if sources_digest(SOURCES) != before:
+        result |= {"commit": commit, "uncommitted_changes": True}
+    return result
 
 
 def run_all(arguments: list[str]) -> int:

@@ -15,6 +15,7 @@ from typing import Any
 
 from benchmarks import stages
 from benchmarks.environment import header
+from benchmarks.merge import elsewhere
 from benchmarks.settings import MODEL, ROOT, Settings
 from benchmarks.tables import MISSING, Table, megabytes, number, seconds
 from quest_deploy.config import to_dict
@@ -162,7 +163,7 @@ def recipe_digests(names: Iterable[str]) -> dict[str, str]:
 
 
 def _doubts(result: dict[str, Any]) -> str:
-    """Sentences on recipes that have changed since, and on comparisons that were over their budget."""
+    """Sentences on recipes that have changed since, comparisons over their budget, and times of another machine."""
     known, today = result.get("recipe_digests", {}), recipe_digests(result["settings"]["recipes"])
     changed = [name.upper() for name, digest in today.items() if known.get(name) != digest]
     over = [
@@ -177,7 +178,7 @@ def _doubts(result: dict[str, Any]) -> str:
         else []
     )
     found += [f"Over a limit, with its time: {', '.join(over)}."] if over else []
-    return "".join(f" {sentence}" for sentence in found)
+    return "".join(f" {sentence}" for sentence in found) + elsewhere(result, result["stages"])
 
 
 def _model(name: str) -> str:

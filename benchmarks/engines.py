@@ -9,6 +9,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from benchmarks import stages
 from benchmarks.environment import header
+from benchmarks.merge import elsewhere
 from benchmarks.settings import MODEL, Settings
 from benchmarks.tables import Table, megabytes, seconds, yes
 from quest_deploy.manifest import MANIFEST_NAME
@@ -109,7 +110,8 @@ def tables(result: dict[str, Any]) -> list[Table]:
             rows=tuple(rows),
             note="Built, not run: a machine without a driver cannot load them. 4-bit weights are kept as int8, since "
             "the builder takes no int4 weights beside int8 activations. Most of engines this small is not "
-            "weights.",
+            "weights."
+            + elsewhere(result, {name: {"build": engine} for name, engine in result["engines"].items()}),
         ),
         Table(
             title="What weights take in an engine",

@@ -6,11 +6,10 @@ import os
 import platform
 import subprocess
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
 from benchmarks.settings import RESULTS, ROOT, Settings
-from quest_deploy.manifest import tool_versions
+from quest_deploy.manifest import cpu_model, tool_versions
 
 SOURCES = ("quest_deploy", "export", "engines", "benchmarks", "scripts")
 
@@ -22,8 +21,7 @@ def header(settings: Settings) -> dict[str, Any]:
         "machine": machine(),
         "versions": tool_versions(),
         "commit": git("rev-parse", "HEAD"),
-        # Results that were just written are no change of the code that wrote them.
-        "uncommitted_changes": bool(git("status", "--porcelain", "--", *SOURCES, f":!{RESULTS}")),
+        "uncommitted_changes": uncommitted_changes(),
         "settings": settings.describe(),
     }
 
@@ -36,7 +34,7 @@ def now() -> str:
 def machine() -> dict[str, Any]:
     """Processor, cores that may be used, and memory."""
     return {
-        "cpu": cpu_model(Path("/proc/cpuinfo")),
+        "cpu": cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
@@ -44,14 +42,11 @@ def machine() -> dict[str, Any]:
     }
 
 
-def cpu_model(cpuinfo: Path) -> str:
-    """The processor's name; the architecture where the system does not tell it."""
-    try:
-        lines = cpuinfo.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())
+def uncommitted_changes() -> bool | None:
+    """Whether code is not as its commit has it; None outside of a repository."""
+    # Results that were just written are no change of the code that wrote them.
+    changed = git("status", "--porcelain", "--", *SOURCES, f":!{RESULTS}")
+    return None if changed is None else bool(changed)
 
 
 def git(*arguments: str) -> str | None:

@@ -16,7 +16,7 @@ from benchmarks import quality, rows, stages
 from benchmarks.baselines.rows import MADE_BY_FINETUNE, ROWS, variant
 from benchmarks.environment import header
 from benchmarks.settings import MODEL, ROOT, Settings
-from benchmarks.stages import identity
+from benchmarks.stages import identity, made_by
 from benchmarks.tables import Table, interval
 from quest_deploy.artifacts import write_json
 from quest_deploy.files import hash_file, hash_mapping
@@ -28,6 +28,13 @@ NAME = "kid"
 TARGET = "onnxruntime"
 PROMPTS = ROOT / "benchmarks" / "data" / "kid-prompts.txt"
 REAL = ROOT / "benchmarks" / "data" / "kid-features.safetensors"
+# What draws, beside the artifact.
+DRAWN_BY = (
+    "quest_deploy/pipeline",
+    "quest_deploy/sampling.py",
+    "engines/base.py",
+    "engines/openvino_runtime.py",
+)
 FIRST_SEED = 10_000
 CHUNK = 256
 GROUPS = 32
@@ -106,7 +113,7 @@ def draw_features(settings: Settings, label: str, onnx: Path, prompts: list[str]
         "steps": settings.denoising_steps,
         "guidance_scale": settings.guidance_scale,
         "count": len(prompts),
-        "versions": _versions(),
+        **made_by(DRAWN_BY),
     }
     folder = settings.work / NAME / f"{label}-{hash_mapping(subject)[:12]}"
     starts = range(0, len(prompts), CHUNK)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ BY_RECIPE = (
     "recipe_digests",
 )
 # What others are compared with, which must not have changed between.
-SHARED = ("fp32", "openvino", "modelopt", "prompts")
+SHARED = ("fp32", "openvino", "modelopt", "prompts", "iterations", "images", "groups")
 # Of every result that has full precision beside the recipes, what does not depend on how busy the machine is.
 SHARED_SIZES = "denoiser_bytes"
 FLOATS = ("fp32", "fp16")
@@ -60,6 +61,26 @@ def merged(file: Path, result: dict[str, Any]) -> dict[str, Any]:
         "recipes": sorted({*old["settings"]["recipes"], *result["settings"]["recipes"]}),
     }
     return {**result, **found, "settings": settings, MEASURED: measured}
+
+
+def elsewhere(result: dict[str, Any], stages: Mapping[str, Mapping[str, Any]]) -> str:
+    """A sentence on times that were taken with other cores or threads than `result` tells of; empty without any.
+
+    Args:
+        result: Says by its header, and by recipe, where it was measured.
+        stages: By recipe or type, what :func:`benchmarks.stages.make` gave for stages; earlier versions gave no cores.
+    """
+    found = []
+    for name, outcomes in stages.items():
+        machine = result.get(MEASURED, {}).get(name, result)["machine"]
+        told = {"cores": machine["cores"], "threads": machine.get("omp_num_threads")}
+        label = name if name in FLOATS else name.upper()
+        found += [
+            f"{stage} of {label}"
+            for stage, outcome in outcomes.items()
+            if any(outcome.get(key, value) != value for key, value in told.items())
+        ]
+    return f" **With other cores or threads than told above: {', '.join(found)}.**" if found else ""
 
 
 def _conditions(result: dict[str, Any]) -> dict[str, Any]:

@@ -23,6 +23,8 @@ from quest_deploy.quantize.recipe import PACKAGED, recipe_from_dict
 from scripts import demo
 
 PACKAGE = ("quest_deploy", "export", "engines")
+# Code that runs OpenVINO lies here, alone or with other engines.
+OPENVINO = {"engines", "engines/openvino_runtime.py"}
 # What the numbers of a quantized denoiser depend on.
 QUANTIZER = (
     "quest_deploy/quantize",
@@ -47,7 +49,11 @@ def sources_digest(paths: Sequence[str], root: Path = ROOT) -> str:
 
 def made_by(sources: Sequence[str]) -> dict[str, Any]:
     """What a cached result depends on besides its inputs: the code below `sources`, and the libraries' versions."""
-    return {"code": sources_digest(sources), "tools": tool_versions()}
+    tools = tool_versions()
+    if not OPENVINO & {*sources}:
+        # Torch makes the same without it.
+        tools.pop("openvino", None)
+    return {"code": sources_digest(sources), "tools": tools}
 
 
 def identity(path: Path) -> str:
@@ -78,8 +84,9 @@ def make(
         settings_read: What the files say that `arguments` name.
 
     Returns:
-        The fields of :class:`scripts.demo.Outcome`, and `resumed`: whether an interrupted run was finished, whose
-        time is then not all there.
+        The fields of :class:`scripts.demo.Outcome`; `resumed`: whether an interrupted run was finished, whose time is
+        then not all there; and `cores` and `threads` (OMP_NUM_THREADS) that it ran with, as :func:`machine` tells them:
+        the result of an earlier run is taken whatever those were, and its time is not one of now.
     """
     record = settings.work / "stages" / f"{name}.json"
     begun = record.with_suffix(".begun")
@@ -98,7 +105,8 @@ def make(
             return known["outcome"]
     unfinished = output.parent / f".{output.name}.finetune"
     here = machine()
-    start = hash_mapping({"key": key, "cores": here["cores"], "threads": here["omp_num_threads"]})
+    ran_with = {"cores": here["cores"], "threads": here["omp_num_threads"]}
+    start = hash_mapping({"key": key, **ran_with})
     if unfinished.is_dir() and (not begun.is_file() or begun.read_text(encoding="utf-8") != start):
         # Of other code, settings or threads: nothing of it may be gone on with.
         shutil.rmtree(unfinished)
@@ -111,7 +119,7 @@ def make(
     begun.write_text(start, encoding="utf-8")
     print(f"\n{name}", flush=True)
     stage = demo.Stage(name=name, arguments=(*arguments, "-o", str(output)), output=output)
-    outcome = {**asdict(run(stage)), "resumed": resumed}
+    outcome = {**asdict(run(stage)), "resumed": resumed, **ran_with}
     if outcome["exit_code"] == demo.INTERRUPTED:
         raise KeyboardInterrupt
     if outcome["exit_code"] in FINISHED:

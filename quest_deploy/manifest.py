@@ -37,6 +37,7 @@ _DISTRIBUTIONS = (
     "onnxscript",
     "onnx-ir",
     "onnxruntime",
+    "openvino",
     "polygraphy",
     "tensorrt",
     "tensorrt-rtx-cu13",
@@ -74,6 +75,18 @@ def tool_versions() -> dict[str, str]:
         with contextlib.suppress(PackageNotFoundError):
             versions[name] = version(name)
     return versions
+
+
+def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """The processor's name; the architecture where the system does not tell it."""
+    import platform
+
+    try:
+        lines = cpuinfo.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
 
 
 def digest_of(manifest: Manifest) -> str:

@@ -130,8 +130,10 @@ def psnr_per_rung(report: Any) -> dict[str, float | str | None]:
 def summarize(
     output: Path, recipe: str, outcomes: list[Outcome], planned: tuple[Stage, ...]
 ) -> dict[str, Any]:
-    """What `summary.json` holds."""
-    made = [stage.output for stage in planned if stage.output.is_dir()]
+    """What `summary.json` holds: of this run, and not of an earlier one whose outputs lie in the same place."""
+    finished = {outcome.stage for outcome in outcomes if outcome.exit_code in (0, OVER_BUDGET)}
+    made = [stage.output for stage in planned if stage.name in finished]
+    parity = output / "parity"
     return {
         "recipe": recipe,
         "passed": len(outcomes) == len(planned) and all(outcome.exit_code == 0 for outcome in outcomes),
@@ -139,7 +141,7 @@ def summarize(
         "stages": [asdict(outcome) for outcome in outcomes],
         "seconds": round(sum(outcome.seconds for outcome in outcomes), 2),
         "size_bytes": {"model": sizes(ROOT / MODEL)} | {path.name: sizes(path) for path in made},
-        "image_psnr_db": psnr_per_rung(read_json(output / "parity" / "report.json")),
+        "image_psnr_db": psnr_per_rung(read_json(parity / "report.json") if parity in made else None),
     }
 
 

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.environment import git, machine, now
+from benchmarks.environment import git, machine, now, uncommitted_changes
 from benchmarks.settings import ROOT, one_update, write_recipe
 from quest_deploy.engines.libraries import check_tensorrt, gpus
 from quest_deploy.errors import ConfigError, MissingDependencyError
@@ -171,6 +171,7 @@ def main() -> int:
     header = {
         "date": now(),
         "commit": git("rev-parse", "HEAD"),
+        "uncommitted_changes": uncommitted_changes(),
         "machine": machine(),
         "gpus": [asdict(gpu) for gpu in gpus()],
         "versions": tool_versions(),

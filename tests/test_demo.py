@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +52,25 @@ def test_second_run_replaces_finished_outputs(demo: ModuleType, tmp_path: Path) 
     stage.output.mkdir()
     (stage.output / "manifest.json").write_text("{}")
     assert demo.flags(stage) == ("--overwrite",)
+
+
+def test_summary_tells_nothing_of_an_earlier_run(demo: ModuleType, tmp_path: Path) -> None:
+    report = {"rungs": [{"name": "onnx", "against_reference": {"image_psnr_db": {"mean": 27.0}}}]}
+    planned = demo.stages(tmp_path, "w4a4")
+    for stage in planned:
+        stage.output.mkdir()
+    (tmp_path / "parity" / "report.json").write_text(json.dumps(report))
+
+    def summary(**codes: int) -> dict:
+        done = [
+            demo.Outcome(stage=name, command="", exit_code=code, seconds=1.0, peak_memory_bytes=1)
+            for name, code in codes.items()
+        ]
+        return demo.summarize(tmp_path, "w4a4", done, planned)
+
+    stopped = summary(finetune=0, generate=1)
+    assert stopped["size_bytes"].keys() == {"model", "checkpoint"} and stopped["image_psnr_db"] == {}
+    assert summary(parity=demo.OVER_BUDGET)["image_psnr_db"] == {"onnx": 27.0}
 
 
 MEASURE_TWO_STAGES = """

@@ -49,7 +49,7 @@ def test_without_a_gpu_one_message_and_a_json_that_says_so(repository: Path, tmp
     (written,) = tmp_path.glob(f"*/{NAME}")
     found = json.loads(written.read_text())
     assert "no NVIDIA GPU" in found["error"] and found["steps"] == [] and found["gpus"] == []
-    assert {"date", "versions", "commit", "machine"} <= found.keys()
+    assert {"date", "versions", "commit", "uncommitted_changes", "machine"} <= found.keys()
 
 
 def test_calls_of_the_command_line_are_valid(planned: tuple[Step, ...]) -> None:

@@ -187,6 +187,10 @@ def test_a_single_prompt_and_step_can_be_drawn() -> None:
     assert "denoising step" in render(report, drawn(1))
 
 
+def test_a_time_is_not_taken_for_a_speed() -> None:
+    assert "<code>quest-deploy bench</code> measures speed" in render(document(), drawn())
+
+
 def test_a_report_without_gates_says_so() -> None:
     assert "no budget applies" in render({**document(), "gates": []}, drawn())
 

@@ -86,7 +86,8 @@ def _budgets(recipes: dict[str, Any]) -> Table:
         ),
         labels=2,
         note="A sample is one latent at one timestep in one guidance branch; training samples are those that gradients "
-        "were taken of. (Seconds are in the JSON alone, since rows are made beside other work.) The own loss is what a "
+        "were taken of, AdaRound's for each block. (Seconds are in the JSON alone, since rows are made beside other "
+        "work.) The own loss is what a "
         "method minimizes: AdaRound the mean over blocks of their outputs' error, the finetuned rows their loss on the "
         "prompts that choose the result. The error of predictions is the same for all rows: squared "
         "error of the network's output over its power, on the calibration prompts that choose the finetuned rows' "

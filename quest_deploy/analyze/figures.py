@@ -30,6 +30,8 @@ ROLE_COLORS = {"temporal": PALETTE[2], "other": PALETTE[1], "boundary": PALETTE[
 COLORMAP = "viridis"
 WIDTH = 11.0
 TOP_LAYERS = 20
+# Of a plot with a row for each layer: room for the label of its colour bar, however few there are.
+LEAST_HEIGHT = 2.6
 # Any: matplotlib lists the names of its settings in the type.
 STYLE: Any = {
     "svg.fonttype": "none",
@@ -72,7 +74,7 @@ def sensitivity_bars(sensitivity: Mapping[str, Any], bits: str) -> Figure:
     """The layers that quantizing to `bits` alone harms most."""
     ranked = rank(sensitivity["layers"], bits)[:TOP_LAYERS]
     with rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, 0.26 * len(ranked) + 0.9))
+        figure = Figure(figsize=(WIDTH, 0.26 * len(ranked) + 1.2))
         axes = figure.add_subplot()
         values = [typical_error(layer, bits) for layer in ranked]
         axes.barh(
@@ -82,7 +84,7 @@ def sensitivity_bars(sensitivity: Mapping[str, Any], bits: str) -> Figure:
         axes.invert_yaxis()
         axes.grid(visible=False, axis="y")
         axes.set_xlabel(f"relative error of the noise prediction, {bits.upper()}")
-        _role_legend(axes, [layer["role"] for layer in ranked])
+        _role_legend(figure, [layer["role"] for layer in ranked])
     return figure
 
 
@@ -100,7 +102,7 @@ def sensitivity_by_depth(sensitivity: Mapping[str, Any], run_order: Sequence[str
         axes.set_yscale("log")
         axes.set_xlabel("layer, in the order in which they run")
         axes.set_ylabel("relative error")
-        axes.legend(ncols=len(alone), loc="upper right")
+        figure.legend(loc="outside upper right", ncols=len(alone))
     return figure
 
 
@@ -136,7 +138,7 @@ def temporal_distance(temporal: Mapping[str, Any], timesteps: Sequence[float]) -
                         zorder=3 if bold else 2,
                         label=f"time embedding, {label}" if bold and axes is panels[0] else None,
                     )
-        for axes, title in zip(panels, ("relative error", "cosine"), strict=True):
+        for axes, title in zip(panels, ("norm of the error, relative", "cosine"), strict=True):
             axes.set_title(title)
             axes.set_xlabel("timestep")
             axes.invert_xaxis()
@@ -193,7 +195,10 @@ def imbalance_scatter(before: Mapping[str, Any], after: Mapping[str, Any] | None
         figure = Figure(figsize=(WIDTH, 3.4))
         for axes, (key, title) in zip(figure.subplots(1, 3), quantities, strict=True):
             order = sorted(before, key=lambda name: -before[name][key])
-            axes.plot([before[name][key] for name in order], color=PALETTE[2], label="before", linewidth=2)
+            # A line needs two points.
+            marker = "o" if len(order) == 1 else None
+            values = [before[name][key] for name in order]
+            axes.plot(values, color=PALETTE[2], label="before", linewidth=2, marker=marker)
             if after is not None:
                 # Time-embedding tables leave some layers without a counterpart.
                 values = [after[name][key] if name in after else math.nan for name in order]
@@ -240,11 +245,12 @@ def histogram_grid(histograms: Mapping[str, Any], timesteps: Sequence[float]) ->
                         style,
                         color=color,
                         linewidth=1.3,
-                        label=f"t = {timesteps[int(step)]:g}" if style == "-" else None,
+                        label=f"t = {_timestep(timesteps[int(step)])}" if style == "-" else None,
                     )
             axes.set_yscale("symlog", linthresh=1e-3)
             axes.set_ylim(bottom=0)
             axes.set_title(name, fontsize=8)
+            axes.set_xlabel("value", fontsize=8)
             axes.set_ylabel("share of values")
         for axes in grid[len(names) :]:
             axes.set_visible(False)
@@ -271,7 +277,7 @@ def _heatmap(
         LogNorm(max(min(values), high * 1e-4), high) if log and high > 0 else Normalize(0, max(high, 1e-12))
     )
     with rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, 0.24 * len(rows) + 1.0))
+        figure = Figure(figsize=(WIDTH, max(0.24 * len(rows) + 1.0, LEAST_HEIGHT)))
         axes = figure.add_subplot()
         drawn = axes.imshow(rows, aspect="auto", cmap=COLORMAP, norm=norm, interpolation="nearest")
         axes.set_yticks(range(len(names)), names, fontsize=8)
@@ -285,10 +291,15 @@ def _heatmap(
 def _timestep_ticks(axes: Axes, timesteps: Sequence[float], which: str) -> None:
     stride = max(1, -(-len(timesteps) // 9))
     places = range(0, len(timesteps), stride)
-    labels = [f"{timesteps[place]:g}" for place in places]
+    labels = [_timestep(timesteps[place]) for place in places]
     (axes.set_xticks if which == "x" else axes.set_yticks)(places, labels)
 
 
-def _role_legend(axes: Axes, roles: Sequence[str]) -> None:
-    shown = [role for role in ROLE_COLORS if role in roles]
-    axes.legend(handles=[Patch(color=ROLE_COLORS[role], label=role) for role in shown], loc="lower right")
+def _timestep(value: float) -> str:
+    """In at most three digits or four: continuous schedules have timesteps such as 877.909."""
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def _role_legend(figure: Figure, roles: Sequence[str]) -> None:
+    shown = [Patch(color=color, label=role) for role, color in ROLE_COLORS.items() if role in roles]
+    figure.legend(handles=shown, loc="outside upper right", ncols=len(shown))

@@ -85,7 +85,7 @@ def measure(
     pairs = choose_pairs(data, steps=config.sensitivity_steps, prompts=config.sensitivity_prompts)
     entries = _sensitivity(denoiser, data, inputs, roles, pairs, config, work, progress, timeless)
     sensitivity = {
-        "bits": list(config.bits),
+        "bits": [str(bits) for bits in wanted_bits(config)],
         "timesteps": data.timesteps[pairs.step.reshape(pairs.steps, -1)[:, 0]].tolist(),
         "prompts_per_timestep": pairs.step.numel() // pairs.steps,
         "layers": entries,
@@ -198,7 +198,7 @@ def network_part(
     table = read_table(sensitivity)
     bits = layer_bits(roles_of(table), config.recipe)
     table = [layer for layer in table if layer.name in bits]
-    measured = set(map(Bits.parse, config.bits))
+    measured = set(wanted_bits(config))
     known = all(
         Bits(w, a) in measured or {Bits(w, None), Bits(None, a)} <= measured for w, a in bits.values()
     )
@@ -214,6 +214,11 @@ def worst_layers(observed: Mapping[str, activations.Activations], entries: list[
             return [entry["name"] for entry in ranked[:HISTOGRAM_LAYERS]]
     by_time = {name: found.summary()["timestep_imbalance"] for name, found in observed.items()}
     return sorted(by_time, key=lambda name: -by_time[name])[:HISTOGRAM_LAYERS]
+
+
+def wanted_bits(config: AnalyzeConfig) -> list[Bits]:
+    """What each layer is quantized to on its own, each once, however it was written."""
+    return list(dict.fromkeys(map(Bits.parse, config.bits)))
 
 
 def _observe(
@@ -266,7 +271,7 @@ def _sensitivity(
         inputs,
         config.recipe,
         roles=roles,
-        bits=[Bits.parse(name) for name in config.bits],
+        bits=wanted_bits(config),
         pairs=pairs,
         finished=finished,
         after_layer=after_layer,

@@ -96,7 +96,8 @@ def sections(document: Mapping[str, Any]) -> list[dict[str, Any]]:
         plots = [
             plot(
                 "Distance to the true outputs",
-                "Outputs of the layers that carry time; bold: the time embedding.",
+                "Outputs of the layers that carry time; bold: the time embedding. The error is a norm over a norm, not "
+                "squared as the errors above.",
                 figures.temporal_distance(temporal, timesteps),
             ),
             plot(

@@ -3,7 +3,7 @@
 ``analysis.json`` holds, lists over timesteps following ``timesteps``:
 
 =================  =================================================================================================
-``schema_version``  1
+``schema_version``  2
 ``config``          the analysis' configuration
 ``model``           ``path``, ``digest``, ``loras`` merged into it; ``checkpoint`` ``path``, ``digest``, or null
 ``timesteps``       of the recorded trajectories, as the scheduler visits them
@@ -12,7 +12,7 @@
                     :meth:`~quest_deploy.analyze.activations.Activations.summary` says
 ``histograms``      ``before``, ``after``: of the worst layers at ``steps``
 ``temporal``        ``embedding`` (layer or null), ``start`` and ``checkpoint``: ``layers``, ``confusion``
-``sensitivity``     ``bits``, ``timesteps`` and ``layers[]``: ``name role weights macs damage{bits}``
+``sensitivity``     ``bits``, ``timesteps`` and ``layers[]``: ``name role outlet weights macs damage{bits}``
 ``network``         damage of the whole network quantized: ``start``, ``checkpoint``, and ``predicted_snr_db``
 =================  =================================================================================================
 

@@ -110,7 +110,8 @@ def tables(result: dict[str, Any]) -> list[str]:
     failures = []
     for label, row in rows:
         for name, one in row.get("components", {}).items():
-            seconds = (f"{one['median_s']:.3g}", f"{one['p95_s']:.3g}")
+            p95 = "–" if one["p95_s"] is None else f"{one['p95_s']:.3g}"
+            seconds = (f"{one['median_s']:.3g}", p95)
             components.append((label, name, str(one["calls"]), *seconds))
         if "error" in row:
             before = " (its figures are of the rounds before)" if "loop" in row else ""
@@ -121,7 +122,7 @@ def tables(result: dict[str, Any]) -> list[str]:
 
 def _table_of_loops(subjects: Sequence[tuple[str, dict[str, Any]]], baseline: str) -> str:
     base = dict(subjects)[baseline].get("loop")
-    rows = [("what", "seconds", "p95", "images/s", "times as fast", "outside engines", "memory")]
+    rows = [("what", "seconds", "slowest", "images/s", "times as fast", "outside engines", "memory")]
     for label, row in subjects:
         if "loop" not in row:
             rows.append((label, "failed", "", "", "", "", ""))
@@ -131,7 +132,7 @@ def _table_of_loops(subjects: Sequence[tuple[str, dict[str, Any]]], baseline: st
             (
                 label,
                 f"{loop['median_s']:.3g}",
-                f"{loop['p95_s']:.3g}",
+                f"{loop['slowest_s']:.3g}",
                 f"{loop['images_per_s']:.3g}",
                 f"{base['median_s'] / loop['median_s']:.2f}" if base else "",
                 f"{100 * loop['overhead']:.1f} %",

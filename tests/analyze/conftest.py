@@ -41,7 +41,7 @@ def analyze_config(tiny_recipe: Path) -> AnalyzeConfig:
         steps=2,
         sensitivity_prompts=1,
         sensitivity_steps=2,
-        bits=("w4", "w8", "a8"),  # 8 for both ends of the network
+        bits=("W4", "w8", "a8", "w8"),  # 8 for both ends of the network
     )
 
 

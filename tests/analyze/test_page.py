@@ -75,6 +75,33 @@ def test_numbers_are_readable(value: float | None, text: str) -> None:
     assert number(value) == text
 
 
+def test_timesteps_of_continuous_schedules_are_short() -> None:
+    shown = {"distance": [[0.1, 0.2], [0.2, 0.1]], "nearest": [0, 1], "mistaken": 0.0}
+    figure = figures.confusion_maps({"start": {"confusion": shown}, "checkpoint": None}, [877.909, 0.0271849])
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["878", "0.0272"]
+
+
+def test_plots_of_a_single_layer_show_it_and_their_labels() -> None:
+    before = {"channel_imbalance": 8.0, "timestep_imbalance": 2.0, "kurtosis": 3.0}
+    for axes in figures.imbalance_scatter({"conv": before}, None).axes:
+        assert axes.lines[0].get_marker() == "o"
+    series = {"by_timestep": {"min": [-1.0, -2.0], "max": [1.0, 2.0]}}
+    figure = figures.range_by_timestep({"conv": series}, [900.0, 1.0], ["conv"])
+    figure.draw_without_rendering()
+    label = figure.axes[-1].yaxis.label.get_window_extent()
+    assert figure.bbox.contains(*label.min) and figure.bbox.contains(*label.max)
+
+
+def test_legends_lie_outside_of_what_is_plotted() -> None:
+    layers = [{"name": "conv", "role": "other", "damage": {"w4": {"snr_db": 20.0}}}]
+    sensitivity = {"bits": ["w4"], "layers": layers}
+    for figure in (
+        figures.sensitivity_by_depth(sensitivity, ["conv"]),
+        figures.sensitivity_bars(sensitivity, "w4"),
+    ):
+        assert figure.legends and figure.axes[0].get_legend() is None
+
+
 def test_before_and_after_are_one_statistic(document: dict[str, Any], quick_plots: None) -> None:
     changed = copy.deepcopy(document)
     start = changed["network"]["start"] = {**changed["network"]["start"], "step_snr_db": 9.8, "snr_db": 10.2}

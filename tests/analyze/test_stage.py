@@ -28,6 +28,11 @@ def test_every_layer_is_analyzed_before_and_after(document: dict[str, Any], tiny
         assert set(document["activations"][when]) == layers
 
 
+def test_bits_are_told_once_and_as_damages_are_named(document: dict[str, Any]) -> None:
+    assert document["sensitivity"]["bits"] == ["w4", "w8", "a8"]
+    assert all(layer["damage"].keys() == {"w4", "w8", "a8"} for layer in document["sensitivity"]["layers"])
+
+
 def test_series_follow_the_timesteps(document: dict[str, Any]) -> None:
     assert len(document["timesteps"]) == 2
     for layer in document["activations"]["after"].values():

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -13,7 +16,7 @@ from torchmetrics.image.kid import poly_mmd
 from benchmarks import ablation, kid
 from benchmarks.baselines.rows import ROWS
 from benchmarks.encoder import FEATURES, Encoder, features_of, load_encoder
-from benchmarks.settings import ROOT
+from benchmarks.settings import ROOT, Settings
 from quest_deploy.quantize.recipe import load_recipe
 
 
@@ -96,6 +99,23 @@ def test_a_variant_changes_what_its_name_says_and_has_the_same_bits(name: str) -
     assert ("softmax_bits" in changed) == ("softmax" in name)
     # Checkpoints of all rows lie in one folder, by name.
     assert name not in {*ROWS, "start"}
+
+
+def test_pictures_of_other_code_are_drawn_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "manifest.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    opened: list[Path] = []
+
+    @contextlib.contextmanager
+    def white(path: Path, **options: str) -> Iterator[MagicMock]:
+        opened.append(path)
+        yield MagicMock(**{"decode.return_value": torch.ones(1, 3, 64, 64)})
+
+    monkeypatch.setattr("quest_deploy.pipeline.load_pipeline", white)
+    for code in ("one", "one", "other"):
+        monkeypatch.setattr(kid, "made_by", lambda sources, code=code: {"code": code})
+        assert kid.draw_features(Settings(quick=True), "fp32", tmp_path, ["rocket"]).shape == (1, FEATURES)
+    assert len(opened) == 2
 
 
 MIN_MAX = """

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.merge import merged
+from benchmarks.merge import elsewhere, merged
 from benchmarks.report import provenance
 
 
@@ -66,20 +66,34 @@ def test_what_a_stage_took_stays_as_well(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"fp32": {"kid": 2}}, {"models": {}}], ids=["another full precision", "by model"]
+    "changes",
+    [{"fp32": {"kid": 2}}, {"iterations": 1000}, {"models": {}}],
+    ids=["another full precision", "more updates", "by model"],
 )
 def test_what_would_lose_or_mix_results_is_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
     old = {
         **result("Monday", "w8a8", "w4a4"),
         "fp32": {"kid": 1},
-        **{key: {} for key in changes if key != "fp32"},
+        "iterations": 500,
+        **{key: {} for key in changes if key == "models"},
     }
     file = write(tmp_path / "some.json", old)
     with pytest.raises(SystemExit, match="measure all recipes"):
-        merged(file, {**result("Tuesday", "w4a4"), "fp32": {"kid": 1}, **changes})
+        merged(file, {**result("Tuesday", "w4a4"), "fp32": {"kid": 1}, "iterations": 500, **changes})
 
 
 def test_other_settings_are_not_mixed(tmp_path: Path) -> None:
     file = write(tmp_path / "quality.json", result("Monday", "w8a8", prompts=16))
     with pytest.raises(SystemExit, match="other settings"):
         merged(file, result("Tuesday", "w4a4"))
+
+
+def test_times_of_other_threads_than_the_results_are_told(tmp_path: Path) -> None:
+    old, new = result("Monday", "w8a8"), result("Tuesday", "w4a4")
+    old["machine"]["omp_num_threads"] = "1"
+    found = merged(write(tmp_path / "cost.json", old), new)
+    one = {"finetune": {"cores": 2, "threads": "1"}, "parity": {}}
+    assert elsewhere(found, {"w8a8": one}) == ""
+    assert "told above: finetune of W4A4, build of fp32." in elsewhere(
+        found, {"w8a8": one, "w4a4": one, "fp32": {"build": {"cores": 3, "threads": None}}}
+    )

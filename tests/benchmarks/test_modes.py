@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from benchmarks import large, modes
+from benchmarks import large, modes, stages
+from benchmarks.settings import Settings
 from tests.benchmarks import results as made_up
 
 
@@ -31,6 +34,32 @@ def test_what_fails_is_said() -> None:
         "**no**",
     )
     assert codes not in ("0.0e+00", "yes")
+
+
+def test_a_gate_that_was_not_measured_is_not_kept() -> None:
+    result = made_up.modes()
+    result["kinds"]["flux"]["int8, fp32"]["gates"]["noise SNR, same codes"] |= {
+        "measured": None,
+        "passed": None,
+    }
+    (table,) = modes.tables(result)
+    assert table.rows[0][table.columns.index("gates kept")] == "**no**, noise SNR, same codes"
+
+
+def test_rows_of_other_libraries_are_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    versions = {"openvino": "1"}
+
+    def measure(kind: str, variant: modes.Variant, folder: Path) -> dict[str, str]:
+        folder.mkdir(parents=True, exist_ok=True)
+        return versions.copy()
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(modes, "VARIANTS", modes.VARIANTS[:1])
+    monkeypatch.setattr(modes, "measure", measure)
+    monkeypatch.setattr(stages, "tool_versions", lambda: versions)
+    for versions["openvino"] in ("1", "2"):
+        row = modes.rows(Settings(quick=True), ["flux"])["flux"]["int8, fp32"]
+        assert row["openvino"] == versions["openvino"]
 
 
 @pytest.mark.parametrize(("peak", "kept"), [(2_000_000_000, "yes"), (8_000_000_000, "**no**")])

@@ -4,15 +4,18 @@ import dataclasses
 import json
 import struct
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import click
 import pytest
 
+from benchmarks import __main__ as entry
 from benchmarks import cost, environment, stages
 from benchmarks.__main__ import parse
 from benchmarks.settings import RESULTS, Settings, write_recipe
 from quest_deploy.artifacts import write_artifact
+from quest_deploy.bench import stage as bench_stage
 from quest_deploy.commands import main
 from quest_deploy.config import FinetuneConfig, to_dict
 from quest_deploy.prompts import load_prompts
@@ -120,6 +123,23 @@ def test_what_ran_in_other_threads_is_begun_afresh(calls: list[str], monkeypatch
     assert make("verb")["resumed"] is False
 
 
+def test_a_stage_tells_the_threads_that_it_ran_with(
+    calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    make("verb")
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert make("verb")["threads"] == "1"
+    assert calls == ["a stage"]
+
+
+def test_openvino_matters_to_what_runs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "openvino" in stages.tool_versions()
+    monkeypatch.setattr(stages, "tool_versions", lambda: {"torch": "9", "openvino": "1"})
+    assert stages.made_by(stages.QUANTIZER)["tools"] == {"torch": "9"}
+    assert stages.made_by(stages.PACKAGE)["tools"] == {"torch": "9", "openvino": "1"}
+
+
 def test_another_content_of_the_recipe_or_another_library_runs_it_again(
     calls: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,6 +157,17 @@ def test_a_stage_is_of_the_code_that_it_began_with(calls: list[str], monkeypatch
     monkeypatch.setattr(stages, "sources_digest", lambda paths: next(digests))
     make("verb")
     assert json.loads(Path("work/stages/a stage.json").read_text())["sources"] == "before"
+
+
+@pytest.mark.parametrize(("after", "told"), [("same", ("end", False)), ("other", ("start", True))])
+def test_code_that_changed_while_a_benchmark_ran_is_told(
+    after: str, told: tuple[str, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digests = iter(["same", after])
+    monkeypatch.setattr(entry, "sources_digest", lambda paths: next(digests))
+    monkeypatch.setattr(entry, "git", lambda *words: "start")
+    module = SimpleNamespace(run=lambda settings: {"commit": "end", "uncommitted_changes": False})
+    assert entry.measured(module, Work()) == dict(zip(("commit", "uncommitted_changes"), told, strict=True))
 
 
 def test_every_stage_is_a_valid_call_of_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,6 +274,7 @@ def test_ratio_needs_both_sizes() -> None:
 
 
 def test_processor_is_named_or_the_architecture(tmp_path: Path) -> None:
+    assert bench_stage.machine()["cpu"] == environment.machine()["cpu"]
     (tmp_path / "cpuinfo").write_text("processor\t: 0\nmodel name\t: Abacus 3000\nmodel name\t: other\n")
     assert environment.cpu_model(tmp_path / "cpuinfo") == "Abacus 3000"
     assert environment.cpu_model(tmp_path / "missing") == environment.platform.machine()
