@@ -50,15 +50,34 @@ _NO_BFLOAT16 = frozenset(
         "Resize",
     )
 )
+# ONNX Runtime's own operators that the parser of TensorRT for RTX 1.7 knows: asked of it by name.
+_MICROSOFT = "com.microsoft"
+_KNOWN_OF_MICROSOFT = frozenset(
+    (
+        *(QUANTIZE, DEQUANTIZE, "MultiHeadAttention", "GroupQueryAttention", "RotaryEmbedding", "Gelu"),
+        *("SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization"),
+    )
+)
+# And of the standard's, those that it does not know and exporters of networks write.
+_UNKNOWN_TO_TENSORRT = frozenset(
+    (
+        *("BitShift", "BitwiseAnd", "BitwiseNot", "BitwiseOr", "BitwiseXor", "CumProd", "Compress", "Unique"),
+        *("SequenceConstruct", "SequenceAt", "SequenceInsert", "SplitToSequence", "ConcatFromSequence"),
+        *("Bernoulli", "Multinomial", "DFT", "Det", "DeformConv", "AffineGrid", "CenterCropPad", "Col2Im"),
+        *("MaxUnpool", "MaxRoiPool", "Optional", "OptionalGetElement", "OptionalHasElement"),
+    )
+)
 _HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
 def unsupported_operator(view: View, target: str) -> Iterator[Problem]:
-    """Operators that hold their own quantization.
+    """Operators that hold their own quantization, and others that TensorRT's parser does not know.
 
     1. QLinearConv, QLinearMatMul, ConvInteger, MatMulInteger, DynamicQuantizeLinear and MatMulNBits break TensorRT.
-    2. QLinearConv breaks OpenVINO.
-    3. Must not fire on Q and DQ, in ONNX Runtime's own domain or not.
+    2. For TensorRT, so do ONNX Runtime's own operators, which its optimizer writes, but for a few; and sequences,
+       operators on bits and others of the standard.
+    3. QLinearConv breaks OpenVINO.
+    4. Must not fire on Q and DQ, in ONNX Runtime's own domain or not, nor on MultiHeadAttention.
     """
     refused: tuple[str, ...] = ()
     if target in TENSORRT:
@@ -73,6 +92,24 @@ def unsupported_operator(view: View, target: str) -> Iterator[Problem]:
                 message=f"{node.op_type}, which {TITLES[target]} does not take; quantize with Q/DQ nodes instead "
                 "(ONNX Runtime's quantizer: static, quant_format QDQ)",
             )
+        elif target in TENSORRT and is_unknown_to_tensorrt(node):
+            yield Problem(
+                node=node,
+                breaks=True,
+                message=f"{node.op_type}, which the parser of {TITLES[target]} does not know; export the model "
+                + (
+                    "as ONNX Runtime's optimizer has not changed it"
+                    if node.domain
+                    else "without this operator"
+                ),
+            )
+
+
+def is_unknown_to_tensorrt(node: ir.Node) -> bool:
+    """Whether TensorRT's parser has no operator of this name and domain."""
+    if node.domain == _MICROSOFT:
+        return node.op_type not in _KNOWN_OF_MICROSOFT
+    return not node.domain and node.op_type in _UNKNOWN_TO_TENSORRT
 
 
 def unsupported_type(view: View, target: str) -> Iterator[Problem]:
