@@ -157,3 +157,16 @@ def test_what_tensorrt_has_no_parser_for_breaks(lint_model: Lint) -> None:
         report = lint_model(model, "tensorrt-rtx")
         assert report.breaks == (name in UNKNOWN) == (not outcomes[name].works), name
         assert not lint_model(model, "onnxruntime").breaks
+
+
+def test_products_that_onnx_runtime_has_fused_are_listed(lint_model: Lint) -> None:
+    fused, plain = lint_model(UNKNOWN["FusedMatMul"], "onnxruntime").layers
+    assert (fused.op_type, fused.execution, fused.reasons) == (
+        "FusedMatMul",
+        "float",
+        ("FusedMatMul is not looked into",),
+    )
+    assert plain.op_type == "MatMul"
+    dynamic = of_microsoft("DynamicQuantizeMatMul", (K, K), (1,))
+    assert [layer.execution for layer in lint_model(dynamic, "onnxruntime").layers] == ["int8", "float"]
+    assert lint_model(dynamic, "tensorrt-rtx").breaks
