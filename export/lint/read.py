@@ -131,7 +131,32 @@ def to_ir(proto: onnx.ModelProto, path: Path) -> ir.Model:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise ArtifactError(f"'{path}': its graph cannot be read ({first}); export it again") from error
     ir.external_data.set_base_dir(model.graph, path.parent)
+    follow_links(model, path.parent)
     return model
+
+
+def follow_links(model: ir.Model, folder: Path) -> None:
+    """Let what lies in `folder` by its name be read where a link leads, in place.
+
+    Runtimes do, and scales and zero-points that cannot be read hide what is wrong with them; :mod:`onnx_ir` refuses
+    links out of the folder, and files with several hard links, as copies of some tools are.
+    """
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor) and is_named_in(folder, str(tensor.location)):
+            value.const_value = ir.ExternalTensor(
+                os.path.abspath(folder / tensor.location),
+                tensor.offset,
+                tensor.length,
+                tensor.dtype,
+                shape=tensor.shape,
+                name=str(tensor.name),
+            )
+
+
+def is_named_in(folder: Path, location: str) -> bool:
+    """Whether a place of external data lies in `folder` by its name, wherever links lead."""
+    return Path(os.path.abspath(folder / location)).is_relative_to(os.path.abspath(folder))
 
 
 def default_dimensions(root: Path) -> dict[str, int]:
@@ -311,8 +336,8 @@ def check_external_data(component: str, proto: onnx.ModelProto, path: Path, targ
 def data_problem(folder: Path, location: str, entry: Mapping[str, str], *, links: bool) -> str | None:
     """What is wrong with one reference to external data, where the runtime follows `links` out of the folder or not."""
     file = folder / location
-    named = Path(os.path.abspath(file)).is_relative_to(os.path.abspath(folder))
-    if not location or not named or not (links or file.resolve().is_relative_to(folder.resolve())):
+    inside = is_named_in(folder, location) and (links or file.resolve().is_relative_to(folder.resolve()))
+    if not location or not inside:
         return "which is not inside the model's directory"
     if not file.is_file():
         return "which does not exist"

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from onnx import helper
+from onnx import helper, numpy_helper
 
 from quest_deploy.export.lint import lint
 from quest_deploy.export.lint.read import default_dimensions, size_of
@@ -112,6 +112,20 @@ def test_weights_behind_a_link_are_there_for_runtimes_that_follow_it(target: str
     (tmp_path / "blob").write_bytes(b"\0" * 4608)
     (tmp_path / "snapshot" / "model.onnx_data").symlink_to("../blob")
     assert lint(path, target).breaks == (target == "openvino")
+
+
+@pytest.mark.parametrize("link", ["symbolic", "hard"])
+def test_zero_points_behind_a_link_are_looked_at(link: str, tmp_path: Path) -> None:
+    path = tmp_path / "snapshot" / "model.onnx"
+    path.parent.mkdir()
+    model = PATTERNS["conv_w8a8_zero_point"]()
+    for tensor in model.graph.initializer:
+        tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor), tensor.name))
+    onnx.save(model, path, save_as_external_data=True, location="data", size_threshold=0)
+    data = (path.parent / "data").rename(tmp_path / "blob")
+    place = path.parent / "data"
+    place.symlink_to(data) if link == "symbolic" else place.hardlink_to(data)
+    assert "nonzero-zero-point" in {finding.rule for finding in lint(path, "tensorrt-rtx").findings}
 
 
 def of_microsoft(op_type: str, *shapes: tuple[int, ...], **attributes: object) -> onnx.ModelProto:
