@@ -72,7 +72,7 @@ def find_files(path: Path) -> dict[str, Path]:
 
 
 def read_proto(path: Path) -> onnx.ModelProto:
-    """Parse a file without its external data, with the functions that it defines written out.
+    """Parse a file without its external data.
 
     Raises:
         ArtifactError: it cannot be read, or is not ONNX.
@@ -91,7 +91,7 @@ def read_proto(path: Path) -> onnx.ModelProto:
             f"'{path}' is corrupt or no ONNX file: it holds {len(proto.graph.node)} nodes and "
             f"{len(proto.opset_import)} operator sets, expected at least one of each; copy or export it again"
         )
-    return written_out(proto)
+    return proto
 
 
 def written_out(proto: onnx.ModelProto) -> onnx.ModelProto:
@@ -105,17 +105,40 @@ def written_out(proto: onnx.ModelProto) -> onnx.ModelProto:
         return proto
 
 
-def check_functions(component: str, proto: onnx.ModelProto) -> Iterator[Finding]:
-    """Tell of every function that could not be written out: what it computes is not looked at."""
+def check_functions(
+    component: str, proto: onnx.ModelProto, left: onnx.ModelProto, target: str
+) -> Iterator[Finding]:
+    """Tell of functions that a file defines itself.
+
+    1. OpenVINO reads none: they break.
+    2. For other targets, a warning where one could not be written out: what it computes is not looked at.
+
+    Args:
+        component: Of the model.
+        proto: As the file has it.
+        left: With functions written out.
+        target: The runtime.
+    """
+    unseen = {(function.domain, function.name) for function in left.functions}
     for function in proto.functions:
+        named = f"function '{function.domain}.{function.name}'"
+        if target == OPENVINO:
+            what = f"{named} is the file's own, which OpenVINO does not read; write it out with onnx.inliner"
+        elif (function.domain, function.name) in unseen:
+            what = (
+                f"{named} is of another operator set than the graph, so that its products are not looked at; export "
+                "it again with one operator set"
+            )
+        else:
+            continue
+        breaks = target == OPENVINO
         yield Finding(
-            rule="function-unseen",
-            severity="warning",
-            breaks=False,
+            rule="own-function",
+            severity="error" if breaks else "warning",
+            breaks=breaks,
             component=component,
             node="",
-            message=f"function '{function.domain}.{function.name}' is of another operator set than the graph, so that "
-            "its products are not looked at; export it again with one operator set",
+            message=what,
         )
 
 

@@ -34,7 +34,8 @@ def run(path: Path, target: str, dimensions: Mapping[str, int]) -> LintReport:
     for component, file in files.items():
         proto = read.read_proto(file)
         findings += read.check_external_data(component, proto, file, target)
-        findings += read.check_functions(component, proto)
+        own, proto = proto, read.written_out(proto)
+        findings += read.check_functions(component, own, proto, target)
         proto, taken = read.resolve_shapes(proto, sizes)
         used |= taken
         view = look_at(component, read.to_ir(proto, file))

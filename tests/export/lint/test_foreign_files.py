@@ -44,9 +44,16 @@ def test_products_of_functions_are_seen(lint_model: Lint) -> None:
 def test_a_function_that_cannot_be_written_out_is_told(lint_model: Lint) -> None:
     report = lint_model(in_a_function(20), "tensorrt-rtx")
     assert not report.layers
-    assert [(finding.rule, finding.severity) for finding in report.findings] == [
-        ("function-unseen", "warning")
-    ]
+    assert [(finding.rule, finding.severity) for finding in report.findings] == [("own-function", "warning")]
+
+
+@pytest.mark.parametrize("target", ["tensorrt-rtx", "onnxruntime", "openvino"])
+def test_functions_are_taken_by_all_but_openvino(target: str, lint_model: Lint) -> None:
+    pytest.importorskip(target.replace("-", "_"))
+    models = {str(opset): in_a_function(opset) for opset in (20, 21)}
+    _, outcomes = attempt(target, models)
+    for name, model in models.items():
+        assert lint_model(model, target).breaks == (target == "openvino") == (not outcomes[name].works)
 
 
 @pytest.mark.parametrize("size", [-1, 0])
