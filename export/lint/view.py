@@ -20,7 +20,7 @@ INTEGER_PRODUCTS = (
     *("MatMulIntegerToFloat", "DynamicQuantizeMatMul"),
 )
 # What ONNX Runtime's optimizer makes of products in float.
-FUSED_PRODUCTS = ("FusedMatMul", "FusedGemm", "FusedConv")
+FUSED_PRODUCTS = ("FusedMatMul", "FusedGemm", "FusedConv", "NhwcConv")
 PRODUCTS = (
     *(*CONVOLUTIONS, *MATRIX_PRODUCTS, *INTEGER_PRODUCTS, *FUSED_PRODUCTS),
     *(*ATTENTIONS, "Einsum"),

@@ -135,10 +135,12 @@ def test_zero_points_behind_a_link_are_looked_at(link: str, tmp_path: Path) -> N
     assert "nonzero-zero-point" in {finding.rule for finding in lint(path, "tensorrt-rtx").findings}
 
 
-def of_microsoft(op_type: str, *shapes: tuple[int, ...], **attributes: object) -> onnx.ModelProto:
+def of_microsoft(
+    op_type: str, *shapes: tuple[int, ...], shape: tuple[int, ...] = (1, 6, K), **attributes: object
+) -> onnx.ModelProto:
     net = Net()
-    y = net.op(op_type, net.input((1, 6, K)), *map(net.floats, shapes), domain="com.microsoft", **attributes)
-    model = net.finish(net.op("MatMul", y, net.floats((K, N))))
+    y = net.op(op_type, net.input(shape), *map(net.floats, shapes), domain="com.microsoft", **attributes)
+    model = net.finish(net.op("MatMul", y, net.floats((K, N))) if shape[-1] == K else net.op("Identity", y))
     model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
     return model
 
@@ -178,6 +180,27 @@ def test_what_tensorrt_has_no_parser_for_breaks(lint_model: Lint) -> None:
         report = lint_model(model, "tensorrt-rtx")
         assert report.breaks == (name in UNKNOWN) == (not outcomes[name].works), name
         assert not lint_model(model, "onnxruntime").breaks
+
+
+IMAGE = (1, 8, 8, 320)
+FOR_CUDA = {
+    "NhwcConv": of_microsoft("NhwcConv", (8, 3, 3, 320), shape=IMAGE),
+    "GroupNorm": of_microsoft("GroupNorm", (320,), (320,), shape=IMAGE, groups=32, activation=1),
+    "SkipGroupNorm": of_microsoft(
+        "SkipGroupNorm", (320,), (320,), IMAGE, shape=IMAGE, groups=32, activation=1
+    ),
+    "BiasSplitGelu": of_microsoft("BiasSplitGelu", (2560,), shape=(1, 6, 2560)),
+    "BiasAdd": of_microsoft("BiasAdd", (320,), (1, 6, 320), shape=(1, 6, 320)),
+}
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "openvino"])
+def test_what_onnx_runtime_writes_for_cuda_breaks_elsewhere(target: str, lint_model: Lint) -> None:
+    pytest.importorskip(target)
+    _, outcomes = attempt(target, FOR_CUDA)
+    for name, model in FOR_CUDA.items():
+        assert lint_model(model, target).breaks == (not outcomes[name].works), name
+    assert not outcomes["NhwcConv"].works
 
 
 def test_products_that_onnx_runtime_has_fused_are_listed(lint_model: Lint) -> None:
