@@ -58,7 +58,6 @@ BUILDER_OPTIONS = (
 
 # What a pipeline reads beside the engines, of all that other tools leave there.
 _COMPANION_SUFFIXES = (".json", ".txt", ".md", ".model", ".safetensors", "")
-
 _AHEAD_OF_TIME = "any (ahead of time)"
 
 
