@@ -31,6 +31,7 @@ from quest_deploy.engines.trt_process import Progress
 from quest_deploy.engines.up_to_date import PLAN_NAME as PLAN_NAME
 from quest_deploy.engines.up_to_date import (
     companions_digest,
+    component_of_graph,
     differences,
     existing_engines,
     graph_digest,
@@ -55,9 +56,8 @@ BUILDER_OPTIONS = (
     "strip_weights",
 )
 
-# What a pipeline reads beside the engines; another tool's external data may have any name.
+# What a pipeline reads beside the engines, of all that other tools leave there.
 _COMPANION_SUFFIXES = (".json", ".txt", ".md", ".model", ".safetensors", "")
-
 _AHEAD_OF_TIME = "any (ahead of time)"
 
 
@@ -241,8 +241,8 @@ def check_graph(component: str, path: Path, backend: str) -> None:
 def copy_companions(source: Artifact, output: Path) -> None:
     """Copy what a pipeline needs beside the engines: tokenizer, scheduler and configuration files."""
     for name in source.manifest.files:
-        foreign_weights = is_foreign(source) and Path(name).suffix not in _COMPANION_SUFFIXES
-        if not Path(name).name.startswith(ONNX_NAME) and not foreign_weights:
+        others = is_foreign(source) and Path(name).suffix not in _COMPANION_SUFFIXES
+        if component_of_graph(source.manifest, name) is None and not others:
             (output / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source.path / name, output / name)
 

@@ -31,8 +31,13 @@ _MEMORY = re.compile(
 )
 
 _SHAPES = re.compile(r"volume exceeds|setDimensions|shape constraints")
-_CAPABILITY = re.compile(r"\bSM\d\d+\b")
-_FLOAT32 = re.compile(r"\bFP32\b.* not supported")
+_WORKSPACE = re.compile(r"workspace", re.IGNORECASE)
+_CAPABILITY = re.compile(r"\bSM\d\d+\b", re.IGNORECASE)
+# What a GPU lacks, and the options of `export` that do without it.
+_LACKING = (
+    (re.compile(r"\bFP32\b.* not supported|datatypes:.*\bb16\b"), "--dtype fp16"),
+    (re.compile(r"datatypes:.*\bint4\b"), "--mode int8 --dtype fp16"),
+)
 
 Progress = Callable[[ProgressEvent], None]
 
@@ -272,12 +277,19 @@ def _remedy(backend: str, component: Mapping[str, Any], message: str) -> str:
             "build for fewer images or smaller ones (--opt-batch, --max-batch, --opt-height, --max-height, "
             "--opt-width, --max-width, --profile)"
         )
-    refused = {capability_of(name) for name in _CAPABILITY.findall(message)}
-    if found := refused.intersection(component.get("options", {}).get("compute_capabilities", ())):
-        others = [one for one in supported_capabilities(backend) if one not in found]
-        half = f"export with `quest-deploy export --target {backend} --dtype fp16`, or "
+    options = component.get("options", {})
+    if options.get("workspace_mb") is not None and _WORKSPACE.search(message):
         return (
-            f"{half if _FLOAT32.search(message) else ''}pass --compute-capability with one of {', '.join(others)} "
+            f"raise --workspace, which was {options['workspace_mb']} MiB, or leave it out; where it was lowered for "
+            "want of memory, build for fewer images or smaller ones (--max-batch, --max-height, --max-width)"
+        )
+    refused = {capability_of(name.upper()) for name in _CAPABILITY.findall(message)}
+    if found := refused.intersection(options.get("compute_capabilities", ())):
+        others = [one for one in supported_capabilities(backend) if one not in found]
+        without = next((how for lacking, how in _LACKING if lacking.search(message)), "")
+        again = f"export with `quest-deploy export --target {backend} {without}`, or " if without else ""
+        return (
+            f"{again}pass --compute-capability with one of {', '.join(others)} "
             f"instead of {', '.join(sorted(found))}"
         )
     return f"export the model again with `quest-deploy export --target {backend}`"

@@ -89,7 +89,7 @@ def graph_digest(source: Manifest, component: str) -> str:
         {
             name: entry.sha256
             for name, entry in source.files.items()
-            if _component_of_graph(source, name) == component
+            if component_of_graph(source, name) == component
         }
     )
 
@@ -100,12 +100,12 @@ def companions_digest(source: Manifest) -> str:
         {
             name: entry.sha256
             for name, entry in source.files.items()
-            if _component_of_graph(source, name) is None
+            if component_of_graph(source, name) is None
         }
     )
 
 
-def _component_of_graph(source: Manifest, name: str) -> str | None:
+def component_of_graph(source: Manifest, name: str) -> str | None:
     """The component whose graph or weights a file holds; None for configurations and all else."""
     component, _, _ = name.partition("/")
     if f"{component}/model.onnx" not in source.files or Path(name).suffix in CONFIGURATIONS:

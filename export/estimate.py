@@ -95,9 +95,13 @@ def _float_bytes(tensor: Tensor, config: ExportConfig) -> float:
 
 
 def _code_bytes(layer: QuantizedLayer, config: ExportConfig) -> float:
-    blocks = config.mode == "int4-weight-only" and isinstance(layer, QuantizedLinear)
-    in_blocks = blocks and layer.codes.shape[1] % BLOCKS[-1] == 0
-    return 0.5 if layer.weight_bits == 4 and (in_blocks or config.target == "onnxruntime") else 1.0
+    if layer.weight_bits != 4:
+        return 1.0
+    if config.mode == "int4-weight-only" and isinstance(layer, QuantizedLinear):
+        block = next((block for block in BLOCKS if layer.codes.shape[1] % block == 0), None)
+        if block is not None:
+            return 0.5 + FLOAT_BYTES[config.dtype] / block
+    return 0.5 if config.target == "onnxruntime" else 1.0
 
 
 def _resident_bytes() -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from quest_deploy.export.lint.read import infer_shapes, read_proto, to_ir
+from quest_deploy.export.lint.read import infer_shapes, read_proto, to_ir, written_out
 from quest_deploy.export.lint.view import Product, look_at
 from quest_deploy.export.passes.remove_quantizers import RemoveQuantizers, is_removable
 from quest_deploy.export.passes.strip_metadata import StripMetadata
@@ -67,7 +67,7 @@ def without_quantizers(path: Path, products: Collection[str], output: Path) -> N
 
 def _read(path: Path) -> ir.Model:
     """A graph with the types of its values, as far as they can be told; weights stay in their file."""
-    return to_ir(infer_shapes(read_proto(path)), path)
+    return to_ir(infer_shapes(written_out(read_proto(path))), path)
 
 
 def _quantizers(product: Product) -> tuple[str, ...]:

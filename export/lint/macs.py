@@ -9,6 +9,18 @@ import onnx_ir as ir
 # The standard's, and ONNX Runtime's.
 ATTENTIONS = ("Attention", "MultiHeadAttention")
 
+_MATRIX_PRODUCTS = (
+    *(
+        "MatMul",
+        "MatMulInteger",
+        "MatMulNBits",
+        "QLinearMatMul",
+        "MatMulIntegerToFloat",
+        "DynamicQuantizeMatMul",
+    ),
+    *("FusedMatMul", "Gemm", "FusedGemm"),
+)
+
 
 def count_macs(node: ir.Node) -> int | None:
     """Multiply-accumulates of one run of `node`; None where a shape is unknown or the operator is not counted."""
@@ -17,14 +29,12 @@ def count_macs(node: ir.Node) -> int | None:
     kind = node.op_type
     if kind in ATTENTIONS:
         return attention_macs(inputs)
-    if kind in ("MatMul", "MatMulInteger", "MatMulNBits", "QLinearMatMul"):
-        return None if output is None or not inputs[0] else math.prod(output) * inputs[0][-1]
-    if kind == "Gemm":
+    if kind in _MATRIX_PRODUCTS:
         flag = node.attributes.get("transA")
         first = inputs[0]
-        depth = None if not first else first[0] if flag is not None and flag.as_int() else first[-1]
+        depth = None if not first else first[-2] if flag is not None and flag.as_int() else first[-1]
         return None if output is None or depth is None else math.prod(output) * depth
-    if kind in ("Conv", "ConvInteger"):
+    if kind in ("Conv", "ConvInteger", "FusedConv"):
         return convolution_macs(output, inputs[1])
     if kind == "QLinearConv":
         return convolution_macs(output, inputs[3])

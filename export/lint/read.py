@@ -2,27 +2,46 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 from collections.abc import Iterator, Mapping
+from fractions import Fraction
 from pathlib import Path
 
 import onnx
+import onnx.inliner
 import onnx_ir as ir
 from google.protobuf.message import DecodeError
 from onnx import TensorProto
 
-from quest_deploy.errors import ArtifactError
+from quest_deploy.errors import ArtifactError, QuestDeployError
 from quest_deploy.export.lint.report import Finding
+from quest_deploy.export.lint.rules.problem import OPENVINO
 from quest_deploy.export.passes.strip_metadata import WITHOUT_INFERENCE
-from quest_deploy.model.spec import latent_size, vae_scale_factor
+from quest_deploy.model.denoisers import SIDE, is_packed
+from quest_deploy.model.families import VAE_DECODER
+from quest_deploy.model.spec import (
+    component_configs,
+    component_specs,
+    family_of,
+    latent_size,
+    token_count,
+    vae_scale_factor,
+)
+from quest_deploy.model.tensors import base_of
 
 logger = logging.getLogger(__name__)
 
 _FIRST_AXIS = "lint/first_axis"
 # What other exporters call the dimensions of quest_deploy.model.spec.
-ALIASES = {"batch_size": "batch", "sequence_length": "sequence"}
+ALIASES = {
+    "batch_size": "batch",
+    "sequence_length": "sequence",
+    "height_latent": "height",
+    "width_latent": "width",
+}
 
 
 def find_files(path: Path) -> dict[str, Path]:
@@ -38,9 +57,15 @@ def find_files(path: Path) -> dict[str, Path]:
                 f"'{path}' holds no .onnx file, nor do its subdirectories; give the directory that "
                 "`quest-deploy export` made, or an ONNX file"
             )
-        names = [str(file.relative_to(path).with_suffix("")).removesuffix("/model") for file in files]
         own = Path(os.path.abspath(path)).name
-        return {own if name == "model" else name: file for name, file in zip(names, files, strict=True)}
+        found: dict[str, Path] = {}
+        for file in files:
+            relative = file.relative_to(path)
+            name = str(relative.with_suffix("")).removesuffix("/model")
+            name = own if name == "model" else name
+            # Both `unet.onnx` and `unet/model.onnx` may be there.
+            found[str(relative) if name in found else name] = file
+        return found
     if not path.exists():
         raise ArtifactError(f"'{path}' does not exist; give an ONNX file or a directory with one")
     return {Path(os.path.abspath(path)).parent.name if path.stem == "model" else path.stem: path}
@@ -69,6 +94,54 @@ def read_proto(path: Path) -> onnx.ModelProto:
     return proto
 
 
+def written_out(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """`proto` without functions of its own, whose products nobody would see; those of another operator set stay."""
+    if not proto.functions:
+        return proto
+    try:
+        return onnx.inliner.inline_local_functions(proto)
+    except (RuntimeError, ValueError) as error:
+        logger.debug("functions are not written out", exc_info=error)
+        return proto
+
+
+def check_functions(
+    component: str, proto: onnx.ModelProto, left: onnx.ModelProto, target: str
+) -> Iterator[Finding]:
+    """Tell of functions that a file defines itself.
+
+    1. OpenVINO reads none: they break.
+    2. For other targets, a warning where one could not be written out: what it computes is not looked at.
+
+    Args:
+        component: Of the model.
+        proto: As the file has it.
+        left: With functions written out.
+        target: The runtime.
+    """
+    unseen = {(function.domain, function.name) for function in left.functions}
+    for function in proto.functions:
+        named = f"function '{function.domain}.{function.name}'"
+        if target == OPENVINO:
+            what = f"{named} is the file's own, which OpenVINO does not read; write it out with onnx.inliner"
+        elif (function.domain, function.name) in unseen:
+            what = (
+                f"{named} is of another operator set than the graph, so that its products are not looked at; export "
+                "it again with one operator set"
+            )
+        else:
+            continue
+        breaks = target == OPENVINO
+        yield Finding(
+            rule="own-function",
+            severity="error" if breaks else "warning",
+            breaks=breaks,
+            component=component,
+            node="",
+            message=what,
+        )
+
+
 def to_ir(proto: onnx.ModelProto, path: Path) -> ir.Model:
     """The graph as :mod:`onnx_ir` has it; external data is mapped when somebody reads it.
 
@@ -81,22 +154,67 @@ def to_ir(proto: onnx.ModelProto, path: Path) -> ir.Model:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise ArtifactError(f"'{path}': its graph cannot be read ({first}); export it again") from error
     ir.external_data.set_base_dir(model.graph, path.parent)
+    follow_links(model, path.parent)
     return model
+
+
+def follow_links(model: ir.Model, folder: Path) -> None:
+    """Let what lies in `folder` by its name be read where a link leads, in place.
+
+    Runtimes do, and scales and zero-points that cannot be read hide what is wrong with them; :mod:`onnx_ir` refuses
+    links out of the folder, and files with several hard links, as copies of some tools are.
+    """
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor) and is_named_in(folder, str(tensor.location)):
+            value.const_value = ir.ExternalTensor(
+                os.path.abspath(folder / tensor.location),
+                tensor.offset,
+                tensor.length,
+                tensor.dtype,
+                shape=tensor.shape,
+                name=str(tensor.name),
+            )
+
+
+def is_named_in(folder: Path, location: str) -> bool:
+    """Whether a place of external data lies in `folder` by its name, wherever links lead."""
+    return Path(os.path.abspath(folder / location)).is_relative_to(os.path.abspath(folder))
 
 
 def default_dimensions(root: Path) -> dict[str, int]:
     """Sizes of the symbolic dimensions for one image at the model's own size, as far as its configuration says."""
     sizes = {"batch": 1, "steps": 1}
     configs = {file.parent.name: read_json(file) for file in root.glob("*/config.json")}
+    # Of other tools, too: what is written otherwise than here only leaves a size out.
     for name in ("unet", "transformer"):
         if configs.get(name, {}).get("sample_size") is not None:
-            sizes["height"], sizes["width"] = latent_size(configs[name])
-    if "max_position_embeddings" in configs.get("text_encoder", {}):
+            with contextlib.suppress(TypeError, ValueError):
+                sizes["height"], sizes["width"] = latent_size(configs[name])
+    with contextlib.suppress(KeyError, TypeError, ValueError):
         sizes["sequence"] = int(configs["text_encoder"]["max_position_embeddings"])
     decoder = configs.get("vae_decoder", {})
     if "block_out_channels" in decoder and "height" in sizes:
-        factor = vae_scale_factor(decoder)
-        sizes |= {"image_height": factor * sizes["height"], "image_width": factor * sizes["width"]}
+        with contextlib.suppress(TypeError):
+            factor = vae_scale_factor(decoder)
+            sizes |= {"image_height": factor * sizes["height"], "image_width": factor * sizes["width"]}
+    # What is read above does not tell how many tokens a denoiser is told of by several encoders, nor packed latents.
+    with contextlib.suppress(QuestDeployError, KeyError, TypeError, ValueError):
+        sizes |= pipeline_dimensions(root)
+    return {name: size for name, size in sizes.items() if size > 0}
+
+
+def pipeline_dimensions(root: Path) -> dict[str, int]:
+    """Those of a pipeline of a known kind, by the configurations of all its components."""
+    family, configs = family_of(root), component_configs(root)
+    denoiser, sizes = configs[family.denoiser], {}
+    if family.has_text:
+        sizes["sequence"] = token_count(family, component_specs(root))
+    if is_packed(denoiser):
+        sizes["height"], sizes["width"] = height, width = latent_size(denoiser)
+        sizes["image_tokens"] = (height // SIDE) * (width // SIDE)
+        factor = vae_scale_factor(configs.get(VAE_DECODER))
+        sizes |= {"image_height": factor * height, "image_width": factor * width}
     return sizes
 
 
@@ -121,10 +239,12 @@ def resolve_shapes(
     stored = {tensor.name for tensor in proto.graph.initializer}
     for value in proto.graph.input:
         for dimension in value.type.tensor_type.shape.dim:
-            if value.name in stored or dimension.HasField("dim_value"):
+            # Some exporters write -1 for what they leave open.
+            known = dimension.HasField("dim_value") and dimension.dim_value >= 0
+            if value.name in stored or known:
                 continue
             name = dimension.dim_param
-            size = sizes.get(name, sizes.get(ALIASES.get(name, ""), 1))
+            size = size_of(name, sizes)
             if name:
                 used[name] = size
             dimension.dim_value = size
@@ -132,9 +252,26 @@ def resolve_shapes(
         for dimension in value.type.tensor_type.shape.dim:
             if dimension.dim_param in used:
                 dimension.dim_value = used[dimension.dim_param]
-            elif not dimension.HasField("dim_value"):
-                dimension.ClearField("dim_param")
+            elif dimension.dim_param or dimension.dim_value < 0:
+                dimension.ClearField("value")
     return infer_shapes(proto), used
+
+
+def size_of(name: str, sizes: Mapping[str, int]) -> int:
+    """The size of a symbol of a graph's inputs, by its own name or the one that it stands for; 1 if nobody knows."""
+    if name in sizes:
+        return sizes[name]
+    base, factor = known_as(name)
+    return max(1, int(sizes[base] * factor)) if base in sizes else 1
+
+
+def known_as(name: str) -> tuple[str, Fraction]:
+    """What this package calls a dimension, and how many times as long as that it is."""
+    try:
+        base, factor = base_of(name)
+    except (ValueError, ZeroDivisionError):
+        base, factor = name, Fraction(1)
+    return ALIASES.get(base, base), factor
 
 
 def infer_shapes(proto: onnx.ModelProto) -> onnx.ModelProto:
@@ -190,11 +327,12 @@ def is_number(value: onnx.ValueInfoProto) -> bool:
     return value.type.tensor_type.HasField("shape") and not value.type.tensor_type.shape.dim
 
 
-def check_external_data(component: str, proto: onnx.ModelProto, path: Path) -> Iterator[Finding]:
+def check_external_data(component: str, proto: onnx.ModelProto, path: Path, target: str) -> Iterator[Finding]:
     """Find tensors whose data lies in a file that is missing, too short, or outside the model's directory.
 
     1. Fires once a file, with the first tensor that misses it.
-    2. Must not fire on tensors inside the ONNX file.
+    2. For OpenVINO, a link that leads out of the directory, as in the hub's cache, leads outside.
+    3. Must not fire on tensors inside the ONNX file.
     """
     seen: set[str] = set()
     for tensor in proto.graph.initializer:
@@ -202,7 +340,10 @@ def check_external_data(component: str, proto: onnx.ModelProto, path: Path) -> I
             continue
         entry = {item.key: item.value for item in tensor.external_data}
         location = entry.get("location", "")
-        if location in seen or (problem := data_problem(path.parent, location, entry)) is None:
+        if (
+            location in seen
+            or (problem := data_problem(path.parent, location, entry, links=target != OPENVINO)) is None
+        ):
             continue
         seen.add(location)
         yield Finding(
@@ -215,10 +356,11 @@ def check_external_data(component: str, proto: onnx.ModelProto, path: Path) -> I
         )
 
 
-def data_problem(folder: Path, location: str, entry: Mapping[str, str]) -> str | None:
-    """What is wrong with one reference to external data."""
-    file = (folder / location).resolve()
-    if not location or not file.is_relative_to(folder.resolve()):
+def data_problem(folder: Path, location: str, entry: Mapping[str, str], *, links: bool) -> str | None:
+    """What is wrong with one reference to external data, where the runtime follows `links` out of the folder or not."""
+    file = folder / location
+    inside = is_named_in(folder, location) and (links or file.resolve().is_relative_to(folder.resolve()))
+    if not location or not inside:
         return "which is not inside the model's directory"
     if not file.is_file():
         return "which does not exist"

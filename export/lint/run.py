@@ -33,7 +33,9 @@ def run(path: Path, target: str, dimensions: Mapping[str, int]) -> LintReport:
     used: dict[str, int] = {}
     for component, file in files.items():
         proto = read.read_proto(file)
-        findings += read.check_external_data(component, proto, file)
+        findings += read.check_external_data(component, proto, file, target)
+        own, proto = proto, read.written_out(proto)
+        findings += read.check_functions(component, own, proto, target)
         proto, taken = read.resolve_shapes(proto, sizes)
         used |= taken
         view = look_at(component, read.to_ir(proto, file))
@@ -50,7 +52,7 @@ def run(path: Path, target: str, dimensions: Mapping[str, int]) -> LintReport:
 
 def check_names(dimensions: Mapping[str, int], used: Mapping[str, int]) -> None:
     """Refuse the size of a dimension that no graph has, by its name there or by the one that this package gives it."""
-    known = {*used, *(read.ALIASES[name] for name in used if name in read.ALIASES)}
+    known = {*used, *(read.known_as(name)[0] for name in used)}
     if unknown := [name for name in dimensions if name not in known]:
         there = f"some of {', '.join(used)}" if used else "none: every size is fixed"
         raise ConfigError(f"dimensions: got {', '.join(unknown)}, expected {there}")

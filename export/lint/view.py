@@ -15,8 +15,16 @@ from quest_deploy.export.lint.macs import ATTENTIONS, count_macs
 CONVOLUTIONS = ("Conv", "ConvTranspose")
 MATRIX_PRODUCTS = ("MatMul", "Gemm")
 # Products that hold their quantization themselves, without Q/DQ nodes around them.
-INTEGER_PRODUCTS = ("QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger", "MatMulNBits")
-PRODUCTS = (*CONVOLUTIONS, *MATRIX_PRODUCTS, *INTEGER_PRODUCTS, *ATTENTIONS, "Einsum")
+INTEGER_PRODUCTS = (
+    *("QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger", "MatMulNBits"),
+    *("MatMulIntegerToFloat", "DynamicQuantizeMatMul"),
+)
+# What ONNX Runtime's optimizer makes of products in float.
+FUSED_PRODUCTS = ("FusedMatMul", "FusedGemm", "FusedConv", "NhwcConv")
+PRODUCTS = (
+    *(*CONVOLUTIONS, *MATRIX_PRODUCTS, *INTEGER_PRODUCTS, *FUSED_PRODUCTS),
+    *(*ATTENTIONS, "Einsum"),
+)
 QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
 
 FOUR_BITS = (ir.DataType.INT4, ir.DataType.UINT4)
@@ -235,7 +243,7 @@ def is_read_by(value: ir.Value, op_type: str) -> bool:
 
 def operands_of(node: ir.Node) -> tuple[ir.Value, ...]:
     """The two factors of a product that Q/DQ nodes may stand before."""
-    if node.op_type in INTEGER_PRODUCTS:
+    if node.op_type in (*INTEGER_PRODUCTS, *FUSED_PRODUCTS):
         return ()
     wanted = node.inputs[:3] if node.op_type in ATTENTIONS else node.inputs[:2]
     return tuple(value for value in wanted if value is not None)

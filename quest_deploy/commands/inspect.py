@@ -59,7 +59,8 @@ def describe(path: Path, *, verify: bool = False) -> dict[str, Any]:
     data["size_bytes"] = sum(files.values())
     data["files"] = len(files)
     if stage in ("model", "checkpoint", "onnx", "engines") and path.is_dir():
-        data["components"] = _components(path, files)
+        foreign = stage == "onnx" and bool(data["details"].get("foreign"))
+        data["components"] = _components(path, files, exported=stage in ("onnx", "engines"), foreign=foreign)
     if stage == "onnx":
         for name, component in data["components"].items():
             component["graph"] = describe_graph(path / name / "model.onnx")
@@ -103,14 +104,19 @@ def _sizes(path: Path) -> dict[str, int]:
     }
 
 
-def _components(path: Path, files: dict[str, int]) -> dict[str, dict[str, Any]]:
+def _components(
+    path: Path, files: dict[str, int], *, exported: bool, foreign: bool
+) -> dict[str, dict[str, Any]]:
+    from quest_deploy.engines.foreign import ONNX_NAME, read_graph
     from quest_deploy.model.spec import component_specs, config_paths
 
     components = {}
     # Models and checkpoints keep the whole autoencoder in a folder of another name.
-    folders = {name: file.parent.name for name, file in config_paths(path).items()}
+    folders = {} if exported else {name: file.parent.name for name, file in config_paths(path).items()}
     for name, spec in component_specs(path).items():
-        folder = folders[name]
+        folder = folders.get(name, name)
+        # Other tools choose types and shapes of their own.
+        spec = read_graph(name, path / name / ONNX_NAME) if foreign else spec
         components[name] = {
             "size_bytes": sum(size for file, size in files.items() if file.startswith(f"{folder}/")),
             "inputs": [_tensor(tensor) for tensor in spec.inputs],

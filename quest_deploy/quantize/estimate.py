@@ -204,11 +204,17 @@ def measure_speed(
     expected = counter.get_total_flops() / products_per_second(data.device)
     if expected * (1 + BACKWARD_COST) > LONGEST_MEASUREMENT_S:
         update_s = expected * BACKWARD_COST
-        return Speed(forward_s=expected, update_s=update_s, more_s=update_s, measured=False)
+        return Speed(
+            forward_s=expected, judged_s=expected, update_s=update_s, more_s=update_s, measured=False
+        )
 
     def forward() -> None:
         with torch.no_grad():
             predict(model.denoiser, *data.inputs(one, one))
+
+    def judge() -> None:
+        with torch.no_grad():
+            losses.raw_errors(student, data, one, one)
 
     def update(pairs: int = 1) -> None:
         losses.raw_errors(student, data, one.expand(pairs), one.expand(pairs)).sum().backward()
@@ -217,13 +223,14 @@ def measure_speed(
     with float32_products("tf32" if precision == "tf32" else "ieee"):
         forward_s = _timed(forward, data.device)
         with train.autocast(data.device, precision):
+            judged_s = _timed(judge, data.device)
             more_s = update_s = _timed(update, data.device)
             # A small network's single samples leave most of a machine idle. A large one's take long, and all memory.
             if update_s * MANY_PAIRS < QUICK_S:
                 with contextlib.suppress(torch.OutOfMemoryError):
                     many_s = _timed(lambda: update(MANY_PAIRS), data.device)
                     more_s = min(update_s, max(0.0, many_s - update_s) / (MANY_PAIRS - 1))
-    found = Speed(forward_s=forward_s, update_s=update_s, more_s=more_s, measured=True)
+    found = Speed(forward_s=forward_s, judged_s=judged_s, update_s=update_s, more_s=more_s, measured=True)
     student.zero_grad(set_to_none=True)
     student.requires_grad_(False)
     return found
@@ -277,7 +284,7 @@ def _phase(inputs: Inputs, name: str, phase: PhaseConfig, speed: Speed, walking:
     student.requires_grad_(False)
     return PartEstimate(
         part=f"finetune {name} layers",
-        seconds=updates * update_s + judged * speed.forward_s,
+        seconds=updates * update_s + judged * speed.judged_s,
         memory_bytes=memory,
         # The tensors, the best of them, and Adam's two moments.
         disk_bytes=4 * learned,

@@ -69,13 +69,15 @@ class Speed:
     """Seconds of one pair of a prompt and a timestep, both branches.
 
     Attributes:
-        forward_s: Without gradients.
-        update_s: With them.
-        more_s: With them, of each further pair in the same pass.
+        forward_s: Of the full-precision denoiser.
+        judged_s: Of the student, in the recipe's precision, without gradients.
+        update_s: Of the student with gradients.
+        more_s: The same, of each further pair in the same pass.
         measured: Whether they were timed, or follow from the number of operations.
     """
 
     forward_s: float
+    judged_s: float
     update_s: float
     more_s: float
     measured: bool

@@ -74,6 +74,25 @@ def test_graph_is_counted(small_onnx: Path) -> None:
     assert graph["opset"] == {"ai.onnx": 21}
 
 
+def test_each_half_of_an_exported_autoencoder_has_its_own_size(small_onnx: Path) -> None:
+    index = small_onnx / "model_index.json"
+    index.write_text(
+        json.dumps(json.loads(index.read_text()) | {"_class_name": "StableDiffusionInpaintPipeline"})
+    )
+    shutil.copytree(small_onnx / "vae_decoder", small_onnx / "vae_encoder")
+    (small_onnx / "vae_encoder" / "model.onnx_data").write_bytes(b"\0" * 1000)
+    (small_onnx / "manifest.json").unlink()
+    found = inspect(small_onnx)["components"]
+    sizes = {name: component["size_bytes"] for name, component in found.items()}
+    assert sizes["vae_encoder"] == sizes["vae_decoder"] + 1000
+
+
+def test_a_graph_of_another_tool_has_its_own_types(small_onnx: Path) -> None:
+    (small_onnx / "manifest.json").unlink()
+    (sample,) = inspect(small_onnx)["components"]["unet"]["inputs"]
+    assert sample == {"name": "x", "dtype": "float32", "shape": [2, 3]}
+
+
 def test_text_names_every_component(small_onnx: Path) -> None:
     done = CliRunner().invoke(main, ["inspect", str(small_onnx)])
     for text in (*COMPONENTS, "out_sample float32[batch, 4, height, width]", "1 DequantizeLinear"):

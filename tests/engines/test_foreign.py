@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from quest_deploy.artifacts import read_artifact
 from quest_deploy.engines.adapted import AdaptedEngine
 from quest_deploy.engines.foreign import fit, from_json, to_json
+from quest_deploy.engines.trt_build import copy_companions
 from quest_deploy.errors import ArtifactError, EngineInputError
 from quest_deploy.model.spec import ComponentSpec, TensorSpec
 from quest_deploy.model.tensors import float_tensor
@@ -127,3 +131,16 @@ def test_an_output_that_nothing_reads_may_be_missing_and_others_may_not() -> Non
 def test_a_manifest_keeps_it() -> None:
     fitted = {"unet": fit(SPEC, graph())}
     assert from_json(to_json(fitted)) == fitted
+
+
+def test_weights_in_files_of_any_name_stay_with_the_graph(tiny_onnx: Path, tmp_path: Path) -> None:
+    """Engines have their own, and those of --strip-weights shall have none."""
+    shutil.copytree(tiny_onnx, tmp_path / "onnx")
+    for name in ("manifest.json", "quest.json"):
+        (tmp_path / "onnx" / name).unlink()
+    for name in ("onnx__MatMul_1234", "unet.conv_in.weight", "model.onnx.data"):
+        (tmp_path / "onnx" / "unet" / name).write_bytes(b"\0")
+    (tmp_path / "onnx" / "LICENSE").write_text("free")
+    copy_companions(read_artifact(tmp_path / "onnx"), tmp_path / "engines")
+    assert [path.name for path in (tmp_path / "engines" / "unet").iterdir()] == ["config.json"]
+    assert (tmp_path / "engines" / "LICENSE").is_file()

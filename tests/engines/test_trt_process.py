@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 
@@ -16,6 +17,9 @@ JOB = {
         {"name": name, "onnx": f"/x/{name}", "plan": "p", "profiles": [{}]} for name in ("a", "b")
     ],
 }
+
+# What TensorRT for RTX 1.7 says of types that a GPU lacks.
+HARDWARE = "Cannot compile for target(s), because the model contains HW-specific datatypes"
 
 
 def worker(*lines: str) -> list[str]:
@@ -82,20 +86,44 @@ def test_refused_graph_is_an_error_that_says_what_and_what_next() -> None:
     [
         ("no INT4", "pass"),
         ("FP32 GEMM is not supported", "export with `.* --target tensorrt-rtx --dtype fp16`, or pass"),
+        (f"{HARDWARE}: b16.", "export with `.* --target tensorrt-rtx --dtype fp16`, or pass"),
+        (f"{HARDWARE}: int4.", "export with `.* --target tensorrt-rtx --mode int8 --dtype fp16`, or pass"),
     ],
 )
-def test_graph_that_one_gpu_does_not_take_is_to_be_built_for_others(reason: str, remedy: str) -> None:
+@pytest.mark.parametrize("name", ["SM75", "sm75"])
+def test_graph_that_one_gpu_does_not_take_is_to_be_built_for_others(
+    name: str, reason: str, remedy: str
+) -> None:
     pytest.importorskip("tensorrt_rtx")
-    message = f"Turing (SM75): {reason}"
+    message = f"Turing ({name}): {reason}"
     command = worker(
         f"send(event='failed', kind='build', component='a', message='{message}', tensorrt_version='1.7')",
         "sys.exit(1)",
     )
     options = {"compute_capabilities": ["7.5", "8.6"]}
     job = {**JOB, "components": [{"name": "a", "onnx": "/x/a", "options": options}]}
-    expected = rf"a: .*{reason}; {remedy} --compute-capability with one of 8\.0, 8\.6, .* instead of 7\.5"
+    expected = (
+        rf"a: .*{re.escape(reason)}; {remedy} --compute-capability with one of 8\.0, 8\.6, .* instead of 7\.5"
+    )
     with pytest.raises(EngineBuildError, match=expected):
         run_worker(job, Tally(None, {"a": 1}), command)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "Tactic Selection: no tactics to implement the operation within workspace limit.",
+        "Could not find any implementation for node x due to insufficient workspace.",
+    ],
+)
+def test_a_workspace_that_is_too_small_is_to_be_larger(message: str) -> None:
+    command = worker(
+        f"send(event='failed', kind='build', component='a', message='{message}', tensorrt_version='1.7')",
+        "sys.exit(1)",
+    )
+    components = [{"name": "a", "onnx": "/x/a", "options": {"workspace_mb": 1}}]
+    with pytest.raises(EngineBuildError, match="raise --workspace, which was 1 MiB, or leave it out"):
+        run_worker({**JOB, "components": components}, Tally(None, {"a": 1}), command)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from torch import nn
 from quest_deploy.config import ExportConfig, Target
 from quest_deploy.engines.openvino_runtime import Graph, compile_options
 from quest_deploy.errors import ExportError
+from quest_deploy.export.estimate import _weights
 from quest_deploy.export.passes.block_int4 import BlockInt4
 from quest_deploy.export.to_onnx import export, export_component, weight_only_layer_names
 from quest_deploy.model.components import parameters_frozen
@@ -133,6 +134,16 @@ def test_says_which_layers_stay_int8_and_why(exported: tuple[Net, Path, dict[str
     assert "convolution" in stay["conv"]
     assert "40 inputs" in stay["odd"]
     assert stay["eight"] == "8-bit weights"
+
+
+def test_the_size_that_is_told_is_that_of_codes_and_scales(
+    exported: tuple[Net, Path, dict[str, str]],
+) -> None:
+    net, path, _ = exported
+    tensors = {tensor.name: tensor for tensor in onnx.load(path).graph.initializer}
+    codes, scales = (tensors[f"wide.codes{end}"] for end in ("", "_block_scale"))
+    told = [count * size for count, size in _weights(net, ExportConfig(mode="int4-weight-only"))]
+    assert len(codes.raw_data) + len(scales.raw_data) in told
 
 
 @pytest.mark.parametrize("target", ["onnxruntime", "tensorrt-rtx"])

@@ -10,6 +10,7 @@ import pytest
 
 from quest_deploy.config import GenerateConfig
 from quest_deploy.errors import ConfigError
+from quest_deploy.export.lint.read import default_dimensions
 from quest_deploy.pipeline.request import check_request
 
 both = pytest.mark.parametrize("backend", ["torch", "onnxruntime"])
@@ -47,3 +48,15 @@ def test_how_many_positions_are_stored_may_be_left_out(altered: Callable[..., Pa
     check_request(path.parents[1], request(16, 384), "torch")
     with pytest.raises(ConfigError, match="positions for 384 at most"):
         check_request(path.parents[1], request(16, 392), "torch")
+
+
+@pytest.mark.parametrize(
+    ("kind", "tokens"),
+    [("sdxl", 24), ("sd3", 24 + 256), ("flux-dev", 512), ("sana", 300), ("pixart-alpha", 120)],
+)
+def test_lint_counts_at_the_size_and_the_tokens_of_the_model(
+    kind: str, tokens: int, model_of: Callable[[str], Path]
+) -> None:
+    sizes = default_dimensions(model_of(kind))
+    assert sizes["sequence"] == tokens
+    assert sizes.get("image_tokens") == (16 if kind == "flux-dev" else None)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from quest_deploy.config import FinetuneConfig
 from quest_deploy.model.load import LoadedModel
 from quest_deploy.quantize import estimate as module
-from quest_deploy.quantize import estimate_parts, gptq, phases
+from quest_deploy.quantize import estimate_parts, gptq, phases, train
 from quest_deploy.quantize.calibrate import CalibrationSet, from_tensors
 from quest_deploy.quantize.estimate import PartEstimate, Speed, estimate
 from quest_deploy.quantize.estimate_parts import most_on_disk
@@ -242,7 +242,7 @@ def test_small_networks_take_less_for_pairs_together(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """None: the machine cannot hold so many."""
-    told = iter([0.1, update_s, many_s])
+    told = iter([0.1, 0.1, update_s, many_s])
 
     def timed(run: Callable[[], object], device: torch.device) -> float:
         run()
@@ -255,3 +255,25 @@ def test_small_networks_take_less_for_pairs_together(
     assert (speed.update_s, speed.more_s) == (update_s, pytest.approx(more_s))
     assert speed.update(1) == update_s and speed.update(0.5) == update_s / 2
     assert speed.update(4) == pytest.approx(update_s + 3 * more_s)
+
+
+def test_validation_is_timed_as_it_runs_in_the_recipes_precision(
+    tiny_model: Path, config: FinetuneConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rounds = []
+
+    def timed(run: Callable[[], object], device: torch.device) -> float:
+        rounds.append(torch.is_autocast_enabled(device.type))
+        return float(10 ** len(rounds))
+
+    monkeypatch.setattr(module, "_timed", timed)
+    seconds = []
+    for prompts in (2, 1):
+        recipe = dataclasses.replace(
+            config.recipe, precision="bfloat16", validation_prompts=prompts, calibration_prompts=3
+        )
+        rounds.clear()
+        parts, speed = estimate(tiny_model, FinetuneConfig(recipe=recipe, prompts=("rocket", "pizza", "cat")))
+        seconds.append(next(part.seconds for part in parts if part.part == "finetune sensitive layers"))
+    assert (speed.forward_s, speed.judged_s, rounds[:2]) == (10, 100, [False, True])
+    assert seconds[0] - seconds[1] == pytest.approx(2 * (train.VALIDATIONS_PER_PHASE + 1) * speed.judged_s)

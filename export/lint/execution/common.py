@@ -8,6 +8,7 @@ from quest_deploy.export.lint.macs import ATTENTIONS
 from quest_deploy.export.lint.view import (
     EIGHT_BITS,
     FOUR_BITS,
+    FUSED_PRODUCTS,
     INTEGER_PRODUCTS,
     MATRIX_PRODUCTS,
     Operand,
@@ -22,7 +23,7 @@ def outside(product: Product) -> str | None:
     kind = product.node.op_type
     if kind in ATTENTIONS:
         return f"the {kind} operator computes in float; quantizers go between MatMul and Softmax"
-    if kind in INTEGER_PRODUCTS or len(product.operands) < 2:
+    if kind in (*INTEGER_PRODUCTS, *FUSED_PRODUCTS) or len(product.operands) < 2:
         return f"{kind} is not looked into"
     return None
 

@@ -23,7 +23,10 @@ from quest_deploy.export.lint.view import (
     is_read_by,
 )
 
-_INTEGER_KERNELS = ("QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger")
+_INTEGER_KERNELS = (
+    *("QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger"),
+    *("MatMulIntegerToFloat", "DynamicQuantizeMatMul"),
+)
 
 
 def in_onnx_runtime(product: Product, view: View) -> tuple[Execution, tuple[str, ...]]:

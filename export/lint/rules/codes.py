@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from quest_deploy.export.lint.rules.problem import ONNX_RUNTIME, TENSORRT, TITLES, Problem
-from quest_deploy.export.lint.view import FOUR_BITS, QUANTIZE, View, constant, quantized_type
+from quest_deploy.export.lint.view import FOUR_BITS, QUANTIZE, View, constant, integer, quantized_type
 
 _READ_BY_TENSORRT = {
     ir.DataType.INT8,
@@ -67,7 +67,8 @@ def unsigned_codes(view: View, target: str) -> Iterator[Problem]:
 
     1. For TensorRT: a QuantizeLinear to uint8 is an error, since codes above 127 saturate; so is one without
        zero-point and `output_dtype`, which is uint8 by the standard.
-    2. For TensorRT: a DequantizeLinear of stored or incoming uint8 codes breaks.
+    2. For TensorRT: a QuantizeLinear that is told so by `output_dtype` alone breaks, as does a DequantizeLinear of
+       stored or incoming uint8 codes.
     3. Must not fire on other targets, nor where `nonzero_zero_point` fires.
     """
     if target not in TENSORRT:
@@ -78,6 +79,7 @@ def unsigned_codes(view: View, target: str) -> Iterator[Problem]:
             yield Problem(
                 node=node,
                 severity="error",
+                breaks=zero_point_of(node) is None and integer(node, "output_dtype", 0) != 0,
                 message=f"codes are uint8, which {TITLES[target]} reads as int8, so that values above 127 scales "
                 "saturate; quantize to int8 with zero-point 0",
             )

@@ -50,17 +50,43 @@ _NO_BFLOAT16 = frozenset(
         "Resize",
     )
 )
+# ONNX Runtime's own operators that the parser of TensorRT for RTX 1.7 knows: asked of it by name.
+_MICROSOFT = "com.microsoft"
+_KNOWN_OF_MICROSOFT = frozenset(
+    (
+        *(QUANTIZE, DEQUANTIZE, "MultiHeadAttention", "GroupQueryAttention", "RotaryEmbedding", "Gelu"),
+        *("SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization"),
+    )
+)
+# And of the standard's, those that it does not know and exporters of networks write.
+_UNKNOWN_TO_TENSORRT = frozenset(
+    (
+        *("BitShift", "BitwiseAnd", "BitwiseNot", "BitwiseOr", "BitwiseXor", "CumProd", "Compress", "Unique"),
+        *("SequenceConstruct", "SequenceAt", "SequenceInsert", "SplitToSequence", "ConcatFromSequence"),
+        *("Bernoulli", "Multinomial", "DFT", "Det", "DeformConv", "AffineGrid", "CenterCropPad", "Col2Im"),
+        *("MaxUnpool", "MaxRoiPool", "Optional", "OptionalGetElement", "OptionalHasElement"),
+    )
+)
+# What ONNX Runtime's optimizer writes for its CUDA provider: its CPU provider refuses all of them, OpenVINO some.
+_FOR_CUDA = {
+    ONNX_RUNTIME: frozenset(("NhwcConv", "GroupNorm", "SkipGroupNorm", "BiasSplitGelu", "BiasAdd")),
+    OPENVINO: frozenset(("NhwcConv", "SkipGroupNorm", "BiasSplitGelu")),
+}
 _HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
 def unsupported_operator(view: View, target: str) -> Iterator[Problem]:
-    """Operators that hold their own quantization.
+    """Operators that hold their own quantization, and others that the target does not know.
 
     1. QLinearConv, QLinearMatMul, ConvInteger, MatMulInteger, DynamicQuantizeLinear and MatMulNBits break TensorRT.
-    2. QLinearConv breaks OpenVINO.
-    3. Must not fire on Q and DQ, in ONNX Runtime's own domain or not.
+    2. For TensorRT, so do ONNX Runtime's own operators, which its optimizer writes, but for a few; and sequences,
+       operators on bits and others of the standard.
+    3. QLinearConv breaks OpenVINO.
+    4. For ONNX Runtime on the CPU, and OpenVINO, operators that its optimizer writes for CUDA break.
+    5. Must not fire on Q and DQ, in ONNX Runtime's own domain or not, nor on MultiHeadAttention.
     """
     refused: tuple[str, ...] = ()
+    on_cpu = " on the CPU" if target == ONNX_RUNTIME else ""
     if target in TENSORRT:
         refused = (*INTEGER_PRODUCTS, "DynamicQuantizeLinear")
     elif target == OPENVINO:
@@ -73,6 +99,26 @@ def unsupported_operator(view: View, target: str) -> Iterator[Problem]:
                 message=f"{node.op_type}, which {TITLES[target]} does not take; quantize with Q/DQ nodes instead "
                 "(ONNX Runtime's quantizer: static, quant_format QDQ)",
             )
+        elif is_unknown(node, target):
+            yield Problem(
+                node=node,
+                breaks=True,
+                message=f"{node.op_type}, which {TITLES[target]}{on_cpu} does not know; export the model "
+                + (
+                    "as ONNX Runtime's optimizer has not changed it"
+                    if node.domain
+                    else "without this operator"
+                ),
+            )
+
+
+def is_unknown(node: ir.Node, target: str) -> bool:
+    """Whether a target has no operator of this name and domain."""
+    if node.domain == _MICROSOFT:
+        if target in TENSORRT:
+            return node.op_type not in _KNOWN_OF_MICROSOFT
+        return node.op_type in _FOR_CUDA[target]
+    return target in TENSORRT and not node.domain and node.op_type in _UNKNOWN_TO_TENSORRT
 
 
 def unsupported_type(view: View, target: str) -> Iterator[Problem]:
