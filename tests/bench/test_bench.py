@@ -15,7 +15,7 @@ import torch
 from click.testing import CliRunner, Result
 
 from quest_deploy.bench import bench, stage, worker
-from quest_deploy.bench.figures import percentile, summarize
+from quest_deploy.bench.figures import summarize
 from quest_deploy.bench.plot import OUTSIDE, parts, plot
 from quest_deploy.bench.subject import WAYS, parse_subject
 from quest_deploy.bench.worker import TimedEngine, measure, memory_bytes
@@ -56,16 +56,6 @@ def turn(loops: list[float], calls: dict[str, list[list[float]]], peak: int = 10
     return {"loops": loops, "calls": calls, "images": 2, "memory_bytes": memory, "device": "cpu"}
 
 
-@pytest.mark.parametrize(("share", "expected"), [(0.95, 95), (0.5, 50), (0.01, 1), (1.0, 100), (0.001, 1)])
-def test_percentiles_are_values_that_occurred(share: float, expected: int) -> None:
-    assert percentile([*range(100, 0, -1)], share) == expected
-
-
-def test_a_percentile_of_nothing_is_refused() -> None:
-    with pytest.raises(ValueError, match="no values"):
-        percentile([], 0.5)
-
-
 def test_the_loop_the_calls_and_what_is_outside_of_them() -> None:
     turns = [
         turn([10.0, 12.0], {"unet": [[4.0, 4.0], [5.0, 4.0]], "vae_encoder": [[], []]}, peak=100),
@@ -89,12 +79,6 @@ def test_the_parts_of_a_run_are_its_calls_and_the_rest() -> None:
     picture = plot({"failed-row": {"error": "no GPU"}, "measured-row": row}, ["failed-row", "measured-row"])
     assert "measured-row" in picture
     assert "failed-row" not in picture
-
-
-@pytest.mark.parametrize(("runs", "expected"), [(19, None), (20, 19.0)])
-def test_a_percentile_that_would_be_the_largest_value_is_left_out(runs: int, expected: float | None) -> None:
-    loop = summarize([turn([float(n + 1) for n in range(runs)], {"unet": [[1.0]] * runs})])["loop"]
-    assert (loop["p95_s"], loop["slowest_s"]) == (expected, runs)
 
 
 def test_bars_are_in_the_order_that_was_given() -> None:
