@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ from benchmarks.environment import header
 from benchmarks.merge import elsewhere
 from benchmarks.settings import MODEL, Settings
 from benchmarks.tables import Table, megabytes, seconds, yes
+from quest_deploy.config import BuildConfig
 from quest_deploy.manifest import MANIFEST_NAME
 from scripts import demo
 
@@ -20,6 +23,7 @@ TARGET = "tensorrt-rtx"
 FULL_PRECISION = "fp32"
 COMPONENTS = ("text_encoder", "unet", "vae_decoder")
 CHANNELS, SIDE = 1024, 16
+BATCHES = {"min": 1, "opt": 2, "max": 4}
 WAYS = ("fp32", "fp16", "int8")
 
 
@@ -40,24 +44,17 @@ def one_product(way: str) -> dict[str, int]:
     """Bytes of ONNX and engine of a convolution with 9.4 million weights, which outweigh its kernels.
 
     Raises:
-        RuntimeError: TensorRT for RTX does not build it.
+        EngineBuildError: TensorRT for RTX does not build it.
     """
-    import tensorrt_rtx as trt
+    from quest_deploy.engines.trt_build import build_one
 
-    model = convolution(way).SerializeToString()
-    logger = trt.Logger(trt.Logger.ERROR)
-    builder = trt.Builder(logger)
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parser = trt.OnnxParser(network, logger)
-    plan = None
-    if parser.parse(model):
-        config, profile = builder.create_builder_config(), builder.create_optimization_profile()
-        profile.set_shape("x", *((batch, CHANNELS, SIDE, SIDE) for batch in (1, 2, 4)))
-        config.add_optimization_profile(profile)
-        plan = builder.build_serialized_network(network, config)
-    if plan is None:
-        raise RuntimeError(f"TensorRT for RTX does not build a convolution in {way}")
-    return {"onnx_bytes": len(model), "engine_bytes": int(plan.nbytes)}
+    shapes = {edge: [batch, CHANNELS, SIDE, SIDE] for edge, batch in BATCHES.items()}
+    with TemporaryDirectory() as folder:
+        onnx, engines = Path(folder) / way / "model.onnx", Path(folder) / "engines"
+        onnx.parent.mkdir()
+        size = onnx.write_bytes(convolution(way).SerializeToString())
+        built = build_one(way, Path(folder), engines, [{"x": shapes}], BuildConfig(backend=TARGET))
+    return {"onnx_bytes": size, "engine_bytes": int(built["size_bytes"])}
 
 
 def convolution(way: str) -> ModelProto:
