@@ -151,9 +151,11 @@ def estimate(model: str | Path, config: FinetuneConfig) -> tuple[list[PartEstima
     # Tables take the place of layers that carry time and are not quantized.
     left_out = [every[name] for name, role in trace.roles.items() if name in layers or role == "temporal"]
     codes += denoiser - size_bytes([layer.weight for layer in left_out])
-    others = (
-        sum(file.stat().st_size for file in _carried(loaded)) if loaded.path.is_dir() else weights - denoiser
-    )
+    others = weights - denoiser
+    if loaded.path.is_dir():
+        merged = [encoder for name, encoder in loaded.text_encoders.items() if name in loaded.changed]
+        others = size_bytes([tensor for one in merged for tensor in (*one.parameters(), *one.buffers())])
+        others += sum(file.stat().st_size for file in _carried(loaded))
     result.append(
         PartEstimate(
             part="write checkpoint",
@@ -168,7 +170,7 @@ def estimate(model: str | Path, config: FinetuneConfig) -> tuple[list[PartEstima
 def _carried(loaded: LoadedModel) -> list[Path]:
     """The files that a checkpoint has as the model's directory has them; of weights, and a safety checker's."""
     family, files = loaded.family, safety_files(loaded.path, loaded.index)
-    for name in set(family.weights) - {family.denoiser}:
+    for name in set(family.weights) - {family.denoiser} - loaded.changed:
         files += weight_files(loaded.path / name, family.library_of(name))
     return files
 

@@ -129,11 +129,6 @@ def finetune(
                         history=history,
                         companions=quantize_companions(loaded, config),
                     )
-                    if config.loras and not config.recipe.text_encoder:
-                        # Components are copied as they lie on disk, and a LoRA may have changed these.
-                        for name, encoder in loaded.text_encoders.items():
-                            transformer: Any = encoder
-                            transformer.save_pretrained(writer.path / name)
                     writer.details.update(history)
                 work.remove()
         return read_artifact(output, stage="checkpoint")
@@ -152,7 +147,7 @@ def prepare(model: str | Path, config: FinetuneConfig) -> tuple[LoadedModel, Tra
     loaded = load_model(model)
     if not Path(model).is_dir():
         config = with_prompts(config, loaded.family, loaded.classes)
-    merge_loras(loaded, config.loras)
+    loaded = dataclasses.replace(loaded, changed=merge_loras(loaded, config.loras))
     restructure(loaded, config.recipe)
     trace = trace_model(loaded)
     check_fit(loaded, trace, config.recipe)
