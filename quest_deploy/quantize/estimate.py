@@ -7,7 +7,6 @@ and divided by the speed of a matrix product. Memory is found without computing 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -15,14 +14,14 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from quest_deploy.config import FinetuneConfig, PhaseConfig, Precision
+from quest_deploy.config import FinetuneConfig, PhaseConfig, Recipe
 from quest_deploy.model.carried import safety_files
 from quest_deploy.model.components import predict
 from quest_deploy.model.load import LoadedModel
 from quest_deploy.model.products import float32_products
 from quest_deploy.model.spec import classes_of, family_of
 from quest_deploy.model.weights import weight_files
-from quest_deploy.quantize import auto_layers, calibrate, losses, parts, train
+from quest_deploy.quantize import auto_layers, calibrate, parts, train
 from quest_deploy.quantize.attention import insert_attention
 from quest_deploy.quantize.calibrate import CalibrationSet
 from quest_deploy.quantize.estimate_parts import (
@@ -75,7 +74,7 @@ def estimate(model: str | Path, config: FinetuneConfig) -> tuple[list[PartEstima
     device = device_of(config.device, ALONE)
     loaded, trace, config = prepare(model, config)
     recipe = config.recipe
-    data = dataclasses.replace(placeholder(loaded, config), device=device)
+    data = placeholder(loaded, config, device)
     context = make_context(data.boundaries(), data.timesteps, recipe)
     bits = layer_bits(trace.roles, recipe)
     student = make_student(loaded, _any_scales(loaded.denoiser, bits, data), {}, context)
@@ -87,7 +86,7 @@ def estimate(model: str | Path, config: FinetuneConfig) -> tuple[list[PartEstima
         enable_checkpointing(student, context)
     place(loaded, device)
     student.to(device)
-    speed = measure_speed(loaded, student, data, context, recipe.precision)
+    speed = measure_speed(loaded, student, data, context, recipe)
     weights = weight_bytes(loaded)
     layers = {name: layer for name, layer in quantizable_layers(loaded.denoiser).items() if name in bits}
     kept = kept_bytes(data, recipe.targets)
@@ -196,7 +195,7 @@ def measure_speed(
     student: nn.Module,
     data: CalibrationSet,
     context: TimestepContext,
-    precision: Precision = "float32",
+    recipe: Recipe,
 ) -> Speed:
     """Time one pair, or count its operations where that would take long."""
     bare, shapes = without_values(model.denoiser, context), without_trajectories(data)
@@ -205,7 +204,8 @@ def measure_speed(
         predict(bare, *shapes.inputs(one, one))
     expected = counter.get_total_flops() / products_per_second(data.device)
     if expected * (1 + BACKWARD_COST) > LONGEST_MEASUREMENT_S:
-        update_s = expected * BACKWARD_COST
+        # Checkpointing computes a pass again for its gradients.
+        update_s = expected * (BACKWARD_COST + recipe.gradient_checkpointing)
         return Speed(forward_s=expected, update_s=update_s, more_s=update_s, measured=False)
 
     def forward() -> None:
@@ -213,12 +213,12 @@ def measure_speed(
             predict(model.denoiser, *data.inputs(one, one))
 
     def update(pairs: int = 1) -> None:
-        losses.raw_errors(student, data, one.expand(pairs), one.expand(pairs)).sum().backward()
+        predict(student, *data.inputs(one.expand(pairs), one.expand(pairs))).square().sum().backward()
 
     student.requires_grad_(True)
-    with float32_products("tf32" if precision == "tf32" else "ieee"):
+    with float32_products("tf32" if recipe.precision == "tf32" else "ieee"):
         forward_s = _timed(forward, data.device)
-        with train.autocast(data.device, precision):
+        with train.autocast(data.device, recipe.precision):
             more_s = update_s = _timed(update, data.device)
             # A small network's single samples leave most of a machine idle. A large one's take long, and all memory.
             if update_s * MANY_PAIRS < QUICK_S:
@@ -269,10 +269,14 @@ def _phase(inputs: Inputs, name: str, phase: PhaseConfig, speed: Speed, walking:
         memory = min(memory, int(recipe.memory_limit_gb * GIGABYTE))
     every = phase.network_every if name == "temporal" else 1
     updates = -(-phase.steps // every)
-    update_s = speed.update(phase.batch_size)
+    update_s, judgements = speed.update(phase.batch_size), 1 + walking
+    if recipe.targets == "recompute":
+        # The teacher's passes over as many pairs; what walks end in is recorded.
+        update_s *= 1 + speed.forward_s / speed.update_s
+        judgements += 1
     if walking and phase.walks:
         update_s += recipe.walk_length * speed.update(phase.walks)
-    judged = recipe.validation_prompts * count * (2 if walking else 1) * (train.VALIDATIONS_PER_PHASE + 1)
+    judged = recipe.validation_prompts * count * judgements * (train.VALIDATIONS_PER_PHASE + 1)
     learned = size_bytes(
         train.learned(train.trainable(student, phase, inputs.trace.roles, temporal=name == "temporal"))
     )
