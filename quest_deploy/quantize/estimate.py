@@ -36,8 +36,8 @@ from quest_deploy.quantize.estimate_parts import (
     rounding,
     seconds_of,
 )
-from quest_deploy.quantize.finetune import make_student, prepare, with_prompts
-from quest_deploy.quantize.insert import LayerQParams, quantizable_layers
+from quest_deploy.quantize.finetune import prepare, with_prompts
+from quest_deploy.quantize.insert import quantizable_layers
 from quest_deploy.quantize.layers import Quantizable, TimestepContext
 from quest_deploy.quantize.memory import (
     GIGABYTE,
@@ -45,6 +45,7 @@ from quest_deploy.quantize.memory import (
     forward_memory,
     held_bytes,
     kept_bytes,
+    limit_slices,
     placeholder,
     size_bytes,
     weight_bytes,
@@ -55,8 +56,9 @@ from quest_deploy.quantize.operands import any_operands
 from quest_deploy.quantize.parallel import ALONE, device_of, place
 from quest_deploy.quantize.phases import Inputs, phase_memory, phases
 from quest_deploy.quantize.select import layer_bits
+from quest_deploy.quantize.student import any_scales, make_student
 from quest_deploy.quantize.tables import insert_tables, make_context, time_tables
-from quest_deploy.quantize.walk import Steps, has_steps
+from quest_deploy.quantize.walk import Steps, any_steps
 
 LONGEST_MEASUREMENT_S = 20.0
 BACKWARD_COST = 3.0
@@ -77,7 +79,7 @@ def estimate(model: str | Path, config: FinetuneConfig) -> tuple[list[PartEstima
     data = placeholder(loaded, config, device)
     context = make_context(data.boundaries(), data.timesteps, recipe)
     bits = layer_bits(trace.roles, recipe)
-    student = make_student(loaded, _any_scales(loaded.denoiser, bits, data), {}, context)
+    student = make_student(loaded, any_scales(loaded.denoiser, bits, data), {}, context)
     rounded = without_values(student.requires_grad_(False), context)
     trace = insert_tables(student, loaded.denoiser, trace, context, data.device)
     insert_attention(student, any_operands(loaded.denoiser, data, recipe), context)
@@ -136,9 +138,8 @@ def estimate(model: str | Path, config: FinetuneConfig) -> tuple[list[PartEstima
         result.append(layer_choice(run))
         config = auto_layers.any_layers(loaded.denoiser, trace.roles, bits, config)
     inputs = Inputs(model=loaded, student=student, trace=trace, data=data, context=context, config=config)
-    walking = recipe.walk_share > 0 and data.timesteps.numel() > recipe.walk_length
-    walking = walking and has_steps(loaded, recipe.calibration_steps)
-    result += [_phase(inputs, name, phase, speed, walking) for name, phase in phases(config.recipe)]
+    steps = any_steps(loaded, recipe)
+    result += [_phase(inputs, name, phase, speed, steps) for name, phase in phases(config.recipe)]
     if recipe.collapse_loss_db:
         result.append(collapsed(run))
     result += companions(run)
@@ -172,22 +173,6 @@ def _carried(loaded: LoadedModel) -> list[Path]:
     for name in set(family.weights) - {family.denoiser} - loaded.changed:
         files += weight_files(loaded.path / name, family.library_of(name))
     return files
-
-
-def _any_scales(
-    denoiser: nn.Module, bits: Mapping[str, tuple[int, int]], data: CalibrationSet
-) -> dict[str, LayerQParams]:
-    groups = data.timesteps.numel()
-    return {
-        name: LayerQParams(
-            weight_bits=bits[name][0],
-            weight_scale=torch.full([layer.weight.shape[0]], 0.01),
-            activation_bits=bits[name][1],
-            group_scale=torch.full([groups], 0.1),
-        )
-        for name, layer in quantizable_layers(denoiser).items()
-        if name in bits
-    }
 
 
 def measure_speed(
@@ -256,16 +241,17 @@ def _search_seconds(
     return spent * sum(other.weight.numel() for other in layers.values()) / layer.weight.numel()
 
 
-def _phase(inputs: Inputs, name: str, phase: PhaseConfig, speed: Speed, walking: bool) -> PartEstimate:
+def _phase(inputs: Inputs, name: str, phase: PhaseConfig, speed: Speed, steps: Steps | None) -> PartEstimate:
     recipe, student = inputs.recipe, inputs.student
     count = inputs.data.timesteps.numel()
-    steps = Steps(torch.ones(count - 1), torch.ones(count - 1)) if walking else None
+    walking = steps is not None and steps.starts(recipe.walk_length) > 0
     held, pairs, walks = phase_memory(inputs, steps, name, phase)
     passes = pairs.fixed + pairs.each * phase.batch_size
     if walks is not None and phase.walks:
         passes += walks.fixed + walks.each * phase.walks
     memory = held + passes
     if recipe.memory_limit_gb is not None:
+        limit_slices(held, recipe.memory_limit_gb, pairs, walks)
         memory = min(memory, int(recipe.memory_limit_gb * GIGABYTE))
     every = phase.network_every if name == "temporal" else 1
     updates = -(-phase.steps // every)

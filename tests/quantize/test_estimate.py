@@ -231,9 +231,7 @@ def test_what_would_take_long_is_counted(tiny_model: Path, config: FinetuneConfi
 
 
 @pytest.mark.thorough
-def test_what_is_computed_again_takes_time(
-    tiny_model: Path, config: FinetuneConfig, no_clock: None
-) -> None:
+def test_what_is_computed_again_takes_time(tiny_model: Path, config: FinetuneConfig, no_clock: None) -> None:
     phase = PhaseConfig(layers="none", steps=100, batch_size=8, walks=0)
     plain = dataclasses.replace(config.recipe, initializer="nearest", temporal=phase, sensitive=phase)
     found = {}
