@@ -96,9 +96,10 @@ def _merge(pipeline: Any, lora: LoraConfig) -> list[str]:
         pipeline.load_lora_weights(str(path.parent), weight_name=path.name, use_safetensors=True)
         found = sum(_count_layers(module) for module in taking.values())
         pipeline.fuse_lora(components=list(taking), lora_scale=lora.scale)
-        if getattr(module := taking.get("transformer"), "_transformer_norm_layers", None):
-            # The norms of a LoRA of FLUX: diffusers would put the model's own back in their place.
-            module._transformer_norm_layers = None
+        for module in taking.values():
+            if getattr(module, "_transformer_norm_layers", None):
+                # Those of a LoRA of FLUX: diffusers would put the model's own back in their place.
+                module._transformer_norm_layers = None
         pipeline.unload_lora_weights()
     except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
         raise ModelLoadError(
