@@ -70,6 +70,7 @@ class LoadedModel:
         vae: `AutoencoderKL` or `VQModel`; None where the denoiser draws pixels.
         classes: What a class-conditional model draws, else None.
         index: Content of ``model_index.json``; empty for a single file.
+        changed: Names of the parts that have other weights than their files: LoRAs were merged into them.
     """
 
     path: Path
@@ -83,6 +84,7 @@ class LoadedModel:
     vae: nn.Module | None = None
     classes: Classes | None = None
     index: Mapping[str, Any] = field(default_factory=dict)
+    changed: frozenset[str] = frozenset()
 
     @property
     def denoiser_spec(self) -> ComponentSpec:
@@ -264,7 +266,6 @@ def load_component(folder: Path, component_class: Any) -> nn.Module:
         ModelLoadError: a tensor is missing or has another shape.
     """
     _hide_loading_bars()
-    class_name = component_class.__name__
     # diffusers refuses tensors of other shapes by itself and names them; transformers does not name them.
     options = {"torch_dtype": _dtype()}
     if any(base.__module__.startswith("transformers.") for base in component_class.__mro__):
@@ -282,8 +283,8 @@ def load_component(folder: Path, component_class: Any) -> nn.Module:
     missing = sorted(info["missing_keys"])
     if missing:
         raise ModelLoadError(
-            f"{folder}: {len(missing)} tensors of the {class_name} are missing, the first is {missing[0]!r}; "
-            "restore the model from its source"
+            f"{folder}: {len(missing)} tensors of the {component_class.__name__} are missing, the first is "
+            f"{missing[0]!r}; restore the model from its source"
         )
     return module
 

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 DOWN = ("lora_A.weight", "lora_down.weight", "lora.down.weight")
 
 
-def merge_loras(model: LoadedModel, loras: Sequence[LoraConfig]) -> None:
+def merge_loras(model: LoadedModel, loras: Sequence[LoraConfig]) -> frozenset[str]:
     """Add every LoRA, times its scale, to the weights of the denoiser and of the text encoders, in place.
 
     Which text encoders take one is diffusers' choice: CLIP's do, T5 and Gemma do not.
@@ -34,21 +34,24 @@ def merge_loras(model: LoadedModel, loras: Sequence[LoraConfig]) -> None:
         model: Of a pipeline into which diffusers loads LoRAs.
         loras: One after the other.
 
+    Returns:
+        The names of the parts that have other weights now.
+
     Raises:
         MissingDependencyError: peft is not installed.
         ConfigError: the model's pipeline takes no LoRA.
         ModelLoadError: a file is missing, pickled, or no LoRA of this model.
     """
     if not loras:
-        return
+        return frozenset()
     if importlib.util.find_spec("peft") is None:
         raise MissingDependencyError("merging a LoRA needs peft; pip install 'quest-deploy[lora]'")
     pipeline = _pipeline(model)
-    for lora in loras:
-        _merge(pipeline, lora)
+    changed = frozenset[str]().union(*(_merge(pipeline, lora) for lora in loras))
     parameters_frozen(model.denoiser)
     for encoder in model.text_encoders.values():
         parameters_frozen(encoder)
+    return changed
 
 
 def _pipeline(model: LoadedModel) -> Any:
@@ -76,7 +79,8 @@ def _pipeline(model: LoadedModel) -> Any:
     return pipeline_class(**taken)
 
 
-def _merge(pipeline: Any, lora: LoraConfig) -> None:
+def _merge(pipeline: Any, lora: LoraConfig) -> list[str]:
+    """Add one LoRA; the names of the parts that it changes."""
     path = lora.path
     refuse_pickle(path)
     if not path.is_file():
@@ -92,6 +96,10 @@ def _merge(pipeline: Any, lora: LoraConfig) -> None:
         pipeline.load_lora_weights(str(path.parent), weight_name=path.name, use_safetensors=True)
         found = sum(_count_layers(module) for module in taking.values())
         pipeline.fuse_lora(components=list(taking), lora_scale=lora.scale)
+        for module in taking.values():
+            if getattr(module, "_transformer_norm_layers", None):
+                # Those of a LoRA of FLUX: diffusers would put the model's own back in their place.
+                module._transformer_norm_layers = None
         pipeline.unload_lora_weights()
     except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
         raise ModelLoadError(
@@ -104,11 +112,25 @@ def _merge(pipeline: Any, lora: LoraConfig) -> None:
         raise ModelLoadError(
             f"{path}: is no safetensors file ({error}); restore it from its source"
         ) from error
+    for name, module in taking.items():
+        _check_shapes(path, before[name], module)
+    changed = [name for name, module in taking.items() if not _same(before[name], module)]
     # diffusers only warns where names in the file are none of the model's.
-    if not found or (lora.scale and all(_same(before[name], module) for name, module in taking.items())):
+    if not found or (lora.scale and not changed):
         raise ModelLoadError(f"{path}: changes no weight of this model; choose a LoRA made for it")
     if found < pairs:
         logger.warning("%s: %d of its %d layers are none of this model's", path, pairs - found, pairs)
+    return changed
+
+
+def _check_shapes(path: Path, before: Mapping[str, Tensor], module: nn.Module) -> None:
+    """Refuse what diffusers widened: a FLUX, to the inputs of a LoRA that shows it pictures."""
+    for name, value in module.state_dict().items():
+        if name in before and value.shape != before[name].shape:
+            raise ModelLoadError(
+                f"{path}: makes {name!r} {list(value.shape)}, which is {list(before[name].shape)} in this model; "
+                "choose a LoRA that leaves the model's inputs as they are"
+            )
 
 
 def _weights(module: nn.Module) -> dict[str, Tensor]:

@@ -127,7 +127,7 @@ def save_checkpoint(
             write_component(folder / name, denoiser)
         elif name in companions:
             write_component(folder / name, companions[name])
-        elif source.is_dir():
+        elif source.is_dir() and name not in model.changed:
             copy_part(source, folder / name, model.family.library_of(name))
         else:
             part.save_pretrained(folder / name)

@@ -7,7 +7,6 @@ and divided by the speed of a matrix product. Memory is found without computing 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -15,14 +14,14 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from quest_deploy.config import FinetuneConfig, PhaseConfig, Precision
+from quest_deploy.config import FinetuneConfig, PhaseConfig, Recipe
 from quest_deploy.model.carried import safety_files
 from quest_deploy.model.components import predict
 from quest_deploy.model.load import LoadedModel
 from quest_deploy.model.products import float32_products
 from quest_deploy.model.spec import classes_of, family_of
 from quest_deploy.model.weights import weight_files
-from quest_deploy.quantize import auto_layers, calibrate, losses, parts, train
+from quest_deploy.quantize import auto_layers, calibrate, parts, train
 from quest_deploy.quantize.attention import insert_attention
 from quest_deploy.quantize.calibrate import CalibrationSet
 from quest_deploy.quantize.estimate_parts import (
@@ -37,8 +36,8 @@ from quest_deploy.quantize.estimate_parts import (
     rounding,
     seconds_of,
 )
-from quest_deploy.quantize.finetune import make_student, prepare, with_prompts
-from quest_deploy.quantize.insert import LayerQParams, quantizable_layers
+from quest_deploy.quantize.finetune import prepare, with_prompts
+from quest_deploy.quantize.insert import quantizable_layers
 from quest_deploy.quantize.layers import Quantizable, TimestepContext
 from quest_deploy.quantize.memory import (
     GIGABYTE,
@@ -46,6 +45,7 @@ from quest_deploy.quantize.memory import (
     forward_memory,
     held_bytes,
     kept_bytes,
+    limit_slices,
     placeholder,
     size_bytes,
     weight_bytes,
@@ -56,8 +56,9 @@ from quest_deploy.quantize.operands import any_operands
 from quest_deploy.quantize.parallel import ALONE, device_of, place
 from quest_deploy.quantize.phases import Inputs, phase_memory, phases
 from quest_deploy.quantize.select import layer_bits
+from quest_deploy.quantize.student import any_scales, make_student
 from quest_deploy.quantize.tables import insert_tables, make_context, time_tables
-from quest_deploy.quantize.walk import Steps, has_steps
+from quest_deploy.quantize.walk import Steps, any_steps
 
 LONGEST_MEASUREMENT_S = 20.0
 BACKWARD_COST = 3.0
@@ -75,10 +76,10 @@ def estimate(model: str | Path, config: FinetuneConfig) -> tuple[list[PartEstima
     device = device_of(config.device, ALONE)
     loaded, trace, config = prepare(model, config)
     recipe = config.recipe
-    data = dataclasses.replace(placeholder(loaded, config), device=device)
+    data = placeholder(loaded, config, device)
     context = make_context(data.boundaries(), data.timesteps, recipe)
     bits = layer_bits(trace.roles, recipe)
-    student = make_student(loaded, _any_scales(loaded.denoiser, bits, data), {}, context)
+    student = make_student(loaded, any_scales(loaded.denoiser, bits, data), {}, context)
     rounded = without_values(student.requires_grad_(False), context)
     trace = insert_tables(student, loaded.denoiser, trace, context, data.device)
     insert_attention(student, any_operands(loaded.denoiser, data, recipe), context)
@@ -87,7 +88,7 @@ def estimate(model: str | Path, config: FinetuneConfig) -> tuple[list[PartEstima
         enable_checkpointing(student, context)
     place(loaded, device)
     student.to(device)
-    speed = measure_speed(loaded, student, data, context, recipe.precision)
+    speed = measure_speed(loaded, student, data, context, recipe)
     weights = weight_bytes(loaded)
     layers = {name: layer for name, layer in quantizable_layers(loaded.denoiser).items() if name in bits}
     kept = kept_bytes(data, recipe.targets)
@@ -137,9 +138,8 @@ def estimate(model: str | Path, config: FinetuneConfig) -> tuple[list[PartEstima
         result.append(layer_choice(run))
         config = auto_layers.any_layers(loaded.denoiser, trace.roles, bits, config)
     inputs = Inputs(model=loaded, student=student, trace=trace, data=data, context=context, config=config)
-    walking = recipe.walk_share > 0 and data.timesteps.numel() > recipe.walk_length
-    walking = walking and has_steps(loaded, recipe.calibration_steps)
-    result += [_phase(inputs, name, phase, speed, walking) for name, phase in phases(config.recipe)]
+    steps = any_steps(loaded, recipe)
+    result += [_phase(inputs, name, phase, speed, steps) for name, phase in phases(config.recipe)]
     if recipe.collapse_loss_db:
         result.append(collapsed(run))
     result += companions(run)
@@ -151,9 +151,11 @@ def estimate(model: str | Path, config: FinetuneConfig) -> tuple[list[PartEstima
     # Tables take the place of layers that carry time and are not quantized.
     left_out = [every[name] for name, role in trace.roles.items() if name in layers or role == "temporal"]
     codes += denoiser - size_bytes([layer.weight for layer in left_out])
-    others = (
-        sum(file.stat().st_size for file in _carried(loaded)) if loaded.path.is_dir() else weights - denoiser
-    )
+    others = weights - denoiser
+    if loaded.path.is_dir():
+        merged = [encoder for name, encoder in loaded.text_encoders.items() if name in loaded.changed]
+        others = size_bytes([tensor for one in merged for tensor in (*one.parameters(), *one.buffers())])
+        others += sum(file.stat().st_size for file in _carried(loaded))
     result.append(
         PartEstimate(
             part="write checkpoint",
@@ -168,25 +170,9 @@ def estimate(model: str | Path, config: FinetuneConfig) -> tuple[list[PartEstima
 def _carried(loaded: LoadedModel) -> list[Path]:
     """The files that a checkpoint has as the model's directory has them; of weights, and a safety checker's."""
     family, files = loaded.family, safety_files(loaded.path, loaded.index)
-    for name in set(family.weights) - {family.denoiser}:
+    for name in set(family.weights) - {family.denoiser} - loaded.changed:
         files += weight_files(loaded.path / name, family.library_of(name))
     return files
-
-
-def _any_scales(
-    denoiser: nn.Module, bits: Mapping[str, tuple[int, int]], data: CalibrationSet
-) -> dict[str, LayerQParams]:
-    groups = data.timesteps.numel()
-    return {
-        name: LayerQParams(
-            weight_bits=bits[name][0],
-            weight_scale=torch.full([layer.weight.shape[0]], 0.01),
-            activation_bits=bits[name][1],
-            group_scale=torch.full([groups], 0.1),
-        )
-        for name, layer in quantizable_layers(denoiser).items()
-        if name in bits
-    }
 
 
 def measure_speed(
@@ -194,7 +180,7 @@ def measure_speed(
     student: nn.Module,
     data: CalibrationSet,
     context: TimestepContext,
-    precision: Precision = "float32",
+    recipe: Recipe,
 ) -> Speed:
     """Time one pair, or count its operations where that would take long."""
     bare, shapes = without_values(model.denoiser, context), without_trajectories(data)
@@ -203,7 +189,8 @@ def measure_speed(
         predict(bare, *shapes.inputs(one, one))
     expected = counter.get_total_flops() / products_per_second(data.device)
     if expected * (1 + BACKWARD_COST) > LONGEST_MEASUREMENT_S:
-        update_s = expected * BACKWARD_COST
+        # Checkpointing computes a pass again for its gradients.
+        update_s = expected * (BACKWARD_COST + recipe.gradient_checkpointing)
         return Speed(
             forward_s=expected, judged_s=expected, update_s=update_s, more_s=update_s, measured=False
         )
@@ -214,15 +201,15 @@ def measure_speed(
 
     def judge() -> None:
         with torch.no_grad():
-            losses.raw_errors(student, data, one, one)
+            predict(student, *data.inputs(one, one))
 
     def update(pairs: int = 1) -> None:
-        losses.raw_errors(student, data, one.expand(pairs), one.expand(pairs)).sum().backward()
+        predict(student, *data.inputs(one.expand(pairs), one.expand(pairs))).square().sum().backward()
 
     student.requires_grad_(True)
-    with float32_products("tf32" if precision == "tf32" else "ieee"):
+    with float32_products("tf32" if recipe.precision == "tf32" else "ieee"):
         forward_s = _timed(forward, data.device)
-        with train.autocast(data.device, precision):
+        with train.autocast(data.device, recipe.precision):
             judged_s = _timed(judge, data.device)
             more_s = update_s = _timed(update, data.device)
             # A small network's single samples leave most of a machine idle. A large one's take long, and all memory.
@@ -261,23 +248,28 @@ def _search_seconds(
     return spent * sum(other.weight.numel() for other in layers.values()) / layer.weight.numel()
 
 
-def _phase(inputs: Inputs, name: str, phase: PhaseConfig, speed: Speed, walking: bool) -> PartEstimate:
+def _phase(inputs: Inputs, name: str, phase: PhaseConfig, speed: Speed, steps: Steps | None) -> PartEstimate:
     recipe, student = inputs.recipe, inputs.student
     count = inputs.data.timesteps.numel()
-    steps = Steps(torch.ones(count - 1), torch.ones(count - 1)) if walking else None
+    walking = steps is not None and steps.starts(recipe.walk_length) > 0
     held, pairs, walks = phase_memory(inputs, steps, name, phase)
     passes = pairs.fixed + pairs.each * phase.batch_size
     if walks is not None and phase.walks:
         passes += walks.fixed + walks.each * phase.walks
     memory = held + passes
     if recipe.memory_limit_gb is not None:
+        limit_slices(held, recipe.memory_limit_gb, pairs, walks)
         memory = min(memory, int(recipe.memory_limit_gb * GIGABYTE))
     every = phase.network_every if name == "temporal" else 1
     updates = -(-phase.steps // every)
-    update_s = speed.update(phase.batch_size)
+    update_s, judgements = speed.update(phase.batch_size), 1 + walking
+    if recipe.targets == "recompute":
+        # The teacher's passes over as many pairs; what walks end in is recorded.
+        update_s *= 1 + speed.forward_s / speed.update_s
+        judgements += 1
     if walking and phase.walks:
         update_s += recipe.walk_length * speed.update(phase.walks)
-    judged = recipe.validation_prompts * count * (2 if walking else 1) * (train.VALIDATIONS_PER_PHASE + 1)
+    judged = recipe.validation_prompts * count * judgements * (train.VALIDATIONS_PER_PHASE + 1)
     learned = size_bytes(
         train.learned(train.trainable(student, phase, inputs.trace.roles, temporal=name == "temporal"))
     )

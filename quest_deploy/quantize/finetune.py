@@ -5,16 +5,15 @@ Four parts, each resumable: record trajectories, find scales, round the weights,
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from quest_deploy.artifacts import (
     MANIFEST_NAME,
@@ -39,7 +38,7 @@ from quest_deploy.quantize.auto_layers import asked, choose_layers
 from quest_deploy.quantize.checkpoint import freeze, save_checkpoint
 from quest_deploy.quantize.collapse import collapse_groups
 from quest_deploy.quantize.fit import check_fit
-from quest_deploy.quantize.insert import LayerQParams, insert, quantizable_layers, share_quantizers
+from quest_deploy.quantize.insert import share_quantizers
 from quest_deploy.quantize.layers import TimestepContext
 from quest_deploy.quantize.memory import (
     cached_bytes,
@@ -59,6 +58,8 @@ from quest_deploy.quantize.select import layer_bits
 from quest_deploy.quantize.sensitivity import BATCH_PAIRS
 from quest_deploy.quantize.static import quantize_companions
 from quest_deploy.quantize.structure import restructure
+from quest_deploy.quantize.student import check_limit
+from quest_deploy.quantize.student import make_student as make_student
 from quest_deploy.quantize.tables import insert_tables, make_context
 from quest_deploy.quantize.trace import Trace
 from quest_deploy.quantize.trace import trace as trace_model
@@ -102,6 +103,7 @@ def finetune(
         inputs = inputs_of(loaded, config)
         with workers.main_first():
             if workers.main:
+                check_limit(loaded, trace, config)
                 run = {"config": to_dict(config), **inputs, "machine": machine(workers.count)}
                 work.open(run, resume=resume, overwrite=overwrite)
         place(loaded, device_of(config.device, workers))
@@ -129,11 +131,6 @@ def finetune(
                         history=history,
                         companions=quantize_companions(loaded, config),
                     )
-                    if config.loras and not config.recipe.text_encoder:
-                        # Components are copied as they lie on disk, and a LoRA may have changed these.
-                        for name, encoder in loaded.text_encoders.items():
-                            transformer: Any = encoder
-                            transformer.save_pretrained(writer.path / name)
                     writer.details.update(history)
                 work.remove()
         return read_artifact(output, stage="checkpoint")
@@ -152,7 +149,7 @@ def prepare(model: str | Path, config: FinetuneConfig) -> tuple[LoadedModel, Tra
     loaded = load_model(model)
     if not Path(model).is_dir():
         config = with_prompts(config, loaded.family, loaded.classes)
-    merge_loras(loaded, config.loras)
+    loaded = dataclasses.replace(loaded, changed=merge_loras(loaded, config.loras))
     restructure(loaded, config.recipe)
     trace = trace_model(loaded)
     check_fit(loaded, trace, config.recipe)
@@ -283,26 +280,3 @@ def _collapse(inputs: Inputs, progress: Progress) -> dict[str, Any]:
         at_once=limit_count(BATCH_PAIRS, held, recipe.memory_limit_gb, forward),
     )
     return {"collapse": found.describe()}
-
-
-def make_student(
-    model: LoadedModel,
-    qparams: Mapping[str, LayerQParams],
-    rounded: Mapping[str, Tensor],
-    context: TimestepContext,
-) -> nn.Module:
-    """A copy of the denoiser with quantized layers.
-
-    Args:
-        model: The full-precision model.
-        qparams: Scales.
-        rounded: Weights to start from, of the layers that have others than the model's.
-        context: The timestep groups.
-    """
-    student = copy.deepcopy(model.denoiser)
-    layers = quantizable_layers(student)
-    with torch.no_grad():
-        for name, weight in rounded.items():
-            layers[name].weight.copy_(weight)
-    insert(student, qparams, context)
-    return student

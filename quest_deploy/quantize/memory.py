@@ -21,7 +21,7 @@ from quest_deploy.model.components import predict
 from quest_deploy.model.denoisers import CONTROL
 from quest_deploy.model.load import LoadedModel
 from quest_deploy.quantize import learned
-from quest_deploy.quantize.calibrate import CalibrationSet, told_to
+from quest_deploy.quantize.calibrate import CalibrationSet, from_tensors, told_to
 from quest_deploy.quantize.insert import quantized_layers
 from quest_deploy.quantize.layers import TimestepContext
 from quest_deploy.quantize.losses import Draw, Objective, network_loss, temporal_conditioning, temporal_loss
@@ -29,7 +29,7 @@ from quest_deploy.quantize.pictures import control_shape, sees_pictures, without
 from quest_deploy.quantize.trace import Trace, tensors_in
 from quest_deploy.quantize.walk import Steps
 
-META = torch.device("meta")
+META, CPU = torch.device("meta"), torch.device("cpu")
 GIGABYTE = 10**9
 PROMPTS = 8
 Module = TypeVar("Module", bound=nn.Module)
@@ -122,20 +122,18 @@ def cached_bytes(student: nn.Module) -> int:
 def without_trajectories(data: CalibrationSet) -> CalibrationSet:
     """One prompt of `data`, without values."""
 
-    def one(tensor: Tensor) -> Tensor:
-        return torch.empty([1, *tensor.shape[1:]], dtype=tensor.dtype, device=META)
+    def bare(module: Module) -> Module:
+        return without_values(module, TimestepContext(torch.empty(0)))
 
-    targets = torch.empty([1, *data.targets.shape[1:]], device=META)
-    return CalibrationSet(
-        timesteps=data.timesteps.to(META),
-        latents=one(data.latents),
-        targets=targets,
-        positive={name: one(value) for name, value in data.positive.items()},
-        negative={name: one(value) for name, value in data.negative.items()},
+    one = {
+        name: torch.empty([1, *value.shape[1:]], dtype=value.dtype, device=META)
+        for name, value in data.tensors().items()
+    }
+    return from_tensors(
+        one | {"timesteps": data.timesteps.to(META)},
+        teacher=None if isinstance(data.targets, Tensor) else bare(data.targets.teacher),
         device=META,
-        control=None
-        if data.control is None
-        else without_values(data.control, TimestepContext(torch.empty(0))),
+        control=None if data.control is None else bare(data.control),
     )
 
 
@@ -300,8 +298,8 @@ def _rounded_up(size_bytes: float) -> str:
     return f"{math.ceil(gigabytes / unit) * unit:.6g}"
 
 
-def placeholder(model: LoadedModel, config: FinetuneConfig) -> CalibrationSet:
-    """A calibration set of the shapes that recording would give, whose tensors take no memory."""
+def placeholder(model: LoadedModel, config: FinetuneConfig, device: torch.device = CPU) -> CalibrationSet:
+    """A calibration set of the shapes that recording would give, whose tensors take no memory; for `device`."""
     recipe = config.recipe
     prompts, steps = recipe.calibration_prompts, recipe.calibration_steps
     shape = model.latent_shape
@@ -311,7 +309,7 @@ def placeholder(model: LoadedModel, config: FinetuneConfig) -> CalibrationSet:
         if model.controlnet is not None:
             positive[CONTROL] = torch.zeros(1, *control_shape(model, shape[1:]))
     one = torch.zeros(())
-    return CalibrationSet(
+    result = CalibrationSet(
         timesteps=model.denoiser_time(
             torch.linspace(model.scheduler.config.num_train_timesteps - 1, 0, steps)
         ),
@@ -319,8 +317,13 @@ def placeholder(model: LoadedModel, config: FinetuneConfig) -> CalibrationSet:
         targets=one.expand(prompts, steps, 1 if negative is None else 2, *shape),
         positive={name: value.expand(prompts, *value.shape[1:]) for name, value in positive.items()},
         negative=negative or {},
+        device=device,
         control=model.control,
     )
+    if recipe.targets != "recompute":
+        return result
+    tensors = {name: value for name, value in result.tensors().items() if name != "targets"}
+    return from_tensors(tensors, teacher=model.denoiser, device=device, control=model.control)
 
 
 def weight_bytes(model: LoadedModel) -> int:

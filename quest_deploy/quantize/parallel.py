@@ -50,15 +50,21 @@ class Workers:
         return float(self.accelerator.reduce(total, reduction="sum"))
 
     def sum_gradients(self, parameters: Sequence[Tensor], loss: float) -> float:
-        """Add up the gradients of all processes, in place, and their losses."""
+        """Add up the gradients of all processes, in place, and their losses.
+
+        One that no process has stays None: zeros would have Adam go on by its moments.
+        """
         if self.accelerator is None:
             return loss
         gradients = [p.new_zeros(p.shape) if p.grad is None else p.grad for p in parameters]
+        known = gradients[0].new_tensor([p.grad is not None for p in parameters])
         # One message for all: most of them are a few numbers.
-        together = self.accelerator.reduce(torch.cat([g.flatten() for g in gradients]), reduction="sum")
-        sizes = [p.numel() for p in parameters]
-        for parameter, gradient in zip(parameters, together.split(sizes), strict=True):
-            parameter.grad = gradient.reshape(parameter.shape)
+        together = self.accelerator.reduce(
+            torch.cat([*(g.flatten() for g in gradients), known]), reduction="sum"
+        )
+        *summed, counts = together.split([*(p.numel() for p in parameters), len(parameters)])
+        for parameter, gradient, count in zip(parameters, summed, counts.tolist(), strict=True):
+            parameter.grad = gradient.reshape(parameter.shape) if count else None
         return self.sum(loss)
 
     @contextlib.contextmanager

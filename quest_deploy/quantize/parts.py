@@ -125,7 +125,7 @@ def find_scales(
             names=bits,
             work=work,
             at_once=prompts_at_once(
-                model, data, recipe, PROMPTS_PER_STEP, _seen_bytes(model, data, list(bits))
+                model, data, recipe, PROMPTS_PER_STEP, seen_bytes(model, data, list(bits))
             ),
         )
         work.save("inputs", inputs)
@@ -377,7 +377,7 @@ def plan_rounding(
     return RoundingPlan(room=room, prompts=prompts, memory_bytes=held + hessians + most)
 
 
-def _seen_bytes(model: LoadedModel, data: CalibrationSet, names: Sequence[str]) -> int:
+def seen_bytes(model: LoadedModel, data: CalibrationSet, names: Sequence[str]) -> int:
     """What the inputs of layers take that are kept while activations are collected."""
     layers = quantizable_layers(model.denoiser)
     rows = data.timesteps.numel() * (POSITIONS_PER_STEP + calibrate.EXTREME_ROWS)

@@ -107,7 +107,7 @@ def make_task(inputs: Inputs) -> train.Task:
         )
     max_pairs = max_walks = None
     if recipe.memory_limit_gb is not None:
-        max_pairs, max_walks = _slices(inputs, recipe.memory_limit_gb, steps)
+        max_pairs, max_walks = slices_within(inputs, recipe.memory_limit_gb, steps)
         logger.info("at most %d pairs or %d walks at once", max_pairs, max_walks)
     with train.autocast(data.device, recipe.precision):
         objective = make_objective(
@@ -173,7 +173,12 @@ def phase_memory(
     return held + 3 * learned, pairs, walks
 
 
-def _slices(inputs: Inputs, limit_gb: float, steps: Steps | None) -> tuple[int, int]:
+def slices_within(inputs: Inputs, limit_gb: float, steps: Steps | None) -> tuple[int, int]:
+    """How many pairs and how many walks can go through backpropagation at once, in every phase.
+
+    Raises:
+        ConfigError: in one of them, not even one.
+    """
     found = [
         limit_slices(held, limit_gb, pairs, walks)
         for held, pairs, walks in (

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from quest_deploy import sampling
+from quest_deploy.config import Recipe
 from quest_deploy.model.components import Conditioning, predict
 from quest_deploy.model.load import LoadedModel
 from quest_deploy.quantize.calibrate import CalibrationSet
@@ -106,6 +107,14 @@ def has_steps(model: LoadedModel, count: int) -> bool:
         negative={},
     )
     return fit_steps(recorded, 1.0) is not None
+
+
+def any_steps(model: LoadedModel, recipe: Recipe) -> Steps | None:
+    """As many as `fit_steps` will find for the recipe's walks, of any values: for estimates."""
+    count = recipe.calibration_steps
+    if not recipe.walk_share or not has_steps(model, count):
+        return None
+    return Steps(keep=torch.ones(count - 1), move=torch.ones(count - 1))
 
 
 def walk_errors(

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel
 
-from quest_deploy.config import FinetuneConfig, LoraConfig
+from quest_deploy.config import FinetuneConfig, LoraConfig, PhaseConfig
 from quest_deploy.errors import ConfigError, MissingDependencyError, ModelLoadError
 from quest_deploy.model import lora
 from quest_deploy.model.load import LoadedModel, load_model
 from quest_deploy.model.lora import merge_loras
+from quest_deploy.quantize.estimate import estimate
 from quest_deploy.quantize.finetune import finetune
 from quest_deploy.quantize.recipe import load_recipe
 
@@ -123,6 +126,40 @@ def test_a_checkpoint_has_the_merged_text_encoder(
     written = CLIPTextModel.from_pretrained(tmp_path / "checkpoint" / "text_encoder")
     for name, value in merged.text_encoder.state_dict().items():
         torch.testing.assert_close(written.state_dict()[name], value, rtol=0, atol=0)
+
+
+@needs_peft
+def test_what_a_lora_does_not_change_is_carried_as_it_lies_on_disk(
+    tiny_model: Path, tiny_recipe: Path, tmp_path: Path
+) -> None:
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    file = model / "text_encoder" / "model.safetensors"
+    save_file({name: value.half() for name, value in load_file(file).items()}, file, {"format": "pt"})
+    path = tmp_path / "style.safetensors"
+    write(path, f"unet.{TARGET}", load_model(model).denoiser.get_submodule(TARGET))
+    none = PhaseConfig(layers="none", steps=0)
+    recipe = dataclasses.replace(
+        load_recipe(str(tiny_recipe)), initializer="nearest", temporal=none, sensitive=none
+    )
+    lora = LoraConfig(file=str(path))
+    finetune(model, tmp_path / "checkpoint", FinetuneConfig(recipe=recipe, prompts=("a", "b"), loras=(lora,)))
+    assert (tmp_path / "checkpoint" / "text_encoder" / file.name).read_bytes() == file.read_bytes()
+
+
+@needs_peft
+@pytest.mark.thorough
+def test_the_size_of_what_a_lora_changes_is_told(tiny_model: Path, tiny_recipe: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    file, path = model / "text_encoder" / "model.safetensors", tmp_path / "style.safetensors"
+    save_file({name: value.half() for name, value in load_file(file).items()}, file, {"format": "pt"})
+    peft_file(path, load_model(model))
+    config = FinetuneConfig(recipe=load_recipe(str(tiny_recipe)), prompts=("rocket", "pizza"))
+    loras = (LoraConfig(file=str(path)),)
+    without, merged = (
+        estimate(model, one)[0][-1] for one in (config, dataclasses.replace(config, loras=loras))
+    )
+    # It is written in float32.
+    assert merged.disk_bytes - without.disk_bytes == pytest.approx(file.stat().st_size, rel=0.1)
 
 
 @needs_peft

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from quest_deploy.config import FinetuneConfig
+from quest_deploy.config import FinetuneConfig, PhaseConfig
 from quest_deploy.model.load import LoadedModel
 from quest_deploy.quantize import estimate as module
 from quest_deploy.quantize import estimate_parts, gptq, phases, train
@@ -20,7 +20,8 @@ from quest_deploy.quantize.calibrate import CalibrationSet, from_tensors
 from quest_deploy.quantize.estimate import PartEstimate, Speed, estimate
 from quest_deploy.quantize.estimate_parts import most_on_disk
 from quest_deploy.quantize.insert import quantizable_layers
-from quest_deploy.quantize.memory import PassMemory, size_bytes
+from quest_deploy.quantize.losses import Objective
+from quest_deploy.quantize.memory import PassMemory, pass_memory, size_bytes
 from quest_deploy.quantize.operands import (
     AttentionBits,
     any_operands,
@@ -227,6 +228,44 @@ def test_what_would_take_long_is_counted(tiny_model: Path, config: FinetuneConfi
     assert not speed.measured
     assert speed.update_s == 3 * speed.forward_s > 0
     assert max(part.memory_bytes for part in parts if "finetune" in part.part) <= 5e8
+
+
+@pytest.mark.thorough
+def test_what_is_computed_again_takes_time(tiny_model: Path, config: FinetuneConfig, no_clock: None) -> None:
+    phase = PhaseConfig(layers="none", steps=100, batch_size=8, walks=0)
+    plain = dataclasses.replace(config.recipe, initializer="nearest", temporal=phase, sensitive=phase)
+    found = {}
+    for name, again in (
+        ("plain", {}),
+        ("checkpointed", {"gradient_checkpointing": True}),
+        ("recomputed", {"targets": "recompute"}),
+    ):
+        recipe = dataclasses.replace(plain, **again)
+        parts, speed = estimate(tiny_model, dataclasses.replace(config, recipe=recipe))
+        own = next(part for part in parts if "sensitive" in part.part)
+        found[name] = own.seconds / speed.forward_s
+    # Two timesteps of one prompt, nine times.
+    judged = 2 * 9
+    assert found["plain"] == pytest.approx(100 * 8 * 3 + judged)
+    assert found["checkpointed"] == pytest.approx(100 * 8 * 4 + judged)
+    assert found["recomputed"] == pytest.approx(100 * 8 * 4 + 2 * judged)
+
+
+@pytest.mark.thorough
+def test_the_teacher_answers_while_the_student_waits_for_its_gradients(
+    float_model: LoadedModel, recorded: CalibrationSet, quantize_tiny: Callable
+) -> None:
+    student, context = quantize_tiny(8, 8)
+    student.requires_grad_(True)
+    without = {name: value for name, value in recorded.tensors().items() if name != "targets"}
+    again = from_tensors(without, teacher=float_model.denoiser)
+    objective = Objective(
+        raw=torch.empty(0), walks=torch.empty(0), steps=None, walk_length=1, walk_share=0, guidance_scale=3
+    )
+    kept, computed = (
+        pass_memory(student, data, context, objective, walks=False) for data in (recorded, again)
+    )
+    assert computed.fixed + 8 * computed.each > kept.fixed + 8 * kept.each
 
 
 @pytest.mark.thorough

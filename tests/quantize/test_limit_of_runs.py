@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from quest_deploy.config import FinetuneConfig, PhaseConfig
+from quest_deploy.errors import ConfigError
 from quest_deploy.model.load import LoadedModel
-from quest_deploy.quantize import finetune
+from quest_deploy.quantize import estimate, finetune
 from tests.quantize.limited_run import CONFIG, RECIPE, limited
 
 
@@ -37,3 +38,30 @@ def test_a_run_gives_the_limit_to_every_part(
     with pytest.raises(KeyboardInterrupt):
         finetune.finetune(float_model.path, tmp_path / "out", config)
     assert 1 <= at_once["collapse"] < at_once["choose"] == 9
+
+
+PHASE = PhaseConfig(layers="all", steps=1, batch_size=1)
+# Enough for everything before.
+TOO_LITTLE = dataclasses.replace(
+    RECIPE, initializer="nearest", sensitive=PHASE, walk_share=0.0, memory_limit_gb=0.0018
+)
+NEEDED = r"expected at least \S+ for .*set gradient_checkpointing"
+
+
+def test_a_limit_that_training_cannot_keep_is_told_before_anything_is_recorded(
+    float_model: LoadedModel, tmp_path: Path
+) -> None:
+    """With another limit, what was recorded and rounded until then could not be gone on with."""
+    with pytest.raises(ConfigError, match=NEEDED):
+        finetune.finetune(float_model.path, tmp_path / "out", dataclasses.replace(CONFIG, recipe=TOO_LITTLE))
+    assert not list(tmp_path.glob(".out.finetune/*"))
+
+
+@pytest.mark.thorough
+def test_a_limit_that_training_cannot_keep_is_told_by_a_dry_run(
+    float_model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    speed = estimate.Speed(forward_s=0.0, update_s=1.0, more_s=0.0, measured=True)
+    monkeypatch.setattr(estimate, "measure_speed", lambda *args: speed)
+    with pytest.raises(ConfigError, match=NEEDED):
+        estimate.estimate(float_model.path, dataclasses.replace(CONFIG, recipe=TOO_LITTLE))

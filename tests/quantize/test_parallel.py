@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from quest_deploy.errors import ConfigError, MissingDependencyError
-from quest_deploy.quantize.parallel import ALONE, device_of, find_workers
+from quest_deploy.quantize.parallel import ALONE, Workers, device_of, find_workers
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +52,26 @@ def test_one_process_has_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert find_workers("cpu") is ALONE
     assert ALONE.sum(0.5) == 0.5
+
+
+class Another:
+    """Accelerate where one more process has no gradients at all."""
+
+    device = torch.device("cpu")
+
+    def reduce(self, value: torch.Tensor, reduction: str) -> torch.Tensor:
+        assert reduction == "sum"
+        return value.clone()
+
+
+def test_gradients_that_no_process_has_stay_none() -> None:
+    """As with one process, whose Adam leaves such parameters alone."""
+    seen, unseen = (torch.nn.Parameter(torch.ones(2, 3)) for _ in range(2))
+    gradient = torch.arange(6.0).reshape(2, 3)
+    seen.grad = gradient.clone()
+    assert Workers(0, 2, Another()).sum_gradients([unseen, seen], 0.5) == 0.5
+    assert unseen.grad is None
+    assert torch.equal(seen.grad, gradient)
 
 
 def test_several_processes_without_accelerate_are_told_what_to_install(
