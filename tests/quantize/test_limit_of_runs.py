@@ -61,7 +61,7 @@ def test_a_limit_that_training_cannot_keep_is_told_before_anything_is_recorded(
 def test_a_limit_that_training_cannot_keep_is_told_by_a_dry_run(
     float_model: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    speed = estimate.Speed(forward_s=0.0, update_s=1.0, more_s=0.0, measured=True)
+    speed = estimate.Speed(forward_s=0.0, judged_s=0.0, update_s=1.0, more_s=0.0, measured=True)
     monkeypatch.setattr(estimate, "measure_speed", lambda *args: speed)
     with pytest.raises(ConfigError, match=NEEDED):
         estimate.estimate(float_model.path, dataclasses.replace(CONFIG, recipe=TOO_LITTLE))
