@@ -79,7 +79,7 @@ def main() -> int:
     result = measured(module, settings)
     settings.results.mkdir(parents=True, exist_ok=True)
     file = settings.results / f"{module.NAME}.json"
-    result = merged(file, result)
+    result = merged(file, result, getattr(module, "UNUSED_SETTINGS", ()))
     write_json(file, result)
     show(module.tables(result))
     if not settings.quick:

@@ -36,6 +36,8 @@ DRAWN_BY = (
     "engines/openvino_runtime.py",
 )
 FIRST_SEED = 10_000
+# It has prompts and noise of its own.
+UNUSED_SETTINGS = ("prompts", "noise_seeds")
 CHUNK = 256
 GROUPS = 32
 SCALE = 1000

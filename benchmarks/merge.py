@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,13 @@ PROVENANCE = ("date", "machine", "versions", "commit", "uncommitted_changes")
 MEASURED = "measured"
 
 
-def merged(file: Path, result: dict[str, Any]) -> dict[str, Any]:
+def merged(file: Path, result: dict[str, Any], unused: Collection[str] = ()) -> dict[str, Any]:
     """`result`, and what `file` has of recipes that were not measured now, each with when and where it was.
+
+    Args:
+        file: Of results.
+        result: Of now.
+        unused: Settings that a benchmark does not go by, which may have changed.
 
     Raises:
         SystemExit: those were measured otherwise (other prompts, other steps, another full precision), or they cannot
@@ -47,7 +52,7 @@ def merged(file: Path, result: dict[str, Any]) -> dict[str, Any]:
     changed = any(old.get(key) != result.get(key) for key in SHARED) or any(
         old.get(SHARED_SIZES, {}).get(name) != result.get(SHARED_SIZES, {}).get(name) for name in FLOATS
     )
-    if changed or _conditions(old) != _conditions(result):
+    if changed or _conditions(old, unused) != _conditions(result, unused):
         raise SystemExit(
             f"benchmarks: {file} was measured with other settings than these; measure all recipes, or remove it"
         )
@@ -83,8 +88,8 @@ def elsewhere(result: dict[str, Any], stages: Mapping[str, Mapping[str, Any]]) -
     return f" **With other cores or threads than told above: {', '.join(found)}.**" if found else ""
 
 
-def _conditions(result: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in result["settings"].items() if key != "recipes"}
+def _conditions(result: dict[str, Any], unused: Collection[str]) -> dict[str, Any]:
+    return {key: value for key, value in result["settings"].items() if key not in ("recipes", *unused)}
 
 
 def _provenance(result: dict[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks import kid
 from benchmarks.merge import elsewhere, merged
 from benchmarks.report import provenance
 
@@ -80,6 +81,15 @@ def test_what_would_lose_or_mix_results_is_refused(tmp_path: Path, changes: dict
     file = write(tmp_path / "some.json", old)
     with pytest.raises(SystemExit, match="measure all recipes"):
         merged(file, {**result("Tuesday", "w4a4"), "fp32": {"kid": 1}, "iterations": 500, **changes})
+
+
+def test_settings_that_a_benchmark_does_not_go_by_may_have_changed(tmp_path: Path) -> None:
+    file = write(tmp_path / "kid.json", result("Monday", "w8a8", "w4a4", prompts=2))
+    found = merged(file, result("Tuesday", "w4a4"), kid.UNUSED_SETTINGS)
+    assert {name: row["measured on"] for name, row in found["recipes"].items()} == {
+        "w8a8": "Monday",
+        "w4a4": "Tuesday",
+    }
 
 
 def test_other_settings_are_not_mixed(tmp_path: Path) -> None:
