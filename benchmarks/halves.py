@@ -18,13 +18,13 @@ from benchmarks.environment import header
 from benchmarks.settings import MODEL, Settings
 from benchmarks.tables import Table, number
 from quest_deploy.model.load import load_model
-from quest_deploy.quantize.finetune import make_student
 from quest_deploy.quantize.grid import channel_shape
 from quest_deploy.quantize.insert import quantizable_layers
 from quest_deploy.quantize.layers import ActivationQuantizer, QuantizedLayer, TimestepContext
 from quest_deploy.quantize.parts import for_layer, initialize_one, layer_inputs
 from quest_deploy.quantize.select import layer_bits
 from quest_deploy.quantize.structure import restructure, structure
+from quest_deploy.quantize.student import make_student
 from quest_deploy.quantize.trace import trace
 
 NAME = "halves"

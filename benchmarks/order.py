@@ -149,7 +149,7 @@ def _task(*, quick: bool) -> tuple[Task, dict[str, PhaseConfig]]:
     from quest_deploy.config import FinetuneConfig
     from quest_deploy.prompts import load_prompts
     from quest_deploy.quantize import calibrate
-    from quest_deploy.quantize.finetune import make_student, prepare
+    from quest_deploy.quantize.finetune import prepare
     from quest_deploy.quantize.insert import quantizable_layers
     from quest_deploy.quantize.layers import TimestepContext
     from quest_deploy.quantize.parallel import find_workers
@@ -157,6 +157,7 @@ def _task(*, quick: bool) -> tuple[Task, dict[str, PhaseConfig]]:
     from quest_deploy.quantize.phases import Inputs, make_task
     from quest_deploy.quantize.recipe import load_recipe
     from quest_deploy.quantize.select import layer_bits
+    from quest_deploy.quantize.student import make_student
 
     recipe = dataclasses.replace(load_recipe(RECIPE), calibration_prompts=PROMPTS, validation_prompts=1)
     if quick:

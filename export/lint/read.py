@@ -119,10 +119,11 @@ def check_functions(
         left: With functions written out.
         target: The runtime.
     """
+    breaks = target == OPENVINO
     unseen = {(function.domain, function.name) for function in left.functions}
     for function in proto.functions:
         named = f"function '{function.domain}.{function.name}'"
-        if target == OPENVINO:
+        if breaks:
             what = f"{named} is the file's own, which OpenVINO does not read; write it out with onnx.inliner"
         elif (function.domain, function.name) in unseen:
             what = (
@@ -131,7 +132,6 @@ def check_functions(
             )
         else:
             continue
-        breaks = target == OPENVINO
         yield Finding(
             rule="own-function",
             severity="error" if breaks else "warning",

@@ -22,7 +22,6 @@ from quest_deploy.model.products import float32_products
 from quest_deploy.model.spec import classes_of, family_of
 from quest_deploy.model.weights import weight_files
 from quest_deploy.quantize import auto_layers, calibrate, parts, train
-from quest_deploy.quantize.attention import insert_attention
 from quest_deploy.quantize.calibrate import CalibrationSet
 from quest_deploy.quantize.estimate_parts import (
     PartEstimate,
@@ -41,7 +40,6 @@ from quest_deploy.quantize.insert import quantizable_layers
 from quest_deploy.quantize.layers import Quantizable, TimestepContext
 from quest_deploy.quantize.memory import (
     GIGABYTE,
-    enable_checkpointing,
     forward_memory,
     held_bytes,
     kept_bytes,
@@ -52,12 +50,11 @@ from quest_deploy.quantize.memory import (
     without_trajectories,
     without_values,
 )
-from quest_deploy.quantize.operands import any_operands
 from quest_deploy.quantize.parallel import ALONE, device_of, place
 from quest_deploy.quantize.phases import Inputs, phase_memory, phases
 from quest_deploy.quantize.select import layer_bits
-from quest_deploy.quantize.student import any_scales, make_student
-from quest_deploy.quantize.tables import insert_tables, make_context, time_tables
+from quest_deploy.quantize.student import any_scales, complete, make_student
+from quest_deploy.quantize.tables import make_context, time_tables
 from quest_deploy.quantize.walk import Steps, any_steps
 
 LONGEST_MEASUREMENT_S = 20.0
@@ -81,11 +78,7 @@ def estimate(model: str | Path, config: FinetuneConfig) -> tuple[list[PartEstima
     bits = layer_bits(trace.roles, recipe)
     student = make_student(loaded, any_scales(loaded.denoiser, bits, data), {}, context)
     rounded = without_values(student.requires_grad_(False), context)
-    trace = insert_tables(student, loaded.denoiser, trace, context, data.device)
-    insert_attention(student, any_operands(loaded.denoiser, data, recipe), context)
-    student.requires_grad_(False)
-    if recipe.gradient_checkpointing:
-        enable_checkpointing(student, context)
+    trace = complete(student, loaded, trace, data, context, recipe)
     place(loaded, device)
     student.to(device)
     speed = measure_speed(loaded, student, data, context, recipe)

@@ -58,8 +58,7 @@ from quest_deploy.quantize.select import layer_bits
 from quest_deploy.quantize.sensitivity import BATCH_PAIRS
 from quest_deploy.quantize.static import quantize_companions
 from quest_deploy.quantize.structure import restructure
-from quest_deploy.quantize.student import check_limit
-from quest_deploy.quantize.student import make_student as make_student
+from quest_deploy.quantize.student import check_limit, make_student
 from quest_deploy.quantize.tables import insert_tables, make_context
 from quest_deploy.quantize.trace import Trace
 from quest_deploy.quantize.trace import trace as trace_model

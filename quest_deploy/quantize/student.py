@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from quest_deploy.config import FinetuneConfig
+from quest_deploy.config import FinetuneConfig, Recipe
 from quest_deploy.model.load import LoadedModel
 from quest_deploy.quantize import auto_layers, parts, phases, static
 from quest_deploy.quantize.attention import insert_attention
@@ -64,6 +64,27 @@ def any_scales(
     }
 
 
+def complete(
+    student: nn.Module,
+    model: LoadedModel,
+    trace: Trace,
+    data: CalibrationSet,
+    context: TimestepContext,
+    recipe: Recipe,
+) -> Trace:
+    """Give a student what a run trains it with beside its layers, of any values, in place: for estimates.
+
+    Returns:
+        The roles of layers that are left beside time-embedding tables.
+    """
+    trained = insert_tables(student, model.denoiser, trace, context, data.device)
+    insert_attention(student, any_operands(model.denoiser, data, recipe), context)
+    student.requires_grad_(False)
+    if recipe.gradient_checkpointing:
+        enable_checkpointing(student, context)
+    return trained
+
+
 def check_limit(model: LoadedModel, trace: Trace, config: FinetuneConfig) -> None:
     """See that the parts of a run that come late can keep the recipe's memory limit, before the first one begins.
 
@@ -89,11 +110,7 @@ def check_limit(model: LoadedModel, trace: Trace, config: FinetuneConfig) -> Non
         model, denoiser=without_values(model.denoiser, TimestepContext(torch.empty(0)))
     )
     student = make_student(bare, any_scales(model.denoiser, bits, data), {}, context)
-    trained = insert_tables(student, model.denoiser, trace, context, data.device)
-    insert_attention(student, any_operands(model.denoiser, data, recipe), context)
-    student.requires_grad_(False)
-    if recipe.gradient_checkpointing:
-        enable_checkpointing(student, context)
+    trained = complete(student, model, trace, data, context, recipe)
     if auto_layers.asked(recipe):
         config = auto_layers.any_layers(model.denoiser, trace.roles, bits, config)
     inputs = phases.Inputs(

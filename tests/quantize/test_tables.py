@@ -19,10 +19,11 @@ from quest_deploy.quantize.calibrate import CalibrationSet
 from quest_deploy.quantize.checkpoint import load_checkpoint
 from quest_deploy.quantize.context import Knots, TimestepContext
 from quest_deploy.quantize.estimate import estimate
-from quest_deploy.quantize.finetune import finetune, make_student
+from quest_deploy.quantize.finetune import finetune
 from quest_deploy.quantize.insert import quantized_layers
 from quest_deploy.quantize.memory import enable_checkpointing
 from quest_deploy.quantize.select import layer_bits
+from quest_deploy.quantize.student import make_student
 from quest_deploy.quantize.tables import (
     TimeTable,
     check_tables,
