@@ -6,6 +6,7 @@ import argparse
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from quest_deploy.quantize.recipe import PACKAGED
 
 # The figures of a GPU come from another machine.
 HERE = tuple(name for name in report.HEADINGS if name != "gpu")
+# Of one recipe each, or of none.
+FIXED = ("ablation", "analysis", "cpu_speed", "differences", "generation", "large", "modes", "order")
 DESCRIPTION = """\
 Measure quest-deploy on the bundled reference model, and write benchmarks/results/ and docs/results.md.
 
@@ -47,9 +50,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--recipes",
         type=recipes,
-        default=PACKAGED,
         metavar="NAME,...",
-        help="measure only these, and leave what the result file has of others (default: all)",
+        help="measure only these, and leave what the result file has of others (default: all); without "
+        f"{', '.join(FIXED)}",
     )
     parser.add_argument(
         "--checkpoints",
@@ -57,7 +60,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         metavar="DIR",
         help="finetuned checkpoints, DIR/RECIPE; missing ones are made there (default: artifacts/bench/checkpoints)",
     )
-    return parser.parse_args(arguments)
+    parsed = parser.parse_args(arguments)
+    if parsed.recipes and parsed.benchmark in FIXED:
+        parser.error(f"argument --recipes: {parsed.benchmark} measures what it is about and no others")
+    return parsed
 
 
 def recipes(text: str) -> tuple[str, ...]:
@@ -72,9 +78,13 @@ def recipes(text: str) -> tuple[str, ...]:
 def main() -> int:
     arguments = parse(sys.argv[1:])
     if arguments.benchmark == "all":
-        return run_all(sys.argv[1:])
+        return run_all(
+            sys.argv[1:], HERE if arguments.recipes is None else [name for name in HERE if name not in FIXED]
+        )
     os.chdir(ROOT)
-    settings = Settings(recipes=arguments.recipes, quick=arguments.quick, checkpoints=arguments.checkpoints)
+    settings = Settings(
+        recipes=arguments.recipes or PACKAGED, quick=arguments.quick, checkpoints=arguments.checkpoints
+    )
     module = report.benchmark(arguments.benchmark)
     result = measured(module, settings)
     settings.results.mkdir(parents=True, exist_ok=True)
@@ -96,14 +106,14 @@ def measured(module: Any, settings: Settings) -> dict[str, Any]:
     return result
 
 
-def run_all(arguments: list[str]) -> int:
+def run_all(arguments: list[str], benchmarks: Sequence[str] = HERE) -> int:
     """Each benchmark in a process of its own, since one that holds torch cannot measure the memory of others.
 
     Returns:
         1 where one of them failed or was killed.
     """
     rest = [word for word in arguments if word != "all"]
-    codes = [subprocess.call([sys.executable, "-m", "benchmarks", name, *rest]) for name in HERE]
+    codes = [subprocess.call([sys.executable, "-m", "benchmarks", name, *rest]) for name in benchmarks]
     return int(any(codes))
 
 

@@ -3,6 +3,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import struct
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +14,7 @@ import pytest
 
 from benchmarks import __main__ as entry
 from benchmarks import cost, environment, stages
-from benchmarks.__main__ import parse
+from benchmarks.__main__ import FIXED, HERE, parse
 from benchmarks.settings import RESULTS, Settings, write_recipe
 from quest_deploy.artifacts import write_artifact
 from quest_deploy.bench import stage as bench_stage
@@ -259,6 +261,22 @@ def test_unknown_recipes_are_a_usage_error(recipes: str) -> None:
 
 def test_recipes_are_separated_by_commas() -> None:
     assert parse(["--recipes", "w4a8, W4A4"]).recipes == ("w4a8", "w4a4")
+
+
+@pytest.mark.parametrize("benchmark", FIXED)
+def test_recipes_that_a_benchmark_would_ignore_are_a_usage_error(benchmark: str) -> None:
+    with pytest.raises(SystemExit) as error:
+        parse([benchmark, "--recipes", "w4a4"])
+    assert error.value.code == 2
+
+
+def test_all_with_recipes_runs_those_that_go_by_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[list[str]] = []
+    monkeypatch.setattr(subprocess, "call", lambda command: calls.append(command) or 0)
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "all", "--recipes", "w4a4"])
+    assert entry.main() == 0
+    assert {command[3] for command in calls} == set(HERE) - set(FIXED)
+    assert all(command[4:] == ["--recipes", "w4a4"] for command in calls)
 
 
 def test_values_are_counted_from_the_header(tmp_path: Path) -> None:
