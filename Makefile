@@ -8,6 +8,7 @@
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
+MARKS ?= thorough
 BIN := .venv/bin
 STAMP := .venv/quest-deploy-installed
 PIP := $(BIN)/pip --disable-pip-version-check install -qq -c constraints.txt
@@ -22,7 +23,7 @@ test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 
 thorough: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m 'thorough and not slow and not gpu' $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m '($(MARKS)) and not slow and not gpu' $(PYTEST_ARGS)
 
 interop: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not gpu' $(PYTEST_ARGS) tests/interop/test_optimum.py

@@ -27,7 +27,7 @@ from quest_deploy.bench.subject import ERROR, Subject, parse_subject
 from quest_deploy.config import BenchConfig, ProgressEvent, to_dict
 from quest_deploy.errors import BenchError, ConfigError
 from quest_deploy.files import write_json
-from quest_deploy.manifest import cpu_model, tool_versions
+from quest_deploy.manifest import core_count, cpu_model, tool_versions
 
 STAGE = "bench"
 RESULT, PLOT = "bench.json", "bench.svg"
@@ -166,8 +166,11 @@ def _death(code: int, stderr: str) -> str:
 
 def machine() -> dict[str, Any]:
     """What it was measured on."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"system": f"{platform.system()} {platform.machine()}", "cpu": cpu_model(), "cores": cores}
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": cpu_model(),
+        "cores": core_count(),
+    }
 
 
 def _digest(path: Path) -> str:

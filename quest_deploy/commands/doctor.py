@@ -8,6 +8,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from quest_deploy.commands.verb import Result, format_size, format_table, verb
+from quest_deploy.manifest import core_count
 
 if TYPE_CHECKING:
     from quest_deploy.engines.libraries import Gpu
@@ -34,6 +36,7 @@ PACKAGES = {
     "tensorrt": "build-engine and generate --backend tensorrt",
 }
 PROBE_SECONDS = 60
+PROBES_AT_ONCE = 4
 
 # A fresh interpreter, so that a broken library can do no more than fail: import it and make a builder.
 _TENSORRT_PROBE = """
@@ -93,7 +96,7 @@ def doctor(*, compute_capability: str | None) -> Result:
     from quest_deploy.engines.libraries import driver_version
 
     recipes = explain_recipes(compute_capability)
-    packages = {name: probe_package(name) for name in PACKAGES}
+    packages = find_packages()
     gpus, driver_problem = find_gpus()
     abilities = find_abilities(packages, gpus, driver_problem)
     machine = describe_machine()
@@ -137,7 +140,7 @@ def describe_machine() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        "cores": core_count(),
         "memory_bytes": memory,
     }
 
@@ -161,9 +164,21 @@ def run_probe(code: str, *arguments: str) -> tuple[str, str]:
     return "", last_line
 
 
-def probe_package(name: str) -> Package:
-    """Find a library's version and whether it works."""
-    distributions = packages_distributions().get(name, [])
+def find_packages() -> dict[str, Package]:
+    """Every library by its import name; they are tried at the same time, since an import takes seconds."""
+    known = packages_distributions()
+    with ThreadPoolExecutor(min(core_count(), PROBES_AT_ONCE)) as pool:
+        found = pool.map(lambda name: probe_package(name, known.get(name, [])), PACKAGES)
+        return dict(zip(PACKAGES, found, strict=True))
+
+
+def probe_package(name: str, distributions: Sequence[str]) -> Package:
+    """Find a library's version and whether it works.
+
+    Args:
+        name: It is imported as.
+        distributions: Installed ones that bring it.
+    """
     found: str | None = None
     for distribution in distributions:
         try:

@@ -27,7 +27,7 @@ def psnr_db(expected: np.ndarray, got: np.ndarray) -> float:
     return float("inf") if error == 0 else -10 * np.log10(error)
 
 
-@pytest.mark.slow
+@pytest.mark.interop
 @pytest.mark.timeout(900)
 def test_optimum_onnx_draws_what_quest_deploy_draws(reference_onnx: Path, tmp_path: Path) -> None:
     variables = optimum_environment()
