@@ -1,7 +1,7 @@
 """How far two tensors, two sets of integer codes or two images are apart.
 
-Pure functions. A decibel figure is +inf where the two are equal; JSON has no infinity, so reports write null next to a
-flag, and means count such a sample as :data:`IDENTICAL_DB`.
+Pure functions. A decibel figure is +inf where the two are equal; JSON has no infinity, so reports write "identical",
+and means count such a sample as :data:`IDENTICAL_DB`.
 """
 
 from __future__ import annotations
