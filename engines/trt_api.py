@@ -60,7 +60,9 @@ class SerializationConfig(Protocol):
 
 
 class EngineInspector(Protocol):
-    """IEngineInspector: what an engine is made of."""
+    """IEngineInspector: what an engine is made of, for the shapes of a context."""
+
+    execution_context: Any
 
     def get_engine_information(self, format: Any) -> str: ...
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import json
 from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -45,6 +46,10 @@ class SimulatedStream:
         self.synchronized += 1
 
 
+# Minimum, optimum and maximum of x, by profile.
+PROFILES = (((1, 4), (2, 4), (2, 4)), ((3, 4), (8, 4), (8, 4)))
+
+
 class SimulatedContext:
     """An execution context that doubles x into y, at the addresses it was given."""
 
@@ -58,24 +63,33 @@ class SimulatedContext:
         self.enqueued = 0
         self.streams: list[int] = []
         self.shapes_set = 0
+        self.ran_with: tuple[int, ...] = ()
         self.recording: list[Callable[[], None]] | None = None
         self.profiler: Any = None
+        self.nvtx_verbosity = "detailed"
         self.layer_ms: Callable[[int], dict[str, float]] = lambda run: {}
 
     def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
+        # As the binding, which has no other answer than True.
+        if not 0 <= profile_index < len(PROFILES):
+            raise RuntimeError("Error in set optimization profile async.")
         self.active_optimization_profile = profile_index
+        self.shape = ()  # "invalidates all dynamic bindings"
         return True
 
     def set_device_memory(self, memory: int, size: int) -> None:
         self.memory = (memory, size)
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        low, _, high = PROFILES[self.active_optimization_profile]
+        if not all(least <= size <= most for least, size, most in zip(low, shape, high, strict=True)):
+            return False
         self.shape = shape
         self.shapes_set += 1
         return True
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        return self.shape
+        return self.shape or (-1, 4)
 
     def set_tensor_address(self, name: str, memory: int) -> bool:
         assert memory % trt_context.ALIGNMENT_BYTES == 0
@@ -88,14 +102,18 @@ class SimulatedContext:
     def execute_async_v3(self, stream_handle: int) -> bool:
         self.streams.append(stream_handle)
         assert self.memory is not None and self.memory[1] >= ACTIVATION_BYTES
+        assert self.shape and self.addresses.keys() == {"x", "y"}
         state = (dict(self.addresses), self.shape)
         if self.recording is None:
             self.enqueued += 1
+            self.ran_with = self.shape
             self._double(*state)
             if self.profiler is not None:
                 for name, ms in self.layer_ms(self.enqueued).items():
                     self.profiler.report_layer_time(name, ms)
         else:
+            # What TensorRT defers until shapes run for the first time must not be captured.
+            assert self.ran_with == self.shape and self.profiler is None
             self.recording.append(lambda: self._replay(state))
         return self.runs
 
@@ -143,7 +161,10 @@ class SimulatedEngine:
         return ACTIVATION_BYTES * (1 if self._budget == self.streamable_weights_size else 2)
 
     def get_tensor_profile_shape(self, name: str, profile_index: int) -> list[tuple[int, int]]:
-        return [[(1, 4), (2, 4), (2, 4)], [(3, 4), (8, 4), (8, 4)]][profile_index]
+        return list(PROFILES[profile_index])
+
+    def create_engine_inspector(self) -> SimulatedInspector:
+        return SimulatedInspector()
 
     def create_runtime_config(self) -> SimulatedConfig:
         return self.config
@@ -154,6 +175,24 @@ class SimulatedEngine:
         self.made_with.append(how)
         self.contexts.append(SimulatedContext(capturable=self.capturable))
         return self.contexts[-1]
+
+
+class SimulatedInspector:
+    """An inspector that tells types of a tensor with sizes that are not fixed for a context with shapes alone."""
+
+    execution_context: SimulatedContext | None = None
+
+    def get_engine_information(self, how: str) -> str:
+        context = self.execution_context
+        kind = (
+            "Int8" if how == "json" and context is not None and context.shape else "N/A due to dynamic shapes"
+        )
+        tensors = [{"Name": "x", "Dimensions": [-1, 4], "Format/Datatype": kind}]
+        layers = [
+            {"Name": name, "LayerType": "CaskConvolution", "Inputs": tensors, "Outputs": tensors}
+            for name in ("conv", "add")
+        ]
+        return json.dumps({"Layers": layers, "Bindings": ["x", "y"]})
 
 
 class SimulatedCache:
@@ -240,6 +279,7 @@ def simulated_library(deserialize: Callable[[Any, bytes], Any]) -> ModuleType:
     library.Runtime = lambda log: SimpleNamespace(  # type: ignore[attr-defined]
         deserialize_cuda_engine=lambda plan: deserialize(log, plan)
     )
+    library.LayerInformationFormat = SimpleNamespace(JSON="json")  # type: ignore[attr-defined]
     library.IProfiler = SimulatedProfiler  # type: ignore[attr-defined]
     library.ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="user")  # type: ignore[attr-defined]
     library.DynamicShapesKernelSpecializationStrategy = SimpleNamespace(EAGER="eager")  # type: ignore[attr-defined]
