@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import threading
 from collections.abc import Mapping, Sequence
@@ -33,17 +34,29 @@ from quest_deploy.errors import (
     MissingDependencyError,
     StaleArtifactError,
 )
-from quest_deploy.model.spec import ComponentSpec, component_specs, family_of
+from quest_deploy.model.spec import ComponentSpec, TensorSpec, component_specs, family_of
 
 # Of TensorRT for RTX 1.7 on an H200.
 UNSUPPORTED = "does not support this compute capability"
+
+# Torch's names of TensorRT's types.
+_TYPES = {
+    "FLOAT": "float32",
+    "HALF": "float16",
+    "BF16": "bfloat16",
+    "INT8": "int8",
+    "UINT8": "uint8",
+    "INT32": "int32",
+    "INT64": "int64",
+    "BOOL": "bool",
+}
 
 
 class TensorRTEngine(Closing):
     """One component. Several threads may run it at the same time: each has execution contexts of its own.
 
     Args:
-        spec: The component.
+        spec: The component; types are those of the engine.
         plan: Its engine, freed with this one.
         memory: What the components of the pipeline compute in.
         graphs: Whether shapes that come again run as captured CUDA graphs.
@@ -53,7 +66,7 @@ class TensorRTEngine(Closing):
         self, spec: ComponentSpec, plan: LoadedPlan, memory: ActivationMemory, *, graphs: bool = True
     ) -> None:
         assert plan.engine is not None
-        self.spec = spec
+        self.spec = as_built(spec, plan.library, plan.engine)
         self.plan: LoadedPlan | None = plan
         self.memory: ActivationMemory | None = memory
         self.device = memory.device
@@ -162,7 +175,7 @@ def load_tensorrt_engines(
     for name, spec in component_specs(source.path).items():
         if name in fitted:
             loaded = TensorRTEngine(fitted[name].graph, plans[name], memory, graphs=graphs)
-            engines[name] = AdaptedEngine(fitted[name], loaded)
+            engines[name] = AdaptedEngine(dataclasses.replace(fitted[name], graph=loaded.spec), loaded)
             continue
         engines[name] = TensorRTEngine(spec, plans[name], memory, graphs=graphs)
     return engines
@@ -309,6 +322,25 @@ def check_devices(component: str, inputs: Mapping[str, Tensor]) -> None:
                 f"{component} input {name!r}: got a tensor on {tensor.device}, expected one on cuda; "
                 "move it with .cuda()"
             )
+
+
+def as_built(spec: ComponentSpec, library: Any, engine: CudaEngine) -> ComponentSpec:
+    """What an engine takes and gives: `spec` with the engine's own types, and outputs that `spec` leaves out.
+
+    TensorRT makes float32 of a graph's float64, and runs only where every output has memory.
+    """
+
+    def typed(tensor: TensorSpec) -> TensorSpec:
+        kind = engine.get_tensor_dtype(tensor.name).name
+        return dataclasses.replace(tensor, dtype=_TYPES.get(kind, tensor.dtype))
+
+    known = {tensor.name for tensor in spec.outputs}
+    names = map(engine.get_tensor_name, range(engine.num_io_tensors))
+    outputs = [name for name in names if engine.get_tensor_mode(name) == library.TensorIOMode.OUTPUT]
+    more = [TensorSpec(name=name, dtype="float32", shape=()) for name in outputs if name not in known]
+    return dataclasses.replace(
+        spec, inputs=tuple(map(typed, spec.inputs)), outputs=tuple(map(typed, (*spec.outputs, *more)))
+    )
 
 
 def read_profiles(spec: ComponentSpec, engine: CudaEngine) -> Sequence[Profile]:

@@ -8,9 +8,9 @@ from __future__ import annotations
 import ctypes
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -53,7 +53,8 @@ PROFILES = (((1, 4), (2, 4), (2, 4)), ((3, 4), (8, 4), (8, 4)))
 class SimulatedContext:
     """An execution context that doubles x into y, at the addresses it was given."""
 
-    def __init__(self, *, capturable: bool = True) -> None:
+    def __init__(self, tensors: Collection[str], *, capturable: bool = True) -> None:
+        self.tensors = tensors
         self.active_optimization_profile = 0
         self.addresses: dict[str, int] = {}
         self.shape: tuple[int, ...] = ()
@@ -102,7 +103,7 @@ class SimulatedContext:
     def execute_async_v3(self, stream_handle: int) -> bool:
         self.streams.append(stream_handle)
         assert self.memory is not None and self.memory[1] >= ACTIVATION_BYTES
-        assert self.shape and self.addresses.keys() == {"x", "y"}
+        assert self.shape and self.addresses.keys() == set(self.tensors)
         state = (dict(self.addresses), self.shape)
         if self.recording is None:
             self.enqueued += 1
@@ -133,6 +134,7 @@ class SimulatedEngine:
     """A deserialized engine with two profiles: batch 1..2 and 3..8."""
 
     num_optimization_profiles = 2
+    types: ClassVar[dict[str, str]] = {"x": "FLOAT", "y": "FLOAT"}
     streamable_weights_size = 4096
     takes_budgets = True
 
@@ -160,6 +162,19 @@ class SimulatedEngine:
         """Weights that are streamed need room to pass through."""
         return ACTIVATION_BYTES * (1 if self._budget == self.streamable_weights_size else 2)
 
+    @property
+    def num_io_tensors(self) -> int:
+        return len(self.types)
+
+    def get_tensor_name(self, index: int) -> str:
+        return list(self.types)[index]
+
+    def get_tensor_mode(self, name: str) -> str:
+        return "input" if name == "x" else "output"
+
+    def get_tensor_dtype(self, name: str) -> SimpleNamespace:
+        return SimpleNamespace(name=self.types[name])
+
     def get_tensor_profile_shape(self, name: str, profile_index: int) -> list[tuple[int, int]]:
         return list(PROFILES[profile_index])
 
@@ -173,7 +188,7 @@ class SimulatedEngine:
         if self.out_of_memory:
             return None
         self.made_with.append(how)
-        self.contexts.append(SimulatedContext(capturable=self.capturable))
+        self.contexts.append(SimulatedContext(self.types, capturable=self.capturable))
         return self.contexts[-1]
 
 
@@ -279,6 +294,7 @@ def simulated_library(deserialize: Callable[[Any, bytes], Any]) -> ModuleType:
     library.Runtime = lambda log: SimpleNamespace(  # type: ignore[attr-defined]
         deserialize_cuda_engine=lambda plan: deserialize(log, plan)
     )
+    library.TensorIOMode = SimpleNamespace(OUTPUT="output")  # type: ignore[attr-defined]
     library.LayerInformationFormat = SimpleNamespace(JSON="json")  # type: ignore[attr-defined]
     library.IProfiler = SimulatedProfiler  # type: ignore[attr-defined]
     library.ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="user")  # type: ignore[attr-defined]
