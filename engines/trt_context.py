@@ -182,7 +182,9 @@ class CapturedShapes:
         Raises:
             RuntimeError: it cannot be captured.
         """
-        stream = torch.cuda.Stream()
+        # Torch hands out the same 32 streams of a priority again and again, and threads run on those of the usual one:
+        # what one of them enqueued meanwhile would become part of the graph, or end both.
+        stream = torch.cuda.Stream(priority=-1)
         asks = getattr(self.shaped.context, "is_stream_capturable", None)
         if asks is not None and not asks(stream.cuda_stream):
             raise RuntimeError("TensorRT says that this engine cannot be captured")

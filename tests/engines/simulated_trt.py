@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from types import ModuleType, SimpleNamespace
 from typing import Any, ClassVar
 
@@ -30,12 +30,18 @@ ACTIVATION_BYTES = 1024
 
 
 class SimulatedStream:
-    """A CUDA stream that notes what it waits for; each has a handle of its own, CUDA's default stream has 0."""
+    """A CUDA stream that notes what it waits for; CUDA's default stream has handle 0.
 
-    handles = itertools.count(100)
+    As torch's, those of a priority come from a pool of 32, in turn.
+    """
 
-    def __init__(self, handle: int | None = None) -> None:
-        self.cuda_stream = next(self.handles) if handle is None else handle
+    pools: ClassVar[dict[int, Iterator[int]]] = {
+        0: itertools.cycle(range(100, 132)),
+        -1: itertools.cycle(range(200, 232)),
+    }
+
+    def __init__(self, handle: int | None = None, *, priority: int = 0) -> None:
+        self.cuda_stream = next(self.pools[priority]) if handle is None else handle
         self.waited_for: list[SimulatedStream] = []
         self.synchronized = 0
 
@@ -63,6 +69,7 @@ class SimulatedContext:
         self.capturable = capturable
         self.enqueued = 0
         self.streams: list[int] = []
+        self.captured_on: list[int] = []
         self.shapes_set = 0
         self.ran_with: tuple[int, ...] = ()
         self.recording: list[Callable[[], None]] | None = None
@@ -115,6 +122,7 @@ class SimulatedContext:
         else:
             # What TensorRT defers until shapes run for the first time must not be captured.
             assert self.ran_with == self.shape and self.profiler is None
+            self.captured_on.append(stream_handle)
             self.recording.append(lambda: self._replay(state))
         return self.runs
 

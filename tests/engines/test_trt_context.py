@@ -154,6 +154,19 @@ def test_on_the_default_stream_tensorrt_gets_another_one_between_what_comes_befo
     assert len(stream.waited_for) == len(own.waited_for) and set(stream.waited_for) == {own}
 
 
+def test_captures_never_use_a_stream_that_threads_run_on(
+    cuda: SimulatedEngine, stream: SimulatedStream
+) -> None:
+    stream.cuda_stream = DEFAULT_STREAM
+    engine = make_engine(cuda)
+    for _ in range(8):  # graphs come and go: more captures than torch has streams
+        for batch in range(1, MAX_GRAPHS + 2):
+            run(engine, batch, batch)
+    used = {handle for context in cuda.contexts for handle in context.captured_on}
+    own = engine.lanes[threading.get_ident()].block.own
+    assert len(used) == 32 and own is not None and own.cuda_stream not in used
+
+
 def test_other_streams_of_the_caller_are_used_as_they_are(
     cuda: SimulatedEngine, stream: SimulatedStream
 ) -> None:
