@@ -145,9 +145,18 @@ class ShapedContext:
         self._call("to run", self.context.execute_async_v3, stream)
 
     def _call(self, what: str, call: Callable[..., bool], *arguments: Any) -> None:
-        """Call TensorRT; where it answers no, the error says `what` it refused and why."""
+        """Call TensorRT; where it answers no, the error says `what` it refused and why.
+
+        For a profile, its Python binding raises a RuntimeError in the place of an answer.
+        """
         before = errors_so_far(self.library)
-        if not call(*arguments):
+        try:
+            answer = call(*arguments)
+        except torch.AcceleratorError:
+            raise
+        except RuntimeError:
+            answer = False
+        if not answer:
             raise Refusal(f"TensorRT refused {what}{last_words(self.library, before)}")
 
 

@@ -242,6 +242,18 @@ def test_refusal_does_not_quote_errors_of_earlier_calls(cuda: SimulatedEngine) -
         engine(x=torch.ones(1, 4))
 
 
+def test_profile_that_tensorrt_refuses_is_an_error_with_a_next_step(
+    cuda: SimulatedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(cuda)
+    run(engine, 2)
+    monkeypatch.setattr(engine, "profiles", [engine.profiles[0]] * 2 + [engine.profiles[1]])
+    with pytest.raises(
+        EngineRunError, match="doubler: TensorRT refused profile 2; run the same command again"
+    ):
+        engine(x=torch.ones(5, 4))
+
+
 def test_what_cuda_says_of_a_run_is_an_error_with_a_next_step(
     cuda: SimulatedEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
