@@ -14,6 +14,7 @@ class ExecutionContext(Protocol):
     """IExecutionContext: one engine, ready to run with one set of shapes at a time."""
 
     profiler: Any
+    nvtx_verbosity: Any
 
     @property
     def active_optimization_profile(self) -> int: ...

@@ -302,6 +302,7 @@ def simulated_library(deserialize: Callable[[Any, bytes], Any]) -> ModuleType:
     library.Runtime = lambda log: SimpleNamespace(  # type: ignore[attr-defined]
         deserialize_cuda_engine=lambda plan: deserialize(log, plan)
     )
+    library.ProfilingVerbosity = SimpleNamespace(LAYER_NAMES_ONLY="names")  # type: ignore[attr-defined]
     library.TensorIOMode = SimpleNamespace(OUTPUT="output")  # type: ignore[attr-defined]
     library.LayerInformationFormat = SimpleNamespace(JSON="json")  # type: ignore[attr-defined]
     library.IProfiler = SimulatedProfiler  # type: ignore[attr-defined]

@@ -65,6 +65,11 @@ def test_shape_that_comes_again_is_captured_and_replayed(cuda: SimulatedEngine) 
     assert graph.replays == 2
 
 
+def test_runs_are_enqueued_with_the_markers_that_tensorrt_has_by_default(cuda: SimulatedEngine) -> None:
+    run(make_engine(cuda), 2, 2)
+    assert [context.nvtx_verbosity for context in cuda.contexts] == ["names", "names"]
+
+
 def test_other_shape_gets_its_own_graph_and_leaves_the_first_valid(cuda: SimulatedEngine) -> None:
     engine = make_engine(cuda)
     run(engine, 1, 1, 1, 2, 2, 2, 1, 5, 5, 5, 2, 1)
