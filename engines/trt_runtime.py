@@ -77,7 +77,6 @@ class TensorRTEngine(Closing):
         self.lanes: dict[int, Lane] = {}
         self.has_run = False
         self._chosen: dict[Shapes, int] = {}
-        self._lock = threading.Lock()
 
     def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
         """Enqueue one run on torch's current stream: CUDA tensors in, CUDA tensors out.
@@ -116,13 +115,12 @@ class TensorRTEngine(Closing):
         return self._chosen[shapes]
 
     def _lane(self) -> Lane:
-        """The calling thread's contexts."""
+        """The calling thread's contexts, which it alone makes: that may take long, and other threads run meanwhile."""
         thread = threading.get_ident()
-        with self._lock:
-            if thread not in self.lanes:
-                assert self.plan is not None and self.memory is not None
-                self.lanes[thread] = Lane(self.spec, self.plan, self.memory.block(), graphs=self.graphs)
-            return self.lanes[thread]
+        if thread not in self.lanes:
+            assert self.plan is not None and self.memory is not None
+            self.lanes[thread] = Lane(self.spec, self.plan, self.memory.block(), graphs=self.graphs)
+        return self.lanes[thread]
 
     def close(self) -> None:
         """Free everything, when no thread runs the engine any more; calling it again does nothing."""

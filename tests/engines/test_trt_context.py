@@ -313,6 +313,32 @@ def test_threads_run_in_contexts_and_memory_of_their_own(cuda: SimulatedEngine) 
     assert {context.shape for context in cuda.contexts} == {(1, 4), (4, 4)}
 
 
+def test_threads_run_while_another_one_waits_for_its_first_context(
+    cuda: SimulatedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, asked, go_on = make_engine(cuda, graphs=False), threading.Event(), threading.Event()
+    run(engine, 2)
+    make = cuda.create_execution_context
+
+    def slowly(how: object) -> object:  # as where TensorRT for RTX compiles kernels
+        asked.set()
+        assert go_on.wait(10)
+        return make(how)
+
+    monkeypatch.setattr(cuda, "create_execution_context", slowly)
+    other = threading.Thread(target=run, args=(engine, 2))
+    other.start()
+    assert asked.wait(10)
+    timer = threading.Timer(2, go_on.set)  # so that a run that waits for the other ends, too late
+    timer.start()
+    run(engine, 2)
+    assert not go_on.is_set()
+    timer.cancel()
+    go_on.set()
+    other.join()
+    assert len(engine.lanes) == 2
+
+
 def test_block_waits_for_the_stream_that_it_was_used_on_before() -> None:
     block, first, second = Block(1, torch.device("cpu")), SimulatedStream(1), SimulatedStream(2)
     for stream in (first, first, second, second, first):
