@@ -90,8 +90,9 @@ class TensorRTEngine(Closing):
             raise RuntimeError(f"{self.spec.name}: the engine is closed")
         shapes = shapes_of(inputs)
         profile = self._profile(shapes, inputs)
-        check_devices(self.spec.name, inputs)
-        with run_errors(self.spec.name):
+        check_devices(self.spec.name, inputs, self.device)
+        # An engine is bound to the GPU that it was loaded onto; this thread may have chosen another.
+        with torch.cuda.device(self.device), run_errors(self.spec.name):
             outputs = self._lane().run(inputs, shapes, profile)
         self.has_run = True
         return outputs
@@ -167,7 +168,7 @@ def load_tensorrt_engines(
     if streaming:
         stream_weights(plans, first=family_of(source.path).denoiser, weights_gb=weights_gb)
     largest = max(plan.engine.device_memory_size_v2 for plan in plans.values() if plan.engine is not None)
-    memory = ActivationMemory(largest, torch.device("cuda"))
+    memory = ActivationMemory(largest, torch.device("cuda", torch.cuda.current_device()))
     engines: dict[str, Engine] = {}
     fitted = from_json(source.manifest.details.get("interfaces", {}))
     for name, spec in component_specs(source.path).items():
@@ -187,7 +188,8 @@ def load_plans(source: Artifact, library: Any, backend: TensorRTBackend) -> dict
     """
     log = make_log(library)
     runtime = make_runtime(library, source.manifest.config)
-    gpu = gpus()[0]
+    index = torch.cuda.current_device()
+    gpu = gpus()[index]
     place = {
         "gpu": gpu.name,
         "compute_capability": gpu.compute_capability,
@@ -199,7 +201,7 @@ def load_plans(source: Artifact, library: Any, backend: TensorRTBackend) -> dict
         file = f"{name}/{PLAN_NAME}"
         engine = runtime.deserialize_cuda_engine((source.path / file).read_bytes())
         if engine is None:
-            raise stale(name, source, str(library.__version__), log.errors)
+            raise stale(name, source, str(library.__version__), log.errors, index)
         plans[name] = LoadedPlan(name, library, engine, runtime)
         digest = source.manifest.files[file].sha256
         plans[name].ran = functools.partial(record_run, source.path / name, digest, place)
@@ -279,7 +281,9 @@ def check_gpu(path: Path) -> None:
         )
 
 
-def stale(component: str, source: Artifact, version: str, words: Sequence[str] = ()) -> StaleArtifactError:
+def stale(
+    component: str, source: Artifact, version: str, words: Sequence[str] = (), index: int = 0
+) -> StaleArtifactError:
     """The error for a plan that TensorRT does not load: what was otherwise where it was built, and what to run.
 
     Args:
@@ -287,8 +291,9 @@ def stale(component: str, source: Artifact, version: str, words: Sequence[str] =
         source: The `engines` artifact.
         version: Of TensorRT here.
         words: What TensorRT says.
+        index: Of the GPU that it was loaded onto.
     """
-    gpu, config = gpus()[0], read_config(source.manifest.config)
+    gpu, config = gpus()[index], read_config(source.manifest.config)
     title = title_of(config.backend)
     found = differing(source.manifest.details, config, f"{title} {version}", gpu, driver_version())
     # Into another directory: where nothing differs that a manifest tells, engines that are there count as up to date.
@@ -308,17 +313,17 @@ def stale(component: str, source: Artifact, version: str, words: Sequence[str] =
     )
 
 
-def check_devices(component: str, inputs: Mapping[str, Tensor]) -> None:
-    """Check that every input lies on the GPU.
+def check_devices(component: str, inputs: Mapping[str, Tensor], device: torch.device) -> None:
+    """Check that every input lies on the engine's GPU.
 
     Raises:
         EngineInputError: names the tensor that does not.
     """
     for name, tensor in inputs.items():
-        if not tensor.is_cuda:
+        if tensor.device != device:
             raise EngineInputError(
-                f"{component} input {name!r}: got a tensor on {tensor.device}, expected one on cuda; "
-                "move it with .cuda()"
+                f"{component} input {name!r}: got a tensor on {tensor.device}, expected one on {device}; "
+                f"move it with .to('{device}')"
             )
 
 

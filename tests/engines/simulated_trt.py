@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import json
+import threading
 from collections.abc import Callable, Collection, Iterator
 from types import ModuleType, SimpleNamespace
 from typing import Any, ClassVar
@@ -27,6 +28,25 @@ SPEC = ComponentSpec(
     outputs=(TensorSpec(name="y", dtype="float32", shape=("batch", 4)),),
 )
 ACTIVATION_BYTES = 1024
+
+
+class SimulatedDevice:
+    """torch.cuda.device, with CPU tensors: the GPU that the calling thread has chosen."""
+
+    chosen = threading.local()
+
+    def __init__(self, device: torch.device) -> None:
+        self.index = device.index or 0
+
+    @classmethod
+    def current(cls) -> int:
+        return getattr(cls.chosen, "index", 0)
+
+    def __enter__(self) -> None:
+        self.before, self.chosen.index = self.current(), self.index
+
+    def __exit__(self, *error: object) -> None:
+        self.chosen.index = self.before
 
 
 class SimulatedStream:
@@ -153,6 +173,7 @@ class SimulatedEngine:
         self.made_with: list[Any] = []
         self.config = SimulatedConfig()
         self._budget = self.streamable_weights_size
+        self.gpu = SimulatedDevice.current()
 
     @property
     def weight_streaming_budget_v2(self) -> int:
@@ -195,6 +216,7 @@ class SimulatedEngine:
     def create_execution_context(self, how: Any) -> SimulatedContext | None:
         if self.out_of_memory:
             return None
+        assert self.gpu == SimulatedDevice.current()
         self.made_with.append(how)
         self.contexts.append(SimulatedContext(self.types, capturable=self.capturable))
         return self.contexts[-1]
@@ -317,6 +339,8 @@ def simulate_cuda(monkeypatch: pytest.MonkeyPatch) -> SimulatedStream:
     monkeypatch.setattr(trt_runtime, "check_devices", lambda *args: None)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
     monkeypatch.setattr(torch.cuda, "Stream", SimulatedStream)
+    monkeypatch.setattr(torch.cuda, "device", SimulatedDevice)
+    monkeypatch.setattr(torch.cuda, "current_device", SimulatedDevice.current)
     monkeypatch.setattr(trt_context, "ALIGNMENT_BYTES", 64)  # what torch aligns to on a CPU
     monkeypatch.setattr(trt_context, "capture", simulated_capture)
     return stream

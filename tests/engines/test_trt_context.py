@@ -18,6 +18,7 @@ from quest_deploy.engines.trt_runtime import TensorRTEngine
 from quest_deploy.errors import EngineBuildError, EngineRunError
 from tests.engines.simulated_trt import (
     ACTIVATION_BYTES,
+    SimulatedDevice,
     SimulatedEngine,
     SimulatedLogger,
     SimulatedStream,
@@ -311,6 +312,14 @@ def test_threads_run_in_contexts_and_memory_of_their_own(cuda: SimulatedEngine) 
     assert not failed and len(engine.lanes) == 2
     assert len({context.memory for context in cuda.contexts}) == 2
     assert {context.shape for context in cuda.contexts} == {(1, 4), (4, 4)}
+
+
+def test_engine_runs_on_the_gpu_that_it_was_loaded_onto_whatever_the_thread_has_chosen() -> None:
+    second = torch.device("cpu", 1)
+    with SimulatedDevice(second):
+        cuda = SimulatedEngine()
+    run(make_engine(cuda, ActivationMemory(ACTIVATION_BYTES, second)), 2, 2, 2)
+    assert SimulatedDevice.current() == 0
 
 
 def test_threads_run_while_another_one_waits_for_its_first_context(
