@@ -2,7 +2,7 @@
 
 The format is that which NVIDIA documents for TensorRT 10 (``Format/Datatype`` of each tensor) and 11 (``Datatype`` and
 ``Format`` apart). Types and tactics are there only where the engine was built with detailed profiling verbosity;
-otherwise layers have names alone.
+otherwise layers have names alone. Types of tensors whose sizes are not fixed are there only for a context with shapes.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from quest_deploy.engines.trt_api import CudaEngine
+from quest_deploy.engines.trt_plan import LoadedPlan, Refusal
 from quest_deploy.errors import ArtifactError
+from quest_deploy.model.spec import ComponentSpec
 
 DataType = Literal["int8", "int4", "fp8", "fp4", "bf16", "fp16", "fp32", "other", "unknown"]
 
@@ -28,6 +29,10 @@ _TYPES: tuple[tuple[str, DataType], ...] = (
     (r"\b(fp32|float)\b", "fp32"),
 )
 _SOURCE = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
+# Behind the names of what is there for another optimization profile than the first.
+_PROFILE = re.compile(r" \[profile \d+\]$")
+# What stands for the type of a tensor where shapes are not set.
+_NOT_TOLD = "N/A"
 # Layers that TensorRT made of whole regions: the types at their edges say nothing about the products inside.
 _REGION = re.compile(r"ForeignNode|Myelin", re.IGNORECASE)
 
@@ -53,14 +58,27 @@ class EngineLayer:
     sources: tuple[str, ...]
 
 
-def inspect_engine(library: Any, engine: CudaEngine) -> tuple[EngineLayer, ...]:
-    """The layers of a deserialized engine.
+def inspect_plan(plan: LoadedPlan, spec: ComponentSpec) -> tuple[EngineLayer, ...]:
+    """The layers of a deserialized engine as it runs the optimal shapes of its first profile.
+
+    Args:
+        plan: The engine.
+        spec: What it takes and gives.
 
     Raises:
         ArtifactError: the inspector's answer is not what is documented.
+        EngineBuildError: too little memory on the GPU.
+        Refusal: TensorRT does not take the shapes.
     """
-    inspector = engine.create_engine_inspector()
-    return parse_layers(inspector.get_engine_information(library.LayerInformationFormat.JSON))
+    assert plan.engine is not None
+    context = plan.create_context()
+    for tensor in spec.inputs:
+        _, best, _ = plan.engine.get_tensor_profile_shape(tensor.name, 0)
+        if not context.set_input_shape(tensor.name, tuple(best)):
+            raise Refusal(f"TensorRT refused {tensor.name} {list(best)}")
+    inspector = plan.engine.create_engine_inspector()
+    inspector.execution_context = context
+    return parse_layers(inspector.get_engine_information(plan.library.LayerInformationFormat.JSON))
 
 
 def parse_layers(information: str) -> tuple[EngineLayer, ...]:
@@ -101,7 +119,7 @@ def _parse_layer(layer: Any) -> EngineLayer:
 
 def _names(name: str) -> tuple[str, ...]:
     """The nodes in a layer's own name, which joins those that were fused."""
-    return tuple(part.strip() for part in name.split(" + "))
+    return tuple(part.strip() for part in _PROFILE.sub("", name).split(" + "))
 
 
 def _precision(inputs: Any) -> DataType:
@@ -117,10 +135,12 @@ def _type_of(tensor: Mapping[str, Any]) -> DataType:
 
 def type_in(text: str) -> DataType:
     """The type that a description such as "Row major linear FP16 format" names."""
+    if not text or text.startswith(_NOT_TOLD):
+        return "unknown"
     for pattern, kind in _TYPES:
         if re.search(pattern, text, re.IGNORECASE):
             return kind
-    return "other" if text else "unknown"
+    return "other"
 
 
 def _unknown_format(what: str) -> ArtifactError:

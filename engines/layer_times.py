@@ -16,7 +16,7 @@ from quest_deploy.artifacts import Artifact
 from quest_deploy.config import BuildConfig
 from quest_deploy.engines.debug_engine import load_plan
 from quest_deploy.engines.foreign import from_json
-from quest_deploy.engines.inspector import EngineLayer, inspect_engine
+from quest_deploy.engines.inspector import EngineLayer, inspect_plan
 from quest_deploy.engines.libraries import import_tensorrt
 from quest_deploy.engines.trt_context import ShapedContext, shapes_of
 from quest_deploy.engines.trt_plan import run_errors
@@ -76,7 +76,7 @@ def time_layers(plan: Path, spec: ComponentSpec, config: BuildConfig) -> LayerTi
             # Else it runs fallback kernels until better ones are compiled in the background.
             engine.plan.compile_at_run_time(library, plan.parent, hash_file(plan))
         return LayerTimes(
-            layers=inspect_engine(library, engine.plan.engine),
+            layers=inspect_plan(engine.plan, engine.spec),
             ms=profile(library, engine, made_up_inputs(engine)),
         )
 

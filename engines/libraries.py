@@ -10,11 +10,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from types import ModuleType
 
-from quest_deploy.config import TENSORRT_BACKENDS
+from quest_deploy.config import TENSORRT_BACKENDS, BuildConfig
 from quest_deploy.errors import ConfigError, MissingDependencyError
 
 _MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 _TITLES = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT for RTX"}
+
+AMPERE = 8
+"""Major number of its compute capability."""
 
 # CUDA driver API: CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR.
 _MAJOR_ATTRIBUTE, _MINOR_ATTRIBUTE = 75, 76
@@ -135,6 +138,24 @@ def capability_of(name: str) -> str:
     """The compute capability that the library calls `name`: "8.6" of "SM86"."""
     digits = name.removeprefix("SM")
     return f"{digits[:-1]}.{digits[-1]}"
+
+
+def check_targets(config: BuildConfig) -> None:
+    """Check that engines can be built for the GPUs that are asked for.
+
+    Raises:
+        ConfigError: the library knows no such compute capability, or this GPU cannot build for the others.
+    """
+    check_capabilities(config.backend, config.compute_capabilities)
+    found = gpus()
+    if config.hardware_compatible != "ampere-plus" or not found:
+        return
+    if int(found[0].compute_capability.partition(".")[0]) < AMPERE:
+        raise ConfigError(
+            f"--hardware-compatible ampere-plus: {title_of(config.backend)} builds such engines on Ampere and later "
+            f"GPUs alone, and {found[0].name} has compute capability {found[0].compute_capability}; build on another "
+            "GPU, or leave it out"
+        )
 
 
 def check_capabilities(backend: str, wanted: Iterable[str]) -> None:

@@ -93,14 +93,17 @@ def refit_plan(library: Any, source: Artifact, component: str, graph: Path) -> m
         raise stale(component, source, version, log.errors)
     refitter = library.Refitter(engine, log)
     parser = library.OnnxParserRefitter(refitter, log)
+    content = None
     # By its path, so that weights in a file beside the graph are found.
-    if not parser.refit_from_file(str(graph)) or not refitter.refit_cuda_engine():
+    if parser.refit_from_file(str(graph)) and refitter.refit_cuda_engine():
+        config = engine.create_serialization_config()
+        config.clear_flag(library.SerializationFlag.EXCLUDE_WEIGHTS)
+        content = engine.serialize_with_config(config)
+    if content is None:
         missing = ", ".join(refitter.get_missing_weights()[:3])
         said = "; ".join([*log.errors, *([f"missing: {missing}"] if missing else [])])
         raise EngineBuildError(
             f"{component}: {title_of(backend)} {version} cannot put the weights of '{graph}' into its engine "
             f"({said or 'it gives no reason'}); build the engines without --strip-weights"
         )
-    config = engine.create_serialization_config()
-    config.clear_flag(library.SerializationFlag.EXCLUDE_WEIGHTS)
-    return memoryview(engine.serialize_with_config(config))
+    return memoryview(content)

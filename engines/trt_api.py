@@ -14,6 +14,7 @@ class ExecutionContext(Protocol):
     """IExecutionContext: one engine, ready to run with one set of shapes at a time."""
 
     profiler: Any
+    nvtx_verbosity: Any
 
     @property
     def active_optimization_profile(self) -> int: ...
@@ -60,7 +61,9 @@ class SerializationConfig(Protocol):
 
 
 class EngineInspector(Protocol):
-    """IEngineInspector: what an engine is made of."""
+    """IEngineInspector: what an engine is made of, for the shapes of a context."""
+
+    execution_context: Any
 
     def get_engine_information(self, format: Any) -> str: ...
 
@@ -78,6 +81,15 @@ class CudaEngine(Protocol):
 
     @property
     def streamable_weights_size(self) -> int: ...
+
+    @property
+    def num_io_tensors(self) -> int: ...
+
+    def get_tensor_name(self, index: int) -> str: ...
+
+    def get_tensor_mode(self, name: str) -> Any: ...
+
+    def get_tensor_dtype(self, name: str) -> Any: ...
 
     def get_tensor_profile_shape(self, name: str, profile_index: int) -> Sequence[Sequence[int]]: ...
 

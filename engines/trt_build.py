@@ -17,7 +17,7 @@ from quest_deploy.engines import ladder
 from quest_deploy.engines.arithmetic import RTX_BY_DEFAULT
 from quest_deploy.engines.foreign import fitted_components, is_foreign, to_json
 from quest_deploy.engines.libraries import (
-    check_capabilities,
+    check_targets,
     check_tensorrt,
     driver_version,
     gpus,
@@ -82,8 +82,8 @@ def build_engine(
         MissingDependencyError: the library is absent, or the GPU that TensorRT builds on, or that it needs in order to
             leave weights out.
         ArtifactError: `onnx_dir` cannot be trusted, or `output` cannot be written.
-        ConfigError: a requested size does not fit the model, another process is building into `output`, the library
-            knows no such compute capability, or the timing cache cannot be used.
+        ConfigError: a requested size does not fit the model, another process is building into `output`, engines cannot
+            be built for the GPUs asked for, or the timing cache cannot be used.
         EngineBuildError: TensorRT does not take a graph.
     """
     # What no build can write to is told before anything else; what lies there is judged once nobody else changes it.
@@ -95,7 +95,7 @@ def build_engine(
             "TensorRT builds engines only on the GPU that will run them, and this machine offers none (no NVIDIA "
             "driver); build there, or ahead of time with --backend tensorrt-rtx"
         )
-    check_capabilities(config.backend, config.compute_capabilities)
+    check_targets(config)
     source = read_artifact(Path(onnx_dir), stage="onnx")
     fitted = fitted_components(source)
     graphs = {name: component.graph for name, component in fitted.items()}

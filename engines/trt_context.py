@@ -95,6 +95,9 @@ class ShapedContext:
         self.context = plan.create_context()
         self.block = block
         self.shapes: Shapes = ()
+        # Engines are built with all that an inspector can tell, and enqueueing a run takes longer with all that in its
+        # markers for profilers.
+        self.context.nvtx_verbosity = self.library.ProfilingVerbosity.LAYER_NAMES_ONLY
         self.context.set_device_memory(block.memory.data_ptr(), block.memory.numel())
 
     def set_shapes(self, shapes: Shapes, profile: int, caller: torch.cuda.Stream) -> None:
@@ -145,9 +148,18 @@ class ShapedContext:
         self._call("to run", self.context.execute_async_v3, stream)
 
     def _call(self, what: str, call: Callable[..., bool], *arguments: Any) -> None:
-        """Call TensorRT; where it answers no, the error says `what` it refused and why."""
+        """Call TensorRT; where it answers no, the error says `what` it refused and why.
+
+        For a profile, its Python binding raises a RuntimeError in the place of an answer.
+        """
         before = errors_so_far(self.library)
-        if not call(*arguments):
+        try:
+            answer = call(*arguments)
+        except torch.AcceleratorError:
+            raise
+        except RuntimeError:
+            answer = False
+        if not answer:
             raise Refusal(f"TensorRT refused {what}{last_words(self.library, before)}")
 
 
@@ -182,7 +194,9 @@ class CapturedShapes:
         Raises:
             RuntimeError: it cannot be captured.
         """
-        stream = torch.cuda.Stream()
+        # Torch hands out the same 32 streams of a priority again and again, and threads run on those of the usual one:
+        # what one of them enqueued meanwhile would become part of the graph, or end both.
+        stream = torch.cuda.Stream(priority=-1)
         asks = getattr(self.shaped.context, "is_stream_capturable", None)
         if asks is not None and not asks(stream.cuda_stream):
             raise RuntimeError("TensorRT says that this engine cannot be captured")

@@ -39,6 +39,9 @@ _LACKING = (
     (re.compile(r"datatypes:.*\bint4\b"), "--mode int8 --dtype fp16"),
 )
 
+OLDEST_TENSORRT = (10, 12)
+"""The first that gives the values of a DequantizeLinear in another type than its scales', as in fp16 and bf16."""
+
 Progress = Callable[[ProgressEvent], None]
 
 
@@ -266,8 +269,18 @@ def _failure(job: Mapping[str, Any], event: Mapping[str, Any]) -> Exception:
         )
     return EngineBuildError(
         f"{component}: {title_of(job['backend'])} {event['tensorrt_version']} cannot build '{path}': "
-        f"{event['message']}; {_remedy(job['backend'], entry, event['message'])}"
+        f"{event['message']}; "
+        f"{_newer(job['backend'], event['tensorrt_version']) or _remedy(job['backend'], entry, event['message'])}"
     )
+
+
+def _newer(backend: str, version: str) -> str:
+    """What to do about a TensorRT that is older than what exports are made for; empty where it is not."""
+    found = re.match(r"(\d+)\.(\d+)", version)
+    if backend != "tensorrt" or found is None or (int(found[1]), int(found[2])) >= OLDEST_TENSORRT:
+        return ""
+    oldest = ".".join(map(str, OLDEST_TENSORRT))
+    return f"exports are made for TensorRT {oldest} and later: run `pip install --upgrade 'quest-deploy[tensorrt]'`"
 
 
 def _remedy(backend: str, component: Mapping[str, Any], message: str) -> str:

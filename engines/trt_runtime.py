@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import threading
 from collections.abc import Mapping, Sequence
@@ -33,17 +34,29 @@ from quest_deploy.errors import (
     MissingDependencyError,
     StaleArtifactError,
 )
-from quest_deploy.model.spec import ComponentSpec, component_specs, family_of
+from quest_deploy.model.spec import ComponentSpec, TensorSpec, component_specs, family_of
 
 # Of TensorRT for RTX 1.7 on an H200.
 UNSUPPORTED = "does not support this compute capability"
+
+# Torch's names of TensorRT's types.
+_TYPES = {
+    "FLOAT": "float32",
+    "HALF": "float16",
+    "BF16": "bfloat16",
+    "INT8": "int8",
+    "UINT8": "uint8",
+    "INT32": "int32",
+    "INT64": "int64",
+    "BOOL": "bool",
+}
 
 
 class TensorRTEngine(Closing):
     """One component. Several threads may run it at the same time: each has execution contexts of its own.
 
     Args:
-        spec: The component.
+        spec: The component; types are those of the engine.
         plan: Its engine, freed with this one.
         memory: What the components of the pipeline compute in.
         graphs: Whether shapes that come again run as captured CUDA graphs.
@@ -53,7 +66,7 @@ class TensorRTEngine(Closing):
         self, spec: ComponentSpec, plan: LoadedPlan, memory: ActivationMemory, *, graphs: bool = True
     ) -> None:
         assert plan.engine is not None
-        self.spec = spec
+        self.spec = as_built(spec, plan.library, plan.engine)
         self.plan: LoadedPlan | None = plan
         self.memory: ActivationMemory | None = memory
         self.device = memory.device
@@ -64,7 +77,6 @@ class TensorRTEngine(Closing):
         self.lanes: dict[int, Lane] = {}
         self.has_run = False
         self._chosen: dict[Shapes, int] = {}
-        self._lock = threading.Lock()
 
     def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
         """Enqueue one run on torch's current stream: CUDA tensors in, CUDA tensors out.
@@ -78,8 +90,9 @@ class TensorRTEngine(Closing):
             raise RuntimeError(f"{self.spec.name}: the engine is closed")
         shapes = shapes_of(inputs)
         profile = self._profile(shapes, inputs)
-        check_devices(self.spec.name, inputs)
-        with run_errors(self.spec.name):
+        check_devices(self.spec.name, inputs, self.device)
+        # An engine is bound to the GPU that it was loaded onto; this thread may have chosen another.
+        with torch.cuda.device(self.device), run_errors(self.spec.name):
             outputs = self._lane().run(inputs, shapes, profile)
         self.has_run = True
         return outputs
@@ -103,13 +116,12 @@ class TensorRTEngine(Closing):
         return self._chosen[shapes]
 
     def _lane(self) -> Lane:
-        """The calling thread's contexts."""
+        """The calling thread's contexts, which it alone makes: that may take long, and other threads run meanwhile."""
         thread = threading.get_ident()
-        with self._lock:
-            if thread not in self.lanes:
-                assert self.plan is not None and self.memory is not None
-                self.lanes[thread] = Lane(self.spec, self.plan, self.memory.block(), graphs=self.graphs)
-            return self.lanes[thread]
+        if thread not in self.lanes:
+            assert self.plan is not None and self.memory is not None
+            self.lanes[thread] = Lane(self.spec, self.plan, self.memory.block(), graphs=self.graphs)
+        return self.lanes[thread]
 
     def close(self) -> None:
         """Free everything, when no thread runs the engine any more; calling it again does nothing."""
@@ -156,13 +168,13 @@ def load_tensorrt_engines(
     if streaming:
         stream_weights(plans, first=family_of(source.path).denoiser, weights_gb=weights_gb)
     largest = max(plan.engine.device_memory_size_v2 for plan in plans.values() if plan.engine is not None)
-    memory = ActivationMemory(largest, torch.device("cuda"))
+    memory = ActivationMemory(largest, torch.device("cuda", torch.cuda.current_device()))
     engines: dict[str, Engine] = {}
     fitted = from_json(source.manifest.details.get("interfaces", {}))
     for name, spec in component_specs(source.path).items():
         if name in fitted:
             loaded = TensorRTEngine(fitted[name].graph, plans[name], memory, graphs=graphs)
-            engines[name] = AdaptedEngine(fitted[name], loaded)
+            engines[name] = AdaptedEngine(dataclasses.replace(fitted[name], graph=loaded.spec), loaded)
             continue
         engines[name] = TensorRTEngine(spec, plans[name], memory, graphs=graphs)
     return engines
@@ -176,7 +188,8 @@ def load_plans(source: Artifact, library: Any, backend: TensorRTBackend) -> dict
     """
     log = make_log(library)
     runtime = make_runtime(library, source.manifest.config)
-    gpu = gpus()[0]
+    index = torch.cuda.current_device()
+    gpu = gpus()[index]
     place = {
         "gpu": gpu.name,
         "compute_capability": gpu.compute_capability,
@@ -188,7 +201,7 @@ def load_plans(source: Artifact, library: Any, backend: TensorRTBackend) -> dict
         file = f"{name}/{PLAN_NAME}"
         engine = runtime.deserialize_cuda_engine((source.path / file).read_bytes())
         if engine is None:
-            raise stale(name, source, str(library.__version__), log.errors)
+            raise stale(name, source, str(library.__version__), log.errors, index)
         plans[name] = LoadedPlan(name, library, engine, runtime)
         digest = source.manifest.files[file].sha256
         plans[name].ran = functools.partial(record_run, source.path / name, digest, place)
@@ -268,7 +281,9 @@ def check_gpu(path: Path) -> None:
         )
 
 
-def stale(component: str, source: Artifact, version: str, words: Sequence[str] = ()) -> StaleArtifactError:
+def stale(
+    component: str, source: Artifact, version: str, words: Sequence[str] = (), index: int = 0
+) -> StaleArtifactError:
     """The error for a plan that TensorRT does not load: what was otherwise where it was built, and what to run.
 
     Args:
@@ -276,8 +291,9 @@ def stale(component: str, source: Artifact, version: str, words: Sequence[str] =
         source: The `engines` artifact.
         version: Of TensorRT here.
         words: What TensorRT says.
+        index: Of the GPU that it was loaded onto.
     """
-    gpu, config = gpus()[0], read_config(source.manifest.config)
+    gpu, config = gpus()[index], read_config(source.manifest.config)
     title = title_of(config.backend)
     found = differing(source.manifest.details, config, f"{title} {version}", gpu, driver_version())
     # Into another directory: where nothing differs that a manifest tells, engines that are there count as up to date.
@@ -297,18 +313,37 @@ def stale(component: str, source: Artifact, version: str, words: Sequence[str] =
     )
 
 
-def check_devices(component: str, inputs: Mapping[str, Tensor]) -> None:
-    """Check that every input lies on the GPU.
+def check_devices(component: str, inputs: Mapping[str, Tensor], device: torch.device) -> None:
+    """Check that every input lies on the engine's GPU.
 
     Raises:
         EngineInputError: names the tensor that does not.
     """
     for name, tensor in inputs.items():
-        if not tensor.is_cuda:
+        if tensor.device != device:
             raise EngineInputError(
-                f"{component} input {name!r}: got a tensor on {tensor.device}, expected one on cuda; "
-                "move it with .cuda()"
+                f"{component} input {name!r}: got a tensor on {tensor.device}, expected one on {device}; "
+                f"move it with .to('{device}')"
             )
+
+
+def as_built(spec: ComponentSpec, library: Any, engine: CudaEngine) -> ComponentSpec:
+    """What an engine takes and gives: `spec` with the engine's own types, and outputs that `spec` leaves out.
+
+    TensorRT makes float32 of a graph's float64, and runs only where every output has memory.
+    """
+
+    def typed(tensor: TensorSpec) -> TensorSpec:
+        kind = engine.get_tensor_dtype(tensor.name).name
+        return dataclasses.replace(tensor, dtype=_TYPES.get(kind, tensor.dtype))
+
+    known = {tensor.name for tensor in spec.outputs}
+    names = map(engine.get_tensor_name, range(engine.num_io_tensors))
+    outputs = [name for name in names if engine.get_tensor_mode(name) == library.TensorIOMode.OUTPUT]
+    more = [TensorSpec(name=name, dtype="float32", shape=()) for name in outputs if name not in known]
+    return dataclasses.replace(
+        spec, inputs=tuple(map(typed, spec.inputs)), outputs=tuple(map(typed, (*spec.outputs, *more)))
+    )
 
 
 def read_profiles(spec: ComponentSpec, engine: CudaEngine) -> Sequence[Profile]:

@@ -96,9 +96,13 @@ class PhaseTree:
 
 
 def progress_monitor(trt: Any, component: str, log: EventLog) -> Any:
-    """A TensorRT progress monitor that sends an event for each new phase and each new percent."""
+    """A TensorRT progress monitor that sends an event for each new phase and each new percent.
+
+    TensorRT may call it from several threads, and ends the build where `step_complete` raises.
+    """
     tree = PhaseTree()
     last = [-1]
+    lock = threading.Lock()
 
     def send(phase: str, *, always: bool) -> None:
         percent = max(int(100 * tree.fraction()), last[0])
@@ -111,17 +115,20 @@ def progress_monitor(trt: Any, component: str, log: EventLog) -> Any:
             trt.IProgressMonitor.__init__(self)
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-            new = phase_name not in tree.phases
-            tree.start(phase_name, parent_phase, num_steps)
-            send(phase_name, always=new)
+            with lock:
+                new = phase_name not in tree.phases
+                tree.start(phase_name, parent_phase, num_steps)
+                send(phase_name, always=new)
 
         def step_complete(self, phase_name: str, step: int) -> bool:
-            tree.step(phase_name, step)
-            send(phase_name, always=False)
+            with lock:
+                tree.step(phase_name, step)
+                send(phase_name, always=False)
             return True
 
         def phase_finish(self, phase_name: str) -> None:
-            tree.finish(phase_name)
+            with lock:
+                tree.finish(phase_name)
 
     return Monitor()
 

@@ -12,8 +12,10 @@ from typing import Any, Literal
 
 from quest_deploy.artifacts import Artifact, read_artifact
 from quest_deploy.config import TensorRTBackend
-from quest_deploy.engines.inspector import EngineLayer, inspect_engine
+from quest_deploy.engines.inspector import EngineLayer, inspect_plan
+from quest_deploy.engines.layer_times import plan_specs
 from quest_deploy.engines.libraries import import_tensorrt
+from quest_deploy.engines.trt_plan import run_errors
 from quest_deploy.engines.trt_runtime import check_flavour, check_gpu, load_plans
 from quest_deploy.errors import QuestDeployError
 from quest_deploy.export.lint import lint
@@ -104,6 +106,8 @@ def prove(engine_dir: Path, onnx_dir: Path, *, backend: TensorRTBackend) -> Proo
         MissingDependencyError: no GPU, no CUDA build of torch, or no TensorRT.
         ArtifactError: a directory that cannot be trusted, or an inspector of a format that is not known.
         StaleArtifactError: this TensorRT or GPU cannot load the plans.
+        EngineBuildError: too little memory on the GPU.
+        EngineRunError: TensorRT refuses the shapes that an engine was built for.
     """
     source = read_artifact(Path(engine_dir), stage="engines")
     check_flavour(source.path, str(source.manifest.config.get("backend")), backend)
@@ -111,10 +115,12 @@ def prove(engine_dir: Path, onnx_dir: Path, *, backend: TensorRTBackend) -> Proo
     library = import_tensorrt(backend)
     promised = lint(onnx_dir, target=backend).layers
     rows: list[Comparison] = []
+    specs = plan_specs(source)
     for name, plan in load_plans(source, library, backend).items():
-        with plan:
-            assert plan.engine is not None
-            found = inspect_engine(library, plan.engine)
+        with plan, run_errors(name):
+            if source.manifest.config.get("weight_streaming"):
+                plan.stream_weights(0)  # they may be more than the GPU holds, and nothing runs
+            found = inspect_plan(plan, specs[name])
         rows += compare([layer for layer in promised if layer.component == name], found)
     return Proof(rows=tuple(rows))
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
@@ -12,8 +13,10 @@ from quest_deploy.artifacts import read_artifact, write_artifact
 from quest_deploy.commands import main
 from quest_deploy.engines.inspector import DataType, EngineLayer
 from quest_deploy.engines.libraries import gpus
+from quest_deploy.engines.trt_plan import LoadedPlan
 from quest_deploy.errors import ArtifactError, ConfigError, MissingDependencyError
 from quest_deploy.export.lint.report import Execution, Layer
+from tests.engines.simulated_trt import SPEC, SimulatedEngine, simulated_library
 
 
 def promised(execution: Execution, name: str = "conv") -> Layer:
@@ -72,6 +75,23 @@ def test_products_that_are_worse_than_promised_are_named() -> None:
     shown = Proof(rows=(*rows, *compare([promised("int8", "down.conv")], []))).describe()
     assert "of 3 products 1 run as lint promised, 0 in lower precision, 1 in higher; of 1 the" in shown
     assert shown.splitlines()[1:] == ["unet: up.conv was promised int8, and is fp16"]
+
+
+def test_layers_are_told_of_engines_with_ranges_of_shapes_and_weights_that_may_not_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = {"backend": "tensorrt", "weight_streaming": True}
+    with write_artifact(tmp_path / "engines", stage="engines", config=config):
+        pass
+    cuda, library = SimulatedEngine(), simulated_library(lambda log, plan: None)
+    plans = {"unet": LoadedPlan("unet", library, cuda)}
+    monkeypatch.setattr(after_build, "check_gpu", lambda path: None)
+    monkeypatch.setattr(after_build, "import_tensorrt", lambda backend: library)
+    monkeypatch.setattr(after_build, "lint", lambda path, target: SimpleNamespace(layers=[promised("int8")]))
+    monkeypatch.setattr(after_build, "plan_specs", lambda source: {"unet": SPEC})
+    monkeypatch.setattr(after_build, "load_plans", lambda source, library, backend: plans)
+    assert prove(tmp_path / "engines", tmp_path, backend="tensorrt").counts()["kept"] == 1
+    assert cuda.weight_streaming_budget_v2 == 0
 
 
 @pytest.mark.parametrize("loaded", [True, False])

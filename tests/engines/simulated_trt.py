@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-from collections.abc import Callable
+import json
+import threading
+from collections.abc import Callable, Collection, Iterator
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -28,13 +30,38 @@ SPEC = ComponentSpec(
 ACTIVATION_BYTES = 1024
 
 
+class SimulatedDevice:
+    """torch.cuda.device, with CPU tensors: the GPU that the calling thread has chosen."""
+
+    chosen = threading.local()
+
+    def __init__(self, device: torch.device) -> None:
+        self.index = device.index or 0
+
+    @classmethod
+    def current(cls) -> int:
+        return getattr(cls.chosen, "index", 0)
+
+    def __enter__(self) -> None:
+        self.before, self.chosen.index = self.current(), self.index
+
+    def __exit__(self, *error: object) -> None:
+        self.chosen.index = self.before
+
+
 class SimulatedStream:
-    """A CUDA stream that notes what it waits for; each has a handle of its own, CUDA's default stream has 0."""
+    """A CUDA stream that notes what it waits for; CUDA's default stream has handle 0.
 
-    handles = itertools.count(100)
+    As torch's, those of a priority come from a pool of 32, in turn.
+    """
 
-    def __init__(self, handle: int | None = None) -> None:
-        self.cuda_stream = next(self.handles) if handle is None else handle
+    pools: ClassVar[dict[int, Iterator[int]]] = {
+        0: itertools.cycle(range(100, 132)),
+        -1: itertools.cycle(range(200, 232)),
+    }
+
+    def __init__(self, handle: int | None = None, *, priority: int = 0) -> None:
+        self.cuda_stream = next(self.pools[priority]) if handle is None else handle
         self.waited_for: list[SimulatedStream] = []
         self.synchronized = 0
 
@@ -45,10 +72,15 @@ class SimulatedStream:
         self.synchronized += 1
 
 
+# Minimum, optimum and maximum of x, by profile.
+PROFILES = (((1, 4), (2, 4), (2, 4)), ((3, 4), (8, 4), (8, 4)))
+
+
 class SimulatedContext:
     """An execution context that doubles x into y, at the addresses it was given."""
 
-    def __init__(self, *, capturable: bool = True) -> None:
+    def __init__(self, tensors: Collection[str], *, capturable: bool = True) -> None:
+        self.tensors = tensors
         self.active_optimization_profile = 0
         self.addresses: dict[str, int] = {}
         self.shape: tuple[int, ...] = ()
@@ -57,25 +89,35 @@ class SimulatedContext:
         self.capturable = capturable
         self.enqueued = 0
         self.streams: list[int] = []
+        self.captured_on: list[int] = []
         self.shapes_set = 0
+        self.ran_with: tuple[int, ...] = ()
         self.recording: list[Callable[[], None]] | None = None
         self.profiler: Any = None
+        self.nvtx_verbosity = "detailed"
         self.layer_ms: Callable[[int], dict[str, float]] = lambda run: {}
 
     def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
+        # As the binding, which has no other answer than True.
+        if not 0 <= profile_index < len(PROFILES):
+            raise RuntimeError("Error in set optimization profile async.")
         self.active_optimization_profile = profile_index
+        self.shape = ()  # "invalidates all dynamic bindings"
         return True
 
     def set_device_memory(self, memory: int, size: int) -> None:
         self.memory = (memory, size)
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        low, _, high = PROFILES[self.active_optimization_profile]
+        if not all(least <= size <= most for least, size, most in zip(low, shape, high, strict=True)):
+            return False
         self.shape = shape
         self.shapes_set += 1
         return True
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        return self.shape
+        return self.shape or (-1, 4)
 
     def set_tensor_address(self, name: str, memory: int) -> bool:
         assert memory % trt_context.ALIGNMENT_BYTES == 0
@@ -88,14 +130,19 @@ class SimulatedContext:
     def execute_async_v3(self, stream_handle: int) -> bool:
         self.streams.append(stream_handle)
         assert self.memory is not None and self.memory[1] >= ACTIVATION_BYTES
+        assert self.shape and self.addresses.keys() == set(self.tensors)
         state = (dict(self.addresses), self.shape)
         if self.recording is None:
             self.enqueued += 1
+            self.ran_with = self.shape
             self._double(*state)
             if self.profiler is not None:
                 for name, ms in self.layer_ms(self.enqueued).items():
                     self.profiler.report_layer_time(name, ms)
         else:
+            # What TensorRT defers until shapes run for the first time must not be captured.
+            assert self.ran_with == self.shape and self.profiler is None
+            self.captured_on.append(stream_handle)
             self.recording.append(lambda: self._replay(state))
         return self.runs
 
@@ -115,6 +162,7 @@ class SimulatedEngine:
     """A deserialized engine with two profiles: batch 1..2 and 3..8."""
 
     num_optimization_profiles = 2
+    types: ClassVar[dict[str, str]] = {"x": "FLOAT", "y": "FLOAT"}
     streamable_weights_size = 4096
     takes_budgets = True
 
@@ -125,6 +173,7 @@ class SimulatedEngine:
         self.made_with: list[Any] = []
         self.config = SimulatedConfig()
         self._budget = self.streamable_weights_size
+        self.gpu = SimulatedDevice.current()
 
     @property
     def weight_streaming_budget_v2(self) -> int:
@@ -142,8 +191,24 @@ class SimulatedEngine:
         """Weights that are streamed need room to pass through."""
         return ACTIVATION_BYTES * (1 if self._budget == self.streamable_weights_size else 2)
 
+    @property
+    def num_io_tensors(self) -> int:
+        return len(self.types)
+
+    def get_tensor_name(self, index: int) -> str:
+        return list(self.types)[index]
+
+    def get_tensor_mode(self, name: str) -> str:
+        return "input" if name == "x" else "output"
+
+    def get_tensor_dtype(self, name: str) -> SimpleNamespace:
+        return SimpleNamespace(name=self.types[name])
+
     def get_tensor_profile_shape(self, name: str, profile_index: int) -> list[tuple[int, int]]:
-        return [[(1, 4), (2, 4), (2, 4)], [(3, 4), (8, 4), (8, 4)]][profile_index]
+        return list(PROFILES[profile_index])
+
+    def create_engine_inspector(self) -> SimulatedInspector:
+        return SimulatedInspector()
 
     def create_runtime_config(self) -> SimulatedConfig:
         return self.config
@@ -151,9 +216,28 @@ class SimulatedEngine:
     def create_execution_context(self, how: Any) -> SimulatedContext | None:
         if self.out_of_memory:
             return None
+        assert self.gpu == SimulatedDevice.current()
         self.made_with.append(how)
-        self.contexts.append(SimulatedContext(capturable=self.capturable))
+        self.contexts.append(SimulatedContext(self.types, capturable=self.capturable))
         return self.contexts[-1]
+
+
+class SimulatedInspector:
+    """An inspector that tells types of a tensor with sizes that are not fixed for a context with shapes alone."""
+
+    execution_context: SimulatedContext | None = None
+
+    def get_engine_information(self, how: str) -> str:
+        context = self.execution_context
+        kind = (
+            "Int8" if how == "json" and context is not None and context.shape else "N/A due to dynamic shapes"
+        )
+        tensors = [{"Name": "x", "Dimensions": [-1, 4], "Format/Datatype": kind}]
+        layers = [
+            {"Name": name, "LayerType": "CaskConvolution", "Inputs": tensors, "Outputs": tensors}
+            for name in ("conv", "add")
+        ]
+        return json.dumps({"Layers": layers, "Bindings": ["x", "y"]})
 
 
 class SimulatedCache:
@@ -240,6 +324,9 @@ def simulated_library(deserialize: Callable[[Any, bytes], Any]) -> ModuleType:
     library.Runtime = lambda log: SimpleNamespace(  # type: ignore[attr-defined]
         deserialize_cuda_engine=lambda plan: deserialize(log, plan)
     )
+    library.ProfilingVerbosity = SimpleNamespace(LAYER_NAMES_ONLY="names")  # type: ignore[attr-defined]
+    library.TensorIOMode = SimpleNamespace(OUTPUT="output")  # type: ignore[attr-defined]
+    library.LayerInformationFormat = SimpleNamespace(JSON="json")  # type: ignore[attr-defined]
     library.IProfiler = SimulatedProfiler  # type: ignore[attr-defined]
     library.ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="user")  # type: ignore[attr-defined]
     library.DynamicShapesKernelSpecializationStrategy = SimpleNamespace(EAGER="eager")  # type: ignore[attr-defined]
@@ -252,6 +339,8 @@ def simulate_cuda(monkeypatch: pytest.MonkeyPatch) -> SimulatedStream:
     monkeypatch.setattr(trt_runtime, "check_devices", lambda *args: None)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
     monkeypatch.setattr(torch.cuda, "Stream", SimulatedStream)
+    monkeypatch.setattr(torch.cuda, "device", SimulatedDevice)
+    monkeypatch.setattr(torch.cuda, "current_device", SimulatedDevice.current)
     monkeypatch.setattr(trt_context, "ALIGNMENT_BYTES", 64)  # what torch aligns to on a CPU
     monkeypatch.setattr(trt_context, "capture", simulated_capture)
     return stream

@@ -1,15 +1,22 @@
-"""On JSON made by hand after the documented format: no engine can be inspected without a GPU."""
+"""On JSON made by hand after the documented format, and a simulated inspector: a real one needs a GPU."""
 
 from __future__ import annotations
 
 import json
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from quest_deploy.engines.inspector import inspect_engine, parse_layers, type_in
+from quest_deploy.engines.inspector import inspect_plan, parse_layers, type_in
+from quest_deploy.engines.trt_plan import LoadedPlan, Refusal
 from quest_deploy.errors import ArtifactError
+from tests.engines.simulated_trt import (
+    SPEC,
+    SimulatedEngine,
+    SimulatedInspector,
+    simulate_cuda,
+    simulated_library,
+)
 
 
 def layer(
@@ -64,6 +71,10 @@ def test_layer_without_metadata_has_the_nodes_of_its_name() -> None:
     assert parse(layer("/a/Conv + /a/Relu", Metadata=""))[0].sources == ("/a/Conv", "/a/Relu")
 
 
+def test_layers_of_further_profiles_have_the_nodes_of_the_first() -> None:
+    assert parse(layer("/a/Conv + /a/Relu [profile 1]", Metadata=""))[0].sources == ("/a/Conv", "/a/Relu")
+
+
 def test_engine_built_without_details_has_names_alone() -> None:
     (found,) = parse("/a/Conv + /a/Relu")
     assert (found.sources, found.precision, found.tactic) == (("/a/Conv", "/a/Relu"), "unknown", "")
@@ -80,6 +91,7 @@ def test_engine_built_without_details_has_names_alone() -> None:
         ("Row major linear FP32", "fp32"),
         ("Float", "fp32"),
         ("Int64", "other"),
+        ("N/A due to dynamic shapes", "unknown"),
         ("", "unknown"),
     ],
 )
@@ -95,14 +107,24 @@ def test_other_formats_are_refused(text: str) -> None:
         parse_layers(text)
 
 
-def test_inspector_is_asked_for_json() -> None:
-    class SimulatedInspector:
-        def get_engine_information(self, how: str) -> str:
-            return json.dumps({"Layers": [layer()]}) if how == "json" else ""
+def test_types_are_told_for_the_optimal_shapes_of_engines_with_ranges(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    simulate_cuda(monkeypatch)
+    cuda = SimulatedEngine()
+    told = SimulatedInspector().get_engine_information("json")
+    assert [one.precision for one in parse_layers(told)] == ["unknown", "unknown"]
+    found = inspect_plan(LoadedPlan("doubler", simulated_library(lambda log, plan: None), cuda), SPEC)
+    assert [(one.name, one.precision) for one in found] == [("conv", "int8"), ("add", "int8")]
+    assert [context.shape for context in cuda.contexts] == [(2, 4)]
 
-    engine = SimpleNamespace(create_engine_inspector=SimulatedInspector)
-    library = SimpleNamespace(LayerInformationFormat=SimpleNamespace(JSON="json"))
-    assert [one.name for one in inspect_engine(library, engine)] == ["conv"]
+
+def test_shapes_that_tensorrt_refuses_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    simulate_cuda(monkeypatch)
+    cuda = SimulatedEngine()
+    monkeypatch.setattr(cuda, "get_tensor_profile_shape", lambda name, index: [(9, 4)] * 3)
+    with pytest.raises(Refusal, match=r"TensorRT refused x \[9, 4\]"):
+        inspect_plan(LoadedPlan("doubler", simulated_library(lambda log, plan: None), cuda), SPEC)
 
 
 def test_the_library_has_the_format() -> None:

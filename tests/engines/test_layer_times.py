@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -59,14 +57,11 @@ def test_first_runs_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_times_come_with_what_the_layers_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     simulate_cuda(monkeypatch)
     cuda, library = ProfiledEngine(), simulated_library(lambda log, plan: None)
-    library.LayerInformationFormat = SimpleNamespace(JSON="json")  # type: ignore[attr-defined]
-    told = json.dumps({"Layers": ["conv", "add"]})
-    inspector = SimpleNamespace(get_engine_information=lambda how: told)
-    monkeypatch.setattr(cuda, "create_engine_inspector", lambda: inspector, raising=False)
     monkeypatch.setattr(layer_times, "import_tensorrt", lambda backend: library)
     monkeypatch.setattr(layer_times, "load_plan", lambda plan, spec, config: make_engine(cuda))
     found = time_layers(tmp_path / "model.plan", SPEC, BuildConfig(backend="tensorrt"))
     assert [layer.name for layer in found.layers] == list(found.ms) == ["conv", "add"]
+    assert {layer.precision for layer in found.layers} == {"int8"}
 
 
 @pytest.mark.parametrize(
@@ -79,12 +74,12 @@ def test_times_come_with_what_the_layers_are(monkeypatch: pytest.MonkeyPatch, tm
 def test_an_engine_that_does_not_run_is_an_error_that_a_build_survives(
     refusal: Exception, expected: type[Exception], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def refuse(library: object, engine: object) -> None:
+    def refuse(plan: object, spec: object) -> None:
         raise refusal
 
     monkeypatch.setattr(layer_times, "import_tensorrt", lambda backend: None)
     monkeypatch.setattr(layer_times, "load_plan", lambda plan, spec, config: make_engine(SimulatedEngine()))
-    monkeypatch.setattr(layer_times, "inspect_engine", refuse)
+    monkeypatch.setattr(layer_times, "inspect_plan", refuse)
     with pytest.raises(expected, match=f"doubler: {refusal}; .*build"):
         time_layers(tmp_path / "model.plan", SPEC, BuildConfig(backend="tensorrt"))
 

@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
+from quest_deploy.config import BuildConfig
 from quest_deploy.engines import libraries
 from quest_deploy.errors import ConfigError, MissingDependencyError
 
@@ -120,3 +122,16 @@ def test_driver_version_is_what_the_driver_says(
 ) -> None:
     monkeypatch.setattr(ctypes, "CDLL", lambda name: library)
     assert libraries.driver_version() == version
+
+
+@pytest.mark.parametrize(("capability", "refused"), [("7.5", True), ("8.0", False), ("12.0", False)])
+def test_engines_for_ampere_and_later_are_not_built_on_earlier_gpus(
+    monkeypatch: pytest.MonkeyPatch, capability: str, refused: bool
+) -> None:
+    gpu = libraries.Gpu(name="NVIDIA T4", compute_capability=capability)
+    monkeypatch.setattr(libraries, "gpus", lambda: [gpu])
+    monkeypatch.setattr(libraries, "check_capabilities", lambda backend, wanted: None)
+    config = BuildConfig(backend="tensorrt", hardware_compatible="ampere-plus")
+    expected = pytest.raises(ConfigError, match="T4 has compute capability 7.5") if refused else nullcontext()
+    with expected:
+        libraries.check_targets(config)

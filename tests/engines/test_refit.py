@@ -143,6 +143,15 @@ def test_weights_that_tensorrt_does_not_take_are_an_error_that_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_engine_that_tensorrt_does_not_write_is_an_error(
+    stripped: Artifact, tiny_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    simulate(monkeypatch)
+    monkeypatch.setattr(SimulatedStrippedEngine, "serialize_with_config", lambda self, config: None)
+    with pytest.raises(EngineBuildError, match=r"cannot put the weights of .*it gives no reason"):
+        refit.refit(stripped.path, tiny_onnx, tmp_path / "engines")
+
+
 def test_other_weights_are_refused(
     stripped: Artifact, make_onnx: Callable[..., Path], four_bit_unet: Callable[..., bytes], tmp_path: Path
 ) -> None:

@@ -18,6 +18,7 @@ from quest_deploy.engines.trt_runtime import TensorRTEngine
 from quest_deploy.errors import EngineBuildError, EngineRunError
 from tests.engines.simulated_trt import (
     ACTIVATION_BYTES,
+    SimulatedDevice,
     SimulatedEngine,
     SimulatedLogger,
     SimulatedStream,
@@ -63,6 +64,11 @@ def test_shape_that_comes_again_is_captured_and_replayed(cuda: SimulatedEngine) 
     assert [context.enqueued for context in cuda.contexts] == [1, 1]
     (graph,) = (entry.graph for entry in engine.lanes[threading.get_ident()].captured.values())
     assert graph.replays == 2
+
+
+def test_runs_are_enqueued_with_the_markers_that_tensorrt_has_by_default(cuda: SimulatedEngine) -> None:
+    run(make_engine(cuda), 2, 2)
+    assert [context.nvtx_verbosity for context in cuda.contexts] == ["names", "names"]
 
 
 def test_other_shape_gets_its_own_graph_and_leaves_the_first_valid(cuda: SimulatedEngine) -> None:
@@ -154,6 +160,19 @@ def test_on_the_default_stream_tensorrt_gets_another_one_between_what_comes_befo
     assert len(stream.waited_for) == len(own.waited_for) and set(stream.waited_for) == {own}
 
 
+def test_captures_never_use_a_stream_that_threads_run_on(
+    cuda: SimulatedEngine, stream: SimulatedStream
+) -> None:
+    stream.cuda_stream = DEFAULT_STREAM
+    engine = make_engine(cuda)
+    for _ in range(8):  # graphs come and go: more captures than torch has streams
+        for batch in range(1, MAX_GRAPHS + 2):
+            run(engine, batch, batch)
+    used = {handle for context in cuda.contexts for handle in context.captured_on}
+    own = engine.lanes[threading.get_ident()].block.own
+    assert len(used) == 32 and own is not None and own.cuda_stream not in used
+
+
 def test_other_streams_of_the_caller_are_used_as_they_are(
     cuda: SimulatedEngine, stream: SimulatedStream
 ) -> None:
@@ -229,6 +248,18 @@ def test_refusal_does_not_quote_errors_of_earlier_calls(cuda: SimulatedEngine) -
         engine(x=torch.ones(1, 4))
 
 
+def test_profile_that_tensorrt_refuses_is_an_error_with_a_next_step(
+    cuda: SimulatedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(cuda)
+    run(engine, 2)
+    monkeypatch.setattr(engine, "profiles", [engine.profiles[0]] * 2 + [engine.profiles[1]])
+    with pytest.raises(
+        EngineRunError, match="doubler: TensorRT refused profile 2; run the same command again"
+    ):
+        engine(x=torch.ones(5, 4))
+
+
 def test_what_cuda_says_of_a_run_is_an_error_with_a_next_step(
     cuda: SimulatedEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -281,6 +312,40 @@ def test_threads_run_in_contexts_and_memory_of_their_own(cuda: SimulatedEngine) 
     assert not failed and len(engine.lanes) == 2
     assert len({context.memory for context in cuda.contexts}) == 2
     assert {context.shape for context in cuda.contexts} == {(1, 4), (4, 4)}
+
+
+def test_engine_runs_on_the_gpu_that_it_was_loaded_onto_whatever_the_thread_has_chosen() -> None:
+    second = torch.device("cpu", 1)
+    with SimulatedDevice(second):
+        cuda = SimulatedEngine()
+    run(make_engine(cuda, ActivationMemory(ACTIVATION_BYTES, second)), 2, 2, 2)
+    assert SimulatedDevice.current() == 0
+
+
+def test_threads_run_while_another_one_waits_for_its_first_context(
+    cuda: SimulatedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, asked, go_on = make_engine(cuda, graphs=False), threading.Event(), threading.Event()
+    run(engine, 2)
+    make = cuda.create_execution_context
+
+    def slowly(how: object) -> object:  # as where TensorRT for RTX compiles kernels
+        asked.set()
+        assert go_on.wait(10)
+        return make(how)
+
+    monkeypatch.setattr(cuda, "create_execution_context", slowly)
+    other = threading.Thread(target=run, args=(engine, 2))
+    other.start()
+    assert asked.wait(10)
+    timer = threading.Timer(2, go_on.set)  # so that a run that waits for the other ends, too late
+    timer.start()
+    run(engine, 2)
+    assert not go_on.is_set()
+    timer.cancel()
+    go_on.set()
+    other.join()
+    assert len(engine.lanes) == 2
 
 
 def test_block_waits_for_the_stream_that_it_was_used_on_before() -> None:

@@ -3,11 +3,12 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from quest_deploy.config import ProgressEvent
-from quest_deploy.engines.trt_process import BuildMemoryError, Progress, Tally, run_worker
+from quest_deploy.engines.trt_process import OLDEST_TENSORRT, BuildMemoryError, Progress, Tally, run_worker
 from quest_deploy.errors import EngineBuildError
 
 JOB = {
@@ -79,6 +80,22 @@ def test_refused_graph_is_an_error_that_says_what_and_what_next() -> None:
     expected = r"b: TensorRT for RTX 1\.7 cannot build '/x/b': no Int4; export the model again .*--target tensorrt-rtx"
     with pytest.raises(EngineBuildError, match=expected):
         run(command)
+
+
+@pytest.mark.parametrize(
+    ("version", "old"), [("10.11.0.33", True), ("10.12.0.36", False), ("11.0.0.1", False)]
+)
+def test_tensorrt_that_is_older_than_what_exports_need_is_to_be_replaced(version: str, old: bool) -> None:
+    command = worker(
+        f"send(event='failed', kind='build', component='a', message='output_dtype', tensorrt_version='{version}')"
+    )
+    with pytest.raises(
+        EngineBuildError, match="a: TensorRT 1.* cannot build '/x/a': output_dtype; "
+    ) as caught:
+        run_worker({**JOB, "backend": "tensorrt"}, Tally(None, {"a": 1}), command)
+    assert ("TensorRT 10.12 and later: run `pip install --upgrade" in str(caught.value)) == old
+    pyproject = Path(__file__).parents[2] / "pyproject.toml"
+    assert f'"tensorrt>={".".join(map(str, OLDEST_TENSORRT))}"' in pyproject.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

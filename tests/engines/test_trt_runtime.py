@@ -138,9 +138,11 @@ def test_batches_are_told_by_profile_and_none_for_other_sizes(doubler: TensorRTE
     assert doubler.batch_ranges({"x": (1, 5)}) == doubler.batch_ranges({"x": (1,)}) == []
 
 
-def test_tensor_on_the_cpu_is_refused() -> None:
-    with pytest.raises(EngineInputError, match=r"unet input 'x': got a tensor on cpu, expected one on cuda"):
-        check_devices("unet", {"x": torch.zeros(1)})
+def test_tensor_that_is_not_on_the_engines_gpu_is_refused() -> None:
+    with pytest.raises(
+        EngineInputError, match=r"unet input 'x': got a tensor on cpu, expected one on cuda:1"
+    ):
+        check_devices("unet", {"x": torch.zeros(1)}, torch.device("cuda", 1))
 
 
 def test_other_flavour_is_refused_with_both_ways_out() -> None:
@@ -225,7 +227,7 @@ def test_real_engines_on_a_machine_without_a_gpu_say_what_is_missing(plans: Arti
         load_tensorrt_engines(plans.path, backend="tensorrt-rtx")
 
 
-@pytest.mark.usefixtures("rtx_5090")
+@pytest.mark.usefixtures("rtx_5090", "stream")
 def test_plan_that_tensorrt_does_not_deserialize_is_stale(
     plans: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:

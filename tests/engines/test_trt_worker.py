@@ -4,13 +4,14 @@ import io
 import json
 import logging
 import sys
+import threading
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 
 from quest_deploy.engines import trt_worker
-from quest_deploy.engines.trt_worker import EventLog, PhaseTree, build_component
+from quest_deploy.engines.trt_worker import EventLog, PhaseTree, build_component, progress_monitor
 
 
 def record(message: str, level: int = logging.ERROR) -> logging.LogRecord:
@@ -81,6 +82,35 @@ def test_more_steps_than_announced_stay_within_one() -> None:
     tree.start("build", None, 0)
     tree.step("build", 7)
     assert tree.fraction() == 1.0
+
+
+def test_progress_from_several_threads_ends_no_build() -> None:
+    trt = SimpleNamespace(IProgressMonitor=type("Base", (), {"__init__": lambda self: None}))
+    monitor = progress_monitor(trt, "unet", EventLog(io.StringIO()))
+    monitor.phase_start("build", None, 4)
+    failed: list[BaseException] = []
+
+    def work(thread: int) -> None:
+        try:
+            for phase in range(1000):
+                name = f"{thread}: {phase}"
+                monitor.phase_start(name, "build", 2)
+                assert monitor.step_complete(name, 0)
+                monitor.phase_finish(name)
+        except BaseException as error:
+            failed.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=work, args=(index,)) for index in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not failed
 
 
 def test_timings_that_cannot_be_saved_cost_no_engine(
