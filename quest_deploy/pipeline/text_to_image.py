@@ -5,6 +5,7 @@ Tokens, guidance, schedule and loop are the same code for every backend; only th
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from quest_deploy import sampling
 from quest_deploy.engines.base import Closing, Engine
 from quest_deploy.errors import ConfigError
 from quest_deploy.model.components import Conditioning, denoiser_inputs, like_latents, scaled, unscaled
-from quest_deploy.model.conditioning import Conditioner, Outputs, TextEncoders, token_limit
+from quest_deploy.model.conditioning import Conditioner, Outputs, TextEncoders, token_limit, tokens_of
 from quest_deploy.model.denoisers import CONTROL
 from quest_deploy.model.families import REFINER, VAE_DECODER, VAE_ENCODER, Classes, Family
 from quest_deploy.model.spec import ComponentSpec, vae_scale_factor
@@ -153,7 +154,7 @@ class Pipeline(Closing):
         part = max(self.family.text, key=lambda part: token_limit(part, self.tokenizers[part.name]))
         tokenizer = self.tokenizers[part.name]
         limit = token_limit(part, tokenizer)
-        tokens = tokenizer([prompt], truncation=False, verbose=False).input_ids[0]
+        tokens = tokens_of(tokenizer, prompt)
         if len(tokens) > limit:
             if len(self._told) >= MOST_TOLD:
                 self._told.clear()
@@ -321,8 +322,10 @@ class Pipeline(Closing):
         from quest_deploy.pipeline.safety import load_safety_checker
 
         checker = load_safety_checker(self.path, self.device) if safety_checker else None
+        # A tokenizer of its own: diffusers takes no turns with what this pipeline reads in other threads.
+        tokenizer = copy.deepcopy(self.tokenizer)
         return diffusers_pipeline(
-            self.engines, self.configs, self.tokenizer, self.make_scheduler(), self.device, checker
+            self.engines, self.configs, tokenizer, self.make_scheduler(), self.device, checker
         )
 
     def close(self) -> None:

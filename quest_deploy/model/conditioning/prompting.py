@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from quest_deploy.model.conditioning.text import Outputs, TextEncoders, token_limit
+from quest_deploy.model.conditioning.text import Outputs, TextEncoders, token_limit, tokens_of
 from quest_deploy.model.families import JOINT_T5_TOKENS
 from quest_deploy.model.tensors import ComponentSpec
 
@@ -60,7 +60,7 @@ def instructed(encoders: TextEncoders, prompts: Sequence[str], denoiser: Compone
     (part,) = encoders.parts
     instruction = "\n".join(sana_instruction())
     length = token_limit(part, encoders.tokenizers[part.name])
-    before = len(encoders.tokenizers[part.name].encode(instruction))
+    before = len(tokens_of(encoders.tokenizers[part.name], instruction))
     told = _masked(
         encoders, [instruction + prompt.lower().strip() for prompt in prompts], before + length - 2
     )
