@@ -93,8 +93,8 @@ class Graph:
             if self._is_unchanged():
                 return model
         raise StaleArtifactError(
-            f"'{self.path}' was changed or deleted after it was loaded, and OpenVINO reads it again for other sizes and "
-            "batches; load the directory again"
+            f"'{self.path}' was changed or deleted after it was loaded, and OpenVINO reads it again for other sizes "
+            "and batches; load the directory again"
         )
 
     def _is_unchanged(self) -> bool:

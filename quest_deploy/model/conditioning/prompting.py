@@ -14,6 +14,7 @@ from torch.nn.functional import pad
 
 from quest_deploy.model.conditioning.text import Outputs, TextEncoders, token_limit, tokens_of
 from quest_deploy.model.families import JOINT_T5_TOKENS
+from quest_deploy.model.libraries import class_of
 from quest_deploy.model.tensors import ComponentSpec
 
 Prompting = Callable[[TextEncoders, Sequence[str], ComponentSpec], dict[str, Tensor]]
@@ -69,9 +70,8 @@ def instructed(encoders: TextEncoders, prompts: Sequence[str], denoiser: Compone
 
 def sana_instruction() -> list[str]:
     """What diffusers puts before every prompt by default, line by line."""
-    from diffusers import SanaPipeline
-
-    parameters = inspect.signature(SanaPipeline.__call__).parameters
+    pipeline = class_of("diffusers", "SanaPipeline")
+    parameters = inspect.signature(pipeline.__call__).parameters
     lines: list[str] = parameters["complex_human_instruction"].default
     return lines
 
