@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from quest_deploy.engines.trt_api import CudaEngine, Runtime
 from quest_deploy.engines.trt_build import PLAN_NAME
 from quest_deploy.engines.trt_context import Lane, Shapes, shapes_of
 from quest_deploy.engines.trt_log import make_log
-from quest_deploy.engines.trt_memory import ActivationMemory
+from quest_deploy.engines.trt_memory import ActivationMemory, Block
 from quest_deploy.engines.trt_plan import LoadedPlan, run_errors, stream_weights
 from quest_deploy.errors import (
     ArtifactError,
@@ -40,7 +39,7 @@ UNSUPPORTED = "does not support this compute capability"
 
 
 class TensorRTEngine(Closing):
-    """One component. Several threads may run it at the same time: each has execution contexts of its own.
+    """One component. Several threads may run it at the same time, each in a block of memory with its own contexts.
 
     Args:
         spec: The component.
@@ -61,10 +60,9 @@ class TensorRTEngine(Closing):
         self.graphs = graphs and not plan.streams
         self.profiles = read_profiles(spec, plan.engine)
         self.limits = limits_of(spec, self.profiles)
-        self.lanes: dict[int, Lane] = {}
+        self.lanes: dict[Block, Lane] = {}
         self.has_run = False
         self._chosen: dict[Shapes, int] = {}
-        self._lock = threading.Lock()
 
     def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
         """Enqueue one run on torch's current stream: CUDA tensors in, CUDA tensors out.
@@ -79,8 +77,9 @@ class TensorRTEngine(Closing):
         shapes = shapes_of(inputs)
         profile = self._profile(shapes, inputs)
         check_devices(self.spec.name, inputs)
-        with run_errors(self.spec.name):
-            outputs = self._lane().run(inputs, shapes, profile)
+        assert self.memory is not None
+        with run_errors(self.spec.name), self.memory.borrow(torch.cuda.current_stream()) as block:
+            outputs = self._lane(block).run(inputs, shapes, profile)
         self.has_run = True
         return outputs
 
@@ -90,7 +89,7 @@ class TensorRTEngine(Closing):
 
     @property
     def captured(self) -> int:
-        """How many CUDA graphs all threads have of this component."""
+        """How many CUDA graphs there are of this component."""
         return sum(len(lane.captured) for lane in self.lanes.values())
 
     def _profile(self, shapes: Shapes, inputs: Mapping[str, Tensor]) -> int:
@@ -102,14 +101,12 @@ class TensorRTEngine(Closing):
             )
         return self._chosen[shapes]
 
-    def _lane(self) -> Lane:
-        """The calling thread's contexts."""
-        thread = threading.get_ident()
-        with self._lock:
-            if thread not in self.lanes:
-                assert self.plan is not None and self.memory is not None
-                self.lanes[thread] = Lane(self.spec, self.plan, self.memory.block(), graphs=self.graphs)
-            return self.lanes[thread]
+    def _lane(self, block: Block) -> Lane:
+        """The contexts in a block, which the caller has borrowed."""
+        if block not in self.lanes:
+            assert self.plan is not None
+            self.lanes[block] = Lane(self.spec, self.plan, block, graphs=self.graphs)
+        return self.lanes[block]
 
     def close(self) -> None:
         """Free everything, when no thread runs the engine any more; calling it again does nothing."""
