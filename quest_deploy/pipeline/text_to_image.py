@@ -141,11 +141,15 @@ class Pipeline(Closing):
     def encode_negative(self, count: int, prompt: str = "") -> dict[str, Tensor] | None:
         """What the denoiser is told for the negative branch of `count` images; None where the model has none.
 
+        A prompt that is too long is cut, with a warning.
+
         Raises:
             ConfigError: the prompt is no text, or there are no images.
         """
         if self.has_negative:
             check_texts("negative prompt", [prompt] * count)
+            if self.family.has_text:
+                self._tell_if_cut(prompt)
         told = self.conditioner.encode_negative(count, prompt)
         return None if told is None else self._here(told)
 
