@@ -73,7 +73,7 @@ def load_pipeline(
             return _torch_pipeline(path, model, threads)
     engines = load_engines(path, backend=chosen, threads=threads, run=run)
     return Pipeline(
-        path=path,
+        path=path.resolve(),
         stage=stage_of(path),
         backend=chosen,
         device=device_of(next(iter(engines.values()))),
@@ -91,7 +91,7 @@ def _torch_pipeline(path: Path, model: LoadedModel, threads: int | None) -> Pipe
     denoiser = engines[model.family.denoiser]
     assert isinstance(denoiser, TorchEngine)
     return Pipeline(
-        path=path,
+        path=path.resolve(),
         stage=stage_of(path),
         backend="torch",
         device=denoiser.device,

@@ -56,10 +56,10 @@ def load_safety_checker(path: Path, device: torch.device) -> SafetyChecker | Non
     """The safety checker of a model, checkpoint, ONNX or engine directory, on `device`; None where it names none.
 
     Raises:
-        ArtifactError: it is incomplete, pickled or of a class that is not known.
+        ArtifactError: the directory is gone, or the checker incomplete, pickled or of a class that is not known.
         ModelLoadError: its weights are incomplete or corrupt.
     """
-    if not path.is_dir():
+    if path.is_file():
         return None
     index = read_config(path / "model_index.json")
     named = safety_parts(index)

@@ -42,7 +42,7 @@ class Pipeline(Closing):
     Tensors may be given on any device; those returned lie on `device`.
 
     Attributes:
-        path: The artifact or model it was loaded from.
+        path: The artifact or model it was loaded from, absolute and without links.
         stage: What that is: "model", "checkpoint", "onnx" or "engines".
         backend: What runs the engines.
         device: Where tensors go in and come out.
