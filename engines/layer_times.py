@@ -100,25 +100,25 @@ def profile(library: Any, engine: TensorRTEngine, inputs: Mapping[str, Tensor]) 
     """
     assert engine.plan is not None and engine.memory is not None
     caller = torch.cuda.current_stream()
-    block = engine.memory.block()
-    block.take(caller)
-    # A context of its own and no captured graph: TensorRT times layers only where it enqueues them one by one.
-    shaped = ShapedContext(engine.spec, engine.plan, block)
-    shaped.set_shapes(shapes_of(inputs), 0, caller)
-    outputs = shaped.make_outputs(engine.device)
-    shaped.bind(inputs, outputs)
-    for _ in range(WARM_UP_RUNS):
-        shaped.run(caller)
-    caller.synchronize()
-    profiler = make_profiler(library)
-    shaped.context.profiler = profiler
-    runs = []
-    for _ in range(RUNS):
-        profiler.ms = Counter()
-        shaped.run(caller)
+    with engine.memory.borrow(caller) as block:
+        block.take(caller)
+        # A context of its own and no captured graph: TensorRT times layers only where it enqueues them one by one.
+        shaped = ShapedContext(engine.spec, engine.plan, block)
+        shaped.set_shapes(shapes_of(inputs), 0, caller)
+        outputs = shaped.make_outputs(engine.device)
+        shaped.bind(inputs, outputs)
+        for _ in range(WARM_UP_RUNS):
+            shaped.run(caller)
         caller.synchronize()
-        runs.append(profiler.ms)
-    return medians(runs)
+        profiler = make_profiler(library)
+        shaped.context.profiler = profiler
+        runs = []
+        for _ in range(RUNS):
+            profiler.ms = Counter()
+            shaped.run(caller)
+            caller.synchronize()
+            runs.append(profiler.ms)
+        return medians(runs)
 
 
 def make_profiler(library: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -57,7 +58,10 @@ class Graph:
 
     def __init__(self, core: Any, path: Path, options: Mapping[str, Any]) -> None:
         check_name(path, "OpenVINO")
-        self.core, self.path, self.options = core, path, options
+        self.core, self.options = core, options
+        # Wherever the working directory, or a link to this one, leads by the time that it is read again.
+        self.path = path.parent.resolve() / path.name
+        self.files = _identities(self.path.parent)
         try:
             self.model: Any = core.read_model(path)
         except RuntimeError as error:
@@ -67,12 +71,34 @@ class Graph:
             ) from error
 
     def compile(self, shapes: Shapes | None) -> Any:
-        """The graph for `shapes` alone, or (None) for any."""
+        """The graph for `shapes` alone, or (None) for any.
+
+        Raises:
+            StaleArtifactError: its files are others by now, or gone.
+            RuntimeError: OpenVINO does not compile it.
+        """
         # Not kept: it holds the weights as they lie on disk.
-        model, self.model = self.model or self.core.read_model(self.path), None
+        model, self.model = self.model or self._read_again(), None
         if shapes is not None:
             model.reshape({name: list(shape) for name, shape in shapes})
         return self.core.compile_model(model, DEVICE, self.options)
+
+    def _read_again(self) -> Any:
+        try:
+            model = self.core.read_model(self.path)
+        except RuntimeError:
+            if self._is_unchanged():
+                raise
+        else:
+            if self._is_unchanged():
+                return model
+        raise StaleArtifactError(
+            f"'{self.path}' was changed or deleted after it was loaded, and OpenVINO reads it again for other sizes "
+            "and batches; load the directory again"
+        )
+
+    def _is_unchanged(self) -> bool:
+        return self.files.items() <= _identities(self.path.parent).items()
 
 
 class Requests(threading.local):
@@ -231,6 +257,15 @@ def check_names(spec: ComponentSpec, model: Any) -> None:
                 f"{spec.name}: the graph has {kind} {listed}, expected {sorted(wanted)}; "
                 "export the model again with `quest-deploy export`"
             )
+
+
+def _identities(folder: Path) -> dict[str, tuple[int, ...]]:
+    """What tells each file of a folder from one that takes its place; none where the folder is gone."""
+    try:
+        stats = {entry.name: entry.stat() for entry in os.scandir(folder)}
+    except OSError:
+        return {}
+    return {name: (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
 
 
 def _cause(error: Exception) -> str:

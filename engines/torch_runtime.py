@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from quest_deploy.artifacts import stage_of
 from quest_deploy.engines.base import Closing, Engine, check_inputs
 from quest_deploy.model.components import first_device
+from quest_deploy.model.libraries import LOADING
 from quest_deploy.model.load import LoadedModel, load_model, wrap_components
 from quest_deploy.model.products import float32_products
 from quest_deploy.model.spec import ComponentSpec, component_specs
@@ -45,7 +46,9 @@ class TorchEngine(Closing):
         if self.module is None:
             raise RuntimeError(f"{self.spec.name}: the engine is closed")
         arguments = [inputs[tensor.name].to(self.device) for tensor in self.spec.inputs]
-        with _RUNNING, limited_threads(self.threads), float32_products("ieee"):
+        # Not the caller's autocast either: codes are computed in float32, and so is all that a specification says.
+        exact = torch.autocast(self.device.type, enabled=False)
+        with _RUNNING, limited_threads(self.threads), float32_products("ieee"), exact:
             outputs = self.module(*arguments)
         return {tensor.name: value for tensor, value in zip(self.spec.outputs, outputs, strict=True)}
 
@@ -122,7 +125,8 @@ def load_torch_engines(
         ArtifactError: neither of them, or a checkpoint that was changed since it was written.
         ModelLoadError: the model cannot be loaded.
     """
-    return torch_engines(load_torch_model(path), component_specs(path), device=device, threads=threads)
+    with LOADING:
+        return torch_engines(load_torch_model(path), component_specs(path), device=device, threads=threads)
 
 
 @contextlib.contextmanager

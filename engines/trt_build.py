@@ -16,6 +16,7 @@ from quest_deploy.config import BuildConfig, to_dict
 from quest_deploy.engines import ladder
 from quest_deploy.engines.arithmetic import RTX_BY_DEFAULT
 from quest_deploy.engines.foreign import fitted_components, is_foreign, to_json
+from quest_deploy.engines.graph_form import check_graph, tell_target
 from quest_deploy.engines.libraries import (
     check_targets,
     check_tensorrt,
@@ -109,6 +110,8 @@ def build_engine(
         for name in wanted:
             check_name(source.path / name / ONNX_NAME, "TensorRT")
             check_graph(name, source.path / name / ONNX_NAME, config.backend)
+        if wanted:
+            tell_target(source, config.backend)
         with write_artifact(
             output,
             stage="engines",
@@ -202,40 +205,6 @@ def copy_plan(existing: Path, component: str, output: Path) -> None:
     (output / component).mkdir(parents=True, exist_ok=True)
     shutil.copyfile(existing / component / PLAN_NAME, output / component / PLAN_NAME)
     copy_records(existing / component, output / component)
-
-
-def check_graph(component: str, path: Path, backend: str) -> None:
-    """Refuse a graph in the form made for ONNX Runtime that TensorRT does not take, before minutes are spent.
-
-    Raises:
-        ArtifactError: the file is missing or is not ONNX.
-        EngineBuildError: 4-bit weights are cast to 8 bits in the graph.
-    """
-    import onnx
-    from google.protobuf.message import DecodeError
-
-    try:
-        graph = onnx.load(path, load_external_data=False).graph
-    except OSError as error:
-        raise ArtifactError(
-            f"'{path}': cannot be read ({error.strerror}); export the model again with `quest-deploy export`"
-        ) from error
-    except DecodeError as error:
-        raise ArtifactError(
-            f"'{path}' is not an ONNX file; export the model again with `quest-deploy export`"
-        ) from error
-    four_bit = {
-        tensor.name
-        for tensor in graph.initializer
-        if tensor.data_type in (onnx.TensorProto.INT4, onnx.TensorProto.UINT4)
-    }
-    cast = [node for node in graph.node if node.op_type == "Cast" and node.input[0] in four_bit]
-    if cast:
-        raise EngineBuildError(
-            f"{component}: {len(cast)} weights are stored in 4 bits and cast to 8 in the graph ('{cast[0].input[0]}' "
-            f"is the first), which ONNX Runtime takes and {title_of(backend)} does not; "
-            f"export the checkpoint again with `quest-deploy export --target {backend}`"
-        )
 
 
 def copy_companions(source: Artifact, output: Path) -> None:

@@ -1,4 +1,4 @@
-"""Execution contexts of one thread: a plain one for any shapes, and one for each captured CUDA graph.
+"""Execution contexts in one block of memory: a plain one for any shapes, and one for each captured CUDA graph.
 
 A captured graph holds addresses, so it needs inputs and outputs that stay where they are. The caller's tensors do not:
 each step of a sampling loop makes new ones, and torch's caching allocator places them by what happens to be free, so
@@ -7,7 +7,7 @@ overwritten by the next replay while its owner still reads it. Therefore a graph
 copied into them and outputs out of them, on the GPU; latents and text are small beside what a denoiser reads.
 
 Each graph has an execution context of its own, because setting other shapes in a context invalidates the graphs that
-were captured from it (TensorRT's documentation). All contexts of a thread share one block of activation memory.
+were captured from it (TensorRT's documentation). All of them share one block of activation memory.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Shapes = tuple[tuple[str, torch.dtype, tuple[int, ...]], ...]
 """Name, type and shape of each input, sorted by name."""
 
 MAX_GRAPHS = 4
-"""Captured graphs that one thread keeps of one component; beyond it the one that was used longest ago is freed."""
+"""Captured graphs that a lane keeps; beyond it the one that was used longest ago is freed."""
 
 ALIGNMENT_BYTES = 256
 """Of inputs and outputs (`IExecutionContext::setTensorAddress`)."""
@@ -204,12 +204,12 @@ class CapturedShapes:
 
 
 class Lane:
-    """What one thread needs to run one component.
+    """What runs one component in one block of memory, whichever thread borrows that.
 
     Args:
         spec: The component.
         plan: Its engine.
-        block: The thread's activation memory.
+        block: Its activation memory.
         graphs: Whether shapes that come again are captured; becomes false where that fails.
     """
 

@@ -13,7 +13,7 @@ DEFAULT_STREAM = 0
 
 
 class Block:
-    """The activation memory of one thread.
+    """Activation memory for one run at a time.
 
     Whoever runs in it takes it first, which orders the run behind the one before it, also where that was enqueued on
     another stream.
@@ -21,7 +21,7 @@ class Block:
     Attributes:
         memory: uint8 [bytes].
         stream: The caller's stream that it was last taken for.
-        own: A stream of the thread's own, made where the caller's is CUDA's default one.
+        own: A stream of the block's own, made where the caller's is CUDA's default one.
     """
 
     def __init__(self, size_bytes: int, device: torch.device) -> None:
@@ -38,7 +38,7 @@ class Block:
 
     @contextmanager
     def beside(self, caller: torch.cuda.Stream) -> Iterator[torch.cuda.Stream]:
-        """The stream for TensorRT: the caller's, or where that is CUDA's default one, the thread's own.
+        """The stream for TensorRT: the caller's, or where that is CUDA's default one, the block's own.
 
         On the default stream TensorRT makes the host wait at every run, and that fails while another thread captures.
         What the body enqueues runs after all that `caller` has been given, and before what it is given next. Tensors
@@ -55,6 +55,10 @@ class Block:
         finally:
             caller.wait_stream(self.own)
 
+    def is_idle(self) -> bool:
+        """Whether nothing runs in this block."""
+        return self.stream is None or self.stream.query()
+
     def wait(self) -> None:
         """Return once nothing runs in this block any more."""
         if self.stream is not None:
@@ -62,22 +66,35 @@ class Block:
 
 
 class ActivationMemory:
-    """One block for each thread, as large as the largest component needs.
+    """Blocks as large as the largest component needs: as many as runs are enqueued, or go on, on several streams.
 
-    The components of a pipeline run one after the other, so they need no memory of their own each; threads run at the
-    same time and do. The size is fixed before the first run: captured CUDA graphs hold the block's address.
+    The components of a pipeline run one after the other, so they need no memory of their own each; threads may enqueue
+    at the same time and do. A block belongs to no thread: servers have more of them than draw at a time, and start
+    others all the time. The size is fixed before the first run: captured CUDA graphs hold the block's address.
     """
 
     def __init__(self, size_bytes: int, device: torch.device) -> None:
         self.size_bytes = size_bytes
         self.device = device
-        self._blocks: dict[int, Block] = {}
+        self._free: list[Block] = []
         self._lock = threading.Lock()
 
-    def block(self) -> Block:
-        """The calling thread's block; a thread that ended leaves its block to the next one of the same identifier."""
-        thread = threading.get_ident()
+    @contextmanager
+    def borrow(self, stream: torch.cuda.Stream) -> Iterator[Block]:
+        """A block into which nobody else enqueues meanwhile.
+
+        It was last used on the same stream, or is used no more, so that a run waits for none on another stream.
+        """
         with self._lock:
-            if thread not in self._blocks:
-                self._blocks[thread] = Block(self.size_bytes, self.device)
-            return self._blocks[thread]
+            block = next((one for one in self._free if one.stream == stream), None)
+            if block is None:
+                block = next((one for one in self._free if one.is_idle()), None)
+            if block is not None:
+                self._free.remove(block)
+        if block is None:
+            block = Block(self.size_bytes, self.device)
+        try:
+            yield block
+        finally:
+            with self._lock:
+                self._free.append(block)

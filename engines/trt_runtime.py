@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from quest_deploy.engines.trt_api import CudaEngine, Runtime
 from quest_deploy.engines.trt_build import PLAN_NAME
 from quest_deploy.engines.trt_context import Lane, Shapes, shapes_of
 from quest_deploy.engines.trt_log import make_log
-from quest_deploy.engines.trt_memory import ActivationMemory
+from quest_deploy.engines.trt_memory import ActivationMemory, Block
 from quest_deploy.engines.trt_plan import LoadedPlan, run_errors, stream_weights
 from quest_deploy.errors import (
     ArtifactError,
@@ -53,7 +52,7 @@ _TYPES = {
 
 
 class TensorRTEngine(Closing):
-    """One component. Several threads may run it at the same time: each has execution contexts of its own.
+    """One component. Several threads may run it at the same time, each in a block of memory with its own contexts.
 
     Args:
         spec: The component; types are those of the engine.
@@ -74,7 +73,7 @@ class TensorRTEngine(Closing):
         self.graphs = graphs and not plan.streams
         self.profiles = read_profiles(spec, plan.engine)
         self.limits = limits_of(spec, self.profiles)
-        self.lanes: dict[int, Lane] = {}
+        self.lanes: dict[Block, Lane] = {}
         self.has_run = False
         self._chosen: dict[Shapes, int] = {}
 
@@ -91,9 +90,14 @@ class TensorRTEngine(Closing):
         shapes = shapes_of(inputs)
         profile = self._profile(shapes, inputs)
         check_devices(self.spec.name, inputs, self.device)
+        assert self.memory is not None
         # An engine is bound to the GPU that it was loaded onto; this thread may have chosen another.
-        with torch.cuda.device(self.device), run_errors(self.spec.name):
-            outputs = self._lane().run(inputs, shapes, profile)
+        with (
+            torch.cuda.device(self.device),
+            run_errors(self.spec.name),
+            self.memory.borrow(torch.cuda.current_stream()) as block,
+        ):
+            outputs = self._lane(block).run(inputs, shapes, profile)
         self.has_run = True
         return outputs
 
@@ -103,7 +107,7 @@ class TensorRTEngine(Closing):
 
     @property
     def captured(self) -> int:
-        """How many CUDA graphs all threads have of this component."""
+        """How many CUDA graphs there are of this component."""
         return sum(len(lane.captured) for lane in self.lanes.values())
 
     def _profile(self, shapes: Shapes, inputs: Mapping[str, Tensor]) -> int:
@@ -115,13 +119,12 @@ class TensorRTEngine(Closing):
             )
         return self._chosen[shapes]
 
-    def _lane(self) -> Lane:
-        """The calling thread's contexts, which it alone makes: that may take long, and other threads run meanwhile."""
-        thread = threading.get_ident()
-        if thread not in self.lanes:
-            assert self.plan is not None and self.memory is not None
-            self.lanes[thread] = Lane(self.spec, self.plan, self.memory.block(), graphs=self.graphs)
-        return self.lanes[thread]
+    def _lane(self, block: Block) -> Lane:
+        """The contexts in a block, which the caller has borrowed."""
+        if block not in self.lanes:
+            assert self.plan is not None
+            self.lanes[block] = Lane(self.spec, self.plan, block, graphs=self.graphs)
+        return self.lanes[block]
 
     def close(self) -> None:
         """Free everything, when no thread runs the engine any more; calling it again does nothing."""

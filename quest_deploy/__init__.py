@@ -10,6 +10,7 @@ The Python API has the verbs of the command line; each is imported when it is fi
     quest_deploy.build_engine(Path("onnx"), Path("engines"), BuildConfig())
     quest_deploy.generate(Path("onnx"), Path("images"), GenerateConfig(prompts=("rocket",)))
     quest_deploy.compare(Path("model"), Path("onnx"), Path("parity"), ParityConfig())
+    quest_deploy.bench(["model", "onnx:openvino"], Path("bench"), BenchConfig(prompts=("rocket",)))
     pipeline = quest_deploy.load_pipeline(Path("onnx"), backend="onnxruntime")
 """
 
@@ -30,6 +31,7 @@ __version__ = "0.1.0"
 __all__ = [
     "__version__",
     "analyze",
+    "bench",
     "build_engine",
     "compare",
     "export",
@@ -47,7 +49,7 @@ _VERBS = {
     "load_pipeline": "quest_deploy.pipeline",
     "compare": "quest_deploy.parity",
 }
-_CALLABLE_PACKAGES = ("analyze", "export")
+_CALLABLE_PACKAGES = ("analyze", "bench", "export")
 
 
 def __getattr__(name: str) -> Any:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from quest_deploy.errors import ConfigError
 from quest_deploy.model.components import Conditioning, join_conditioning
+from quest_deploy.model.libraries import class_of
 
 Denoise = Callable[[Tensor, Tensor, Conditioning], Tensor]
 """(sample [b, c, h, w], timestep [1], conditioning [b, ...] by input name) -> prediction [b, c, h, w]."""
@@ -77,16 +78,14 @@ def make_scheduler(name: str | None, config: Any, *, own: str | None = None) -> 
         TypeError: the same.
         ValueError: the same.
     """
-    import diffusers
-
     own = str(own or config.get("_class_name"))
     class_name = own if name is None else SCHEDULERS.get(name.lower(), name)
-    if class_name not in {*SCHEDULERS.values(), own} or not hasattr(diffusers, str(class_name)):
+    kind = class_of("diffusers", str(class_name))
+    if class_name not in {*SCHEDULERS.values(), own} or kind is None:
         known = ", ".join(SCHEDULERS)
         raise ConfigError(
             f"scheduler {class_name!r} is unknown; choose one of {known} or the diffusers class name of one"
         )
-    kind = getattr(diffusers, str(class_name))
     flow = predicts_flow(config, own)
     # A flow-matching scheduler's configuration lacks what other schedulers go by.
     fits = is_flow(str(class_name)) or (flow and not is_flow(own) and takes_flow(kind))
@@ -233,15 +232,16 @@ def initial_noise(seeds: Sequence[int], shape: tuple[int, int, int]) -> Tensor:
 
 def generators_of(seeds: Sequence[int]) -> list[torch.Generator]:
     """One CPU generator a seed."""
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
+    return [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
 
 
 def draw_noise(generators: Sequence[torch.Generator], shape: tuple[int, int, int]) -> Tensor:
-    """Unit Gaussian noise, [n, c, h, w].
+    """Unit Gaussian noise, float32 [n, c, h, w] on the CPU, whatever the process's defaults are.
 
     The generators move on, and schedulers that draw noise at every step go on with them, as in diffusers.
     """
-    return torch.cat([torch.randn((1, *shape), generator=generator) for generator in generators])
+    options: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+    return torch.cat([torch.randn((1, *shape), generator=one, **options) for one in generators])
 
 
 def guide(noise_pred: Tensor, guidance_scale: float) -> Tensor:

@@ -1,9 +1,15 @@
-"""Latency, throughput and memory of what draws images: each subject in a process of its own, taking turns."""
+"""Latency, throughput and memory of what draws images: each subject in a process of its own, taking turns.
+
+``quest_deploy.bench`` is both this package and the verb of the Python API (``quest_deploy.bench(subjects, output,
+config)``), for the reason that :mod:`quest_deploy.export` gives.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from quest_deploy.config import BenchConfig, ProgressEvent
@@ -40,3 +46,22 @@ def bench(
     from quest_deploy.bench.stage import run
 
     return run(subjects, output, config, progress=progress, overwrite=overwrite)
+
+
+class _CallablePackage(ModuleType):
+    """A package that runs :func:`bench` when called."""
+
+    def __call__(
+        self,
+        subjects: Sequence[str],
+        output: Path,
+        config: BenchConfig,
+        *,
+        progress: Callable[[ProgressEvent], None] | None = None,
+        overwrite: bool = False,
+    ) -> Artifact:
+        """Measure `subjects` into `output`: see :func:`bench`."""
+        return bench(subjects, output, config, progress=progress, overwrite=overwrite)
+
+
+sys.modules[__name__].__class__ = _CallablePackage

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from quest_deploy.model.families import Family
+from quest_deploy.model.libraries import class_of
 
 SCHEDULER: Mapping[str, Mapping[str, Any]] = {
     "StableDiffusionPipeline": {"steps_offset": 1, "clip_sample": False},
@@ -25,9 +26,7 @@ FIRST_RIGHT_VERSION = (0, 9)
 def corrected_scheduler(scheduler: Any, family: Family) -> Any:
     """A scheduler of diffusers as the family's pipeline has it; the one given where that is the same."""
     if family.pipeline == "DDIMPipeline" and type(scheduler).__name__ != "DDIMScheduler":
-        from diffusers import DDIMScheduler
-
-        return DDIMScheduler.from_config(scheduler.config)
+        return class_of("diffusers", "DDIMScheduler").from_config(scheduler.config)
     changes = {
         key: value for key, value in SCHEDULER.get(family.pipeline, {}).items() if key in scheduler.config
     }

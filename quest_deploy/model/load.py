@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +35,7 @@ from quest_deploy.model.families import (
     Family,
     read_classes,
 )
+from quest_deploy.model.libraries import class_of
 from quest_deploy.model.spec import (
     ComponentSpec,
     component_specs,
@@ -217,7 +217,7 @@ def _component_class(folder: Path, entry: object) -> Any:
             "expected a class of diffusers or transformers; restore the file from its source"
         )
     library, class_name = entry
-    component_class = getattr(importlib.import_module(library), str(class_name), None)
+    component_class = class_of(library, str(class_name))
     if component_class is None:
         raise ModelLoadError(
             f"{folder}: the installed {library} has no class {class_name!r}; upgrade {library}"
@@ -294,9 +294,7 @@ def _dtype() -> Any:
 
 
 def _pipeline_class(family: Family) -> Any:
-    import diffusers
-
-    return getattr(diffusers, family.pipeline)
+    return class_of("diffusers", family.pipeline)
 
 
 def _options() -> dict[str, Any]:

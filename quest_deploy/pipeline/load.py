@@ -14,6 +14,7 @@ from quest_deploy.engines.torch_runtime import TorchEngine, load_torch_model, to
 from quest_deploy.errors import ArtifactError, ConfigError
 from quest_deploy.model.conditioning import load_tokenizer
 from quest_deploy.model.families import TextKind, TextPart
+from quest_deploy.model.libraries import LOADING, class_of, import_libraries
 from quest_deploy.model.load import LoadedModel
 from quest_deploy.model.lora import merge_loras
 from quest_deploy.model.spec import classes_of, component_configs, component_specs, family_of, read_config
@@ -60,17 +61,19 @@ def load_pipeline(
         raise ConfigError(f"threads is {threads}, expected at least 1")
     chosen = resolve_backend(path, backend)
     check_run(chosen, run)
+    import_libraries()
     if chosen == "torch":
-        model = load_torch_model(path)
-        merge_loras(model, loras)
-        if weights_only:
-            from quest_deploy.quantize.weight_only import drop_activation_quantizers
+        with LOADING:
+            model = load_torch_model(path)
+            merge_loras(model, loras)
+            if weights_only:
+                from quest_deploy.quantize.weight_only import drop_activation_quantizers
 
-            drop_activation_quantizers(model.denoiser)
-        return _torch_pipeline(path, model, threads)
+                drop_activation_quantizers(model.denoiser)
+            return _torch_pipeline(path, model, threads)
     engines = load_engines(path, backend=chosen, threads=threads, run=run)
     return Pipeline(
-        path=path,
+        path=path.resolve(),
         stage=stage_of(path),
         backend=chosen,
         device=device_of(next(iter(engines.values()))),
@@ -88,7 +91,7 @@ def _torch_pipeline(path: Path, model: LoadedModel, threads: int | None) -> Pipe
     denoiser = engines[model.family.denoiser]
     assert isinstance(denoiser, TorchEngine)
     return Pipeline(
-        path=path,
+        path=path.resolve(),
         stage=stage_of(path),
         backend="torch",
         device=denoiser.device,
@@ -102,13 +105,11 @@ def _torch_pipeline(path: Path, model: LoadedModel, threads: int | None) -> Pipe
 
 
 def _load_tokenizer(path: Path, part: TextPart) -> Any:
-    import transformers
-
     kind, known = _class_in_index(path, part.tokenizer), TOKENIZERS[part.kind]
     if kind not in known:
         raise ArtifactError(f"'{path}': the {part.tokenizer} is a {kind}, expected one of {', '.join(known)}")
     try:
-        return load_tokenizer(path / part.tokenizer, part, getattr(transformers, kind))
+        return load_tokenizer(path / part.tokenizer, part, class_of("transformers", kind))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArtifactError(
             f"'{path / part.tokenizer}' cannot be loaded ({error}); restore the directory from its source"

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from quest_deploy import sampling
+from quest_deploy.checks import are_text, at_least, raise_if_any, seeds_fit, whole_at_least
 from quest_deploy.config import GenerateConfig
 from quest_deploy.errors import ArtifactError, ConfigError, ModelLoadError
 from quest_deploy.model.corrections import corrected_scheduler
@@ -91,6 +94,49 @@ def check_prompts(family: Family, classes: Classes | None, config: GenerateConfi
     if classes is not None:
         for prompt in config.prompts:
             classes.number(prompt)
+
+
+def check_texts(name: str, texts: Sequence[str]) -> None:
+    """Check that there are texts, which a tokenizer takes.
+
+    Raises:
+        ConfigError: there are none, or one is no text.
+    """
+    problems: list[str] = []
+    are_text(problems, name, texts)
+    if not texts:
+        problems.append(f"no {name} was given, expected one for each image; the empty one stands for no text")
+    raise_if_any(problems, "encode")
+
+
+def check_seeds(seeds: Sequence[int]) -> None:
+    """Check that there are seeds, and that generators take them.
+
+    Raises:
+        ConfigError: there are none, or one is none that torch takes.
+    """
+    problems: list[str] = [] if len(seeds) else ["no seed was given, expected one for each image"]
+    for seed in seeds:
+        seeds_fit(problems, seed, 1)
+    raise_if_any(problems, "initial_noise")
+
+
+def check_drawing(
+    images: int, steps: int, guidance_scale: float, generators: Sequence[torch.Generator] | None
+) -> None:
+    """Check what the denoising loop is asked for.
+
+    Raises:
+        ConfigError: there is nothing to draw, a number is none, or there is not one generator for each image.
+    """
+    problems: list[str] = []
+    whole_at_least(problems, 1, images=images, steps=steps)
+    at_least(problems, 0, guidance_scale=guidance_scale)
+    # diffusers draws all images with the first of fewer, so that they depend on their batch.
+    got = 1 if isinstance(generators, torch.Generator) else images if generators is None else len(generators)
+    if got != images or isinstance(generators, torch.Generator):
+        problems.append(f"got {got} generators for {images} images, expected a list of one for each")
+    raise_if_any(problems, "denoise")
 
 
 def flow_of(family: Family, configs: Mapping[str, Mapping[str, Any]]) -> Flow:

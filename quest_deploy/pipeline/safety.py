@@ -13,6 +13,7 @@ from torch import Tensor
 from quest_deploy.errors import ArtifactError
 from quest_deploy.model.carried import FEATURE_EXTRACTOR, SAFETY_CHECKER, check_safety_folder, safety_parts
 from quest_deploy.model.components import first_device
+from quest_deploy.model.libraries import LOADING
 from quest_deploy.model.load import load_component, loading_errors
 from quest_deploy.model.spec import read_config
 from quest_deploy.pipeline.images import to_pil
@@ -55,10 +56,10 @@ def load_safety_checker(path: Path, device: torch.device) -> SafetyChecker | Non
     """The safety checker of a model, checkpoint, ONNX or engine directory, on `device`; None where it names none.
 
     Raises:
-        ArtifactError: it is incomplete, pickled or of a class that is not known.
+        ArtifactError: the directory is gone, or the checker incomplete, pickled or of a class that is not known.
         ModelLoadError: its weights are incomplete or corrupt.
     """
-    if not path.is_dir():
+    if path.is_file():
         return None
     index = read_config(path / "model_index.json")
     named = safety_parts(index)
@@ -70,16 +71,17 @@ def load_safety_checker(path: Path, device: torch.device) -> SafetyChecker | Non
         check_safety_folder(path / SAFETY_CHECKER)
     except ArtifactError as error:
         raise ArtifactError(f"{error}, {WITHOUT}") from error
-    import transformers
-    from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
+    with LOADING:
+        import transformers
+        from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 
-    # The same pixels on every machine: where torchvision is installed, the other class resizes with it.
-    processor = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)
-    with loading_errors(path / SAFETY_CHECKER):
-        module: Any = load_component(path / SAFETY_CHECKER, StableDiffusionSafetyChecker).to(device)
-    with loading_errors(path / FEATURE_EXTRACTOR):
-        prepare = processor.from_pretrained(path / FEATURE_EXTRACTOR, local_files_only=True)
-    return SafetyChecker(module=module, processor=prepare)
+        # The same pixels on every machine: where torchvision is installed, the other class resizes with it.
+        processor = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)
+        with loading_errors(path / SAFETY_CHECKER):
+            module: Any = load_component(path / SAFETY_CHECKER, StableDiffusionSafetyChecker).to(device)
+        with loading_errors(path / FEATURE_EXTRACTOR):
+            prepare = processor.from_pretrained(path / FEATURE_EXTRACTOR, local_files_only=True)
+        return SafetyChecker(module=module, processor=prepare)
 
 
 def _check_class(path: Path, name: str, named: dict[str, Any], expected: Sequence[str]) -> None:

@@ -15,10 +15,12 @@ from quest_deploy.artifacts import (
     check_output,
     hash_directory,
     read_artifact,
+    stage_of,
     write_artifact,
 )
 from quest_deploy.config import DEFAULT_RUN, GenerateConfig, RunConfig, to_dict
 from quest_deploy.engines import resolve_backend
+from quest_deploy.errors import StaleArtifactError
 from quest_deploy.model.carried import SAFETY_CHECKER
 from quest_deploy.model.denoisers import takes_guidance
 from quest_deploy.pipeline.draw import Drawn, Progress, draw_images
@@ -62,12 +64,13 @@ def generate(
         ArtifactError: `path`, its safety checker or `output` cannot be used.
         ConfigError: the backend, the scheduler or the image size does not fit the model.
         QuestDeployError: a component gave a NaN or an infinity.
+        StaleArtifactError: `path` was changed while it was loaded.
     """
     path, output = Path(path), Path(output)
     check_output(output, stage=STAGE, overwrite=overwrite)
     check_request(path, config, resolve_backend(path, backend))
+    digest = source_digest(path)
     with load_pipeline(path, backend=backend, threads=threads, run=run) as pipeline:
-        digest = hash_directory(path) if pipeline.stage == "model" else read_artifact(path).digest
         check_prompts(pipeline.family, pipeline.classes, config)
         pipeline.latent_shape(config.height, config.width)
         guided = pipeline.has_negative or takes_guidance(pipeline.denoiser_spec)
@@ -81,11 +84,21 @@ def generate(
             )
             logger.info("%s, so the negative prompt has no effect", why)
         checker = load_safety_checker(path, pipeline.device) if config.safety_checker else None
+        if source_digest(path) != digest:
+            raise StaleArtifactError(
+                f"'{path}' was changed while it was loaded, so nothing is drawn; run the same command once nothing "
+                "changes it any more"
+            )
         with write_artifact(
             output, stage=STAGE, config=to_dict(config), inputs={"source": digest}, overwrite=overwrite
         ) as writer:
             _write_images(writer, pipeline, config, digest, progress, checker)
     return read_artifact(output, stage=STAGE)
+
+
+def source_digest(path: Path) -> str:
+    """The digest of a model, or of an artifact, its files verified."""
+    return hash_directory(path) if stage_of(path) == "model" else read_artifact(path).digest
 
 
 def _write_images(

@@ -5,7 +5,9 @@ Tokens, guidance, schedule and loop are the same code for every backend; only th
 
 from __future__ import annotations
 
+import copy
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,15 +18,15 @@ from torch import Tensor
 
 from quest_deploy import sampling
 from quest_deploy.engines.base import Closing, Engine
-from quest_deploy.errors import ConfigError
+from quest_deploy.errors import ConfigError, EngineRunError
 from quest_deploy.model.components import Conditioning, denoiser_inputs, like_latents, scaled, unscaled
-from quest_deploy.model.conditioning import Conditioner, Outputs, TextEncoders, token_limit
+from quest_deploy.model.conditioning import Conditioner, Outputs, TextEncoders, token_limit, tokens_of
 from quest_deploy.model.denoisers import CONTROL
 from quest_deploy.model.families import REFINER, VAE_DECODER, VAE_ENCODER, Classes, Family
 from quest_deploy.model.spec import ComponentSpec, vae_scale_factor
 from quest_deploy.pipeline.control import black_picture, controlled
 from quest_deploy.pipeline.parts import run_in_parts
-from quest_deploy.pipeline.request import flow_of, latent_shape
+from quest_deploy.pipeline.request import check_drawing, check_seeds, check_texts, flow_of, latent_shape
 from quest_deploy.sampling import Flow, Step
 
 logger = logging.getLogger(__name__)
@@ -40,7 +42,7 @@ class Pipeline(Closing):
     Tensors may be given on any device; those returned lie on `device`.
 
     Attributes:
-        path: The artifact or model it was loaded from.
+        path: The artifact or model it was loaded from, absolute and without links.
         stage: What that is: "model", "checkpoint", "onnx" or "engines".
         backend: What runs the engines.
         device: Where tensors go in and come out.
@@ -63,6 +65,7 @@ class Pipeline(Closing):
     scheduler: Any
     configs: Mapping[str, Mapping[str, Any]]
     _told: set[str] = field(default_factory=set, repr=False)
+    _process: int | None = field(default=None, repr=False)
 
     @property
     def denoiser_spec(self) -> ComponentSpec:
@@ -124,15 +127,29 @@ class Pipeline(Closing):
         model is told nothing. The empty prompt stands for no text and no class.
 
         Raises:
-            ConfigError: a prompt is no class of a class-conditional model.
+            ConfigError: a prompt is no text, or no class of a class-conditional model.
+            EngineRunError: this process was forked from one that has drawn.
         """
+        self._check_process()
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if self.family.has_text or self.classes is not None:
+            check_texts("prompt", prompts)
         for prompt in prompts if self.family.has_text else ():
             self._tell_if_cut(prompt)
         return self._here(self.conditioner.encode(prompts))
 
     def encode_negative(self, count: int, prompt: str = "") -> dict[str, Tensor] | None:
-        """What the denoiser is told for the negative branch of `count` images; None where the model has none."""
+        """What the denoiser is told for the negative branch of `count` images; None where the model has none.
+
+        A prompt that is too long is cut, with a warning.
+
+        Raises:
+            ConfigError: the prompt is no text, or there are no images.
+        """
+        if self.has_negative:
+            check_texts("negative prompt", [prompt] * count)
+            if self.family.has_text:
+                self._tell_if_cut(prompt)
         told = self.conditioner.encode_negative(count, prompt)
         return None if told is None else self._here(told)
 
@@ -146,6 +163,21 @@ class Pipeline(Closing):
             told.setdefault(CONTROL, black_picture(controlnet.spec, latents, told))
         return self._here(told)
 
+    def _check_process(self) -> None:
+        """Find out what would wait for ever: a fork of a process whose threads of torch have worked.
+
+        Raises:
+            EngineRunError: says what to do instead.
+        """
+        here = os.getpid()
+        if self._process not in (None, here) and torch.get_num_threads() > 1:
+            raise EngineRunError(
+                "this process was forked from one whose pipeline has drawn already, and torch's threads are left "
+                "there, so that drawing would never end; start workers with spawn and load the pipeline in each, fork "
+                "before the first image, or call torch.set_num_threads(1) in the worker"
+            )
+        self._process = here
+
     def _tell_if_cut(self, prompt: str) -> None:
         if prompt in self._told:
             return
@@ -153,7 +185,7 @@ class Pipeline(Closing):
         part = max(self.family.text, key=lambda part: token_limit(part, self.tokenizers[part.name]))
         tokenizer = self.tokenizers[part.name]
         limit = token_limit(part, tokenizer)
-        tokens = tokenizer([prompt], truncation=False, verbose=False).input_ids[0]
+        tokens = tokens_of(tokenizer, prompt)
         if len(tokens) > limit:
             if len(self._told) >= MOST_TOLD:
                 self._told.clear()
@@ -168,7 +200,12 @@ class Pipeline(Closing):
     def initial_noise(
         self, seeds: Sequence[int], height: int | None = None, width: int | None = None
     ) -> Tensor:
-        """Unit Gaussian noise, float32 [n, c, h, w]: a seed means the same noise at any batch size."""
+        """Unit Gaussian noise, float32 [n, c, h, w]: a seed means the same noise at any batch size.
+
+        Raises:
+            ConfigError: a seed is none that torch takes, or the model does not draw that size.
+        """
+        check_seeds(seeds)
         return sampling.initial_noise(seeds, self.latent_shape(height, width)).to(self.device)
 
     def make_scheduler(self, name: str | None = None) -> Any:
@@ -203,14 +240,17 @@ class Pipeline(Closing):
             scheduler: A name; None takes the model's own.
             generators: One for each image, for schedulers that draw noise at every step; None seeds one for each
                 image with its position in the batch, behind what :meth:`initial_noise` takes of such a seed.
-            callback: Called once each step.
+            callback: Called once each step; what it raises ends the loop, and leaves the pipeline as it was.
 
         Returns:
             Latents, [n, c, h, w].
 
         Raises:
-            ConfigError: the scheduler is unknown or cannot do that many steps.
+            ConfigError: the scheduler is unknown or cannot do that many steps, a number cannot be used, or there is
+                not one generator for each image.
         """
+        self._check_process()
+        check_drawing(len(noise), steps, guidance_scale, generators)
         if generators is None:
             generators = sampling.generators_of(range(len(noise)))
             # The noise that they begin with may be the one that is given: added once more, it would not be fresh.
@@ -276,6 +316,7 @@ class Pipeline(Closing):
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [n, c, h, w] -> images, float32 [n, 1 or 3, H, W] in [0, 1]."""
+        self._check_process()
         pixels = latents.to(self.device)
         if VAE_DECODER in self.engines:
             pixels = run_in_parts(self.engines[VAE_DECODER], latent_sample=self.unscaled(pixels))["sample"]
@@ -321,8 +362,10 @@ class Pipeline(Closing):
         from quest_deploy.pipeline.safety import load_safety_checker
 
         checker = load_safety_checker(self.path, self.device) if safety_checker else None
+        # A tokenizer of its own: diffusers takes no turns with what this pipeline reads in other threads.
+        tokenizer = copy.deepcopy(self.tokenizer)
         return diffusers_pipeline(
-            self.engines, self.configs, self.tokenizer, self.make_scheduler(), self.device, checker
+            self.engines, self.configs, tokenizer, self.make_scheduler(), self.device, checker
         )
 
     def close(self) -> None:

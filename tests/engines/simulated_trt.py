@@ -64,6 +64,10 @@ class SimulatedStream:
         self.cuda_stream = next(self.pools[priority]) if handle is None else handle
         self.waited_for: list[SimulatedStream] = []
         self.synchronized = 0
+        self.is_busy = False
+
+    def query(self) -> bool:
+        return not self.is_busy
 
     def wait_stream(self, other: SimulatedStream) -> None:
         self.waited_for.append(other)

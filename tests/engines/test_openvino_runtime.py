@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,7 +24,13 @@ from quest_deploy.engines.openvino_runtime import (
     load_openvino_engines,
 )
 from quest_deploy.engines.ort_runtime import load_ort_engines
-from quest_deploy.errors import ArtifactError, ConfigError, EngineInputError, MissingDependencyError
+from quest_deploy.errors import (
+    ArtifactError,
+    ConfigError,
+    EngineInputError,
+    MissingDependencyError,
+    StaleArtifactError,
+)
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +115,36 @@ def test_kernels_of_a_version_that_does_not_bound_them_are_no_error() -> None:
         raise RuntimeError("Unsupported property")
 
     bound_kernels(SimpleNamespace(set_property=refuse))
+
+
+@pytest.mark.parametrize("again", ["another", "nothing"])
+def test_a_graph_that_was_replaced_is_not_mixed_with_the_one_that_was_loaded(
+    make_onnx: Callable[..., Path], again: str
+) -> None:
+    """Other shapes compile the graph again: from the files that were verified, or not at all."""
+    pytest.importorskip("openvino")
+    path = make_onnx()
+    engine = load_engines(path, backend="openvino", threads=1)["unet"]
+    before = engine(**denoiser_inputs(1, 1))
+    shutil.rmtree(path)
+    if again == "another":
+        make_onnx()
+    with pytest.raises(StaleArtifactError, match="changed or deleted after it was loaded"):
+        engine(**denoiser_inputs(2, 1))
+    assert engine(**denoiser_inputs(1, 1)).keys() == before.keys()
+
+
+def test_other_shapes_work_from_another_working_directory(
+    make_onnx: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("openvino")
+    (tmp_path / "current").symlink_to(make_onnx())
+    monkeypatch.chdir(tmp_path)
+    engine = load_engines(Path("current"), backend="openvino", threads=1)["unet"]
+    engine(**denoiser_inputs(1, 1))
+    monkeypatch.chdir("/")
+    (tmp_path / "current").unlink()
+    assert engine(**denoiser_inputs(2, 1))["out_sample"].shape == (2, 4, 8, 8)
 
 
 def test_a_wrong_shape_is_named(engines: dict[str, Engine]) -> None:

@@ -4,6 +4,7 @@ import logging
 import threading
 import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
@@ -18,6 +19,7 @@ from quest_deploy.engines.trt_runtime import TensorRTEngine
 from quest_deploy.errors import EngineBuildError, EngineRunError
 from tests.engines.simulated_trt import (
     ACTIVATION_BYTES,
+    SimulatedContext,
     SimulatedDevice,
     SimulatedEngine,
     SimulatedLogger,
@@ -46,8 +48,8 @@ def run(engine: TensorRTEngine, *batches: int) -> None:
 
 
 def captured(engine: TensorRTEngine) -> list[int]:
-    """The batches that this thread has graphs for, the one used longest ago first."""
-    lane = engine.lanes[threading.get_ident()]
+    """The batches that there are graphs for, the one used longest ago first."""
+    (lane,) = engine.lanes.values()
     return [shapes[0][2][0] for shapes in lane.captured]
 
 
@@ -62,7 +64,8 @@ def test_shape_that_comes_again_is_captured_and_replayed(cuda: SimulatedEngine) 
     run(engine, 2, 2, 2, 2)
     # The plain run, the run before the capture, and two replays that enqueue nothing by themselves.
     assert [context.enqueued for context in cuda.contexts] == [1, 1]
-    (graph,) = (entry.graph for entry in engine.lanes[threading.get_ident()].captured.values())
+    (lane,) = engine.lanes.values()
+    (graph,) = (entry.graph for entry in lane.captured.values())
     assert graph.replays == 2
 
 
@@ -150,7 +153,8 @@ def test_on_the_default_stream_tensorrt_gets_another_one_between_what_comes_befo
     stream.cuda_stream = DEFAULT_STREAM
     engine = make_engine(cuda)
     run(engine, 2, 5, 2, 2)  # two profiles, and a graph
-    own = engine.lanes[threading.get_ident()].block.own
+    (block,) = engine.lanes
+    own = block.own
     assert isinstance(own, SimulatedStream)
     plain, of_the_graph = cuda.contexts
     assert set(plain.streams) == {own.cuda_stream}
@@ -169,7 +173,8 @@ def test_captures_never_use_a_stream_that_threads_run_on(
         for batch in range(1, MAX_GRAPHS + 2):
             run(engine, batch, batch)
     used = {handle for context in cuda.contexts for handle in context.captured_on}
-    own = engine.lanes[threading.get_ident()].block.own
+    (lane,) = engine.lanes.values()
+    own = lane.block.own
     assert len(used) == 32 and own is not None and own.cuda_stream not in used
 
 
@@ -277,10 +282,10 @@ def test_what_cuda_says_of_a_run_is_an_error_with_a_next_step(
 def test_too_little_memory_for_activations_says_what_to_do(cuda: SimulatedEngine) -> None:
     memory = make_memory()
 
-    def refuse() -> Block:
+    def refuse(stream: object) -> Block:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
 
-    memory.block = refuse  # type: ignore[method-assign]
+    memory.borrow = refuse  # type: ignore[method-assign,assignment]
     with pytest.raises(EngineBuildError, match="doubler: CUDA out of memory.*GiB.; .*fewer images at a time"):
         make_engine(cuda, memory)(x=torch.ones(1, 4))
 
@@ -290,28 +295,80 @@ def test_components_of_a_pipeline_share_one_block(stream: SimulatedStream) -> No
     for cuda in cudas:
         run(make_engine(cuda, memory), 2, 2, 2)
     blocks = {context.memory for cuda in cudas for context in cuda.contexts}
-    assert blocks == {(memory.block().memory.data_ptr(), ACTIVATION_BYTES)}
+    with memory.borrow(stream) as block:  # type: ignore[arg-type]
+        assert blocks == {(block.memory.data_ptr(), ACTIVATION_BYTES)}
 
 
-def test_threads_run_in_contexts_and_memory_of_their_own(cuda: SimulatedEngine) -> None:
-    engine, both, failed = make_engine(cuda), threading.Barrier(2), []
+def run_in_threads(engine: TensorRTEngine, *batches: int) -> None:
+    """A thread for each batch, which runs it again and again."""
 
     def work(batch: int) -> None:
-        both.wait()
-        try:
-            run(engine, *[batch] * 20)
-        except BaseException as error:
-            failed.append(error)
-        both.wait()  # an identifier of a thread that ended may be given to another
+        all_there.wait()
+        run(engine, *[batch] * 20)
 
-    threads = [threading.Thread(target=work, args=(batch,)) for batch in (1, 4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failed and len(engine.lanes) == 2
+    all_there = threading.Barrier(len(batches), timeout=30)
+    with ThreadPoolExecutor(len(batches)) as pool:
+        list(pool.map(work, batches))
+
+
+def test_threads_that_run_at_the_same_time_have_contexts_and_memory_of_their_own(
+    cuda: SimulatedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both, enqueue = threading.Barrier(2, timeout=30), SimulatedContext.execute_async_v3
+
+    def together(context: SimulatedContext, stream: int) -> bool:
+        both.wait()
+        return enqueue(context, stream)
+
+    monkeypatch.setattr(SimulatedContext, "execute_async_v3", together)
+    engine = make_engine(cuda, graphs=False)
+    run_in_threads(engine, 1, 4)
+    assert len(engine.lanes) == 2
     assert len({context.memory for context in cuda.contexts}) == 2
-    assert {context.shape for context in cuda.contexts} == {(1, 4), (4, 4)}
+
+
+def test_graphs_of_several_threads_do_not_get_in_each_others_way(cuda: SimulatedEngine) -> None:
+    engine = make_engine(cuda)
+    run_in_threads(engine, 1, 4, 2)
+    assert 1 <= len(engine.lanes) <= 3
+
+
+def test_threads_that_take_turns_share_contexts_and_memory(cuda: SimulatedEngine) -> None:
+    """As many as a server has, of which a lock lets one draw at a time."""
+    engine, turn, all_there = make_engine(cuda), threading.Lock(), threading.Barrier(8)
+
+    def work(batch: int) -> None:
+        all_there.wait()
+        with turn:
+            run(engine, batch)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, [2] * 8))
+    assert len(engine.lanes) == 1 and captured(engine) == [2]
+
+
+@pytest.mark.parametrize("busy", [True, False])
+def test_streams_have_memory_of_their_own_while_they_are_busy(
+    cuda: SimulatedEngine, stream: SimulatedStream, monkeypatch: pytest.MonkeyPatch, busy: bool
+) -> None:
+    engine, other = make_engine(cuda), SimulatedStream()
+    stream.is_busy = other.is_busy = busy
+    for current in (stream, other, stream, other):
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda current=current: current)
+        run(engine, 2)
+    assert len(engine.lanes) == (2 if busy else 1)
+    assert busy == (stream.waited_for == other.waited_for == [])
+
+
+def test_a_run_that_fails_gives_its_memory_back(cuda: SimulatedEngine) -> None:
+    engine = make_engine(cuda)
+    run(engine, 2)
+    cuda.contexts[0].runs = False
+    with pytest.raises(EngineRunError):
+        engine(x=torch.ones(1, 4))
+    cuda.contexts[0].runs = True
+    run(engine, 1)
+    assert len(engine.lanes) == 1
 
 
 def test_engine_runs_on_the_gpu_that_it_was_loaded_onto_whatever_the_thread_has_chosen() -> None:
@@ -323,9 +380,14 @@ def test_engine_runs_on_the_gpu_that_it_was_loaded_onto_whatever_the_thread_has_
 
 
 def test_threads_run_while_another_one_waits_for_its_first_context(
-    cuda: SimulatedEngine, monkeypatch: pytest.MonkeyPatch
+    cuda: SimulatedEngine, stream: SimulatedStream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine, asked, go_on = make_engine(cuda, graphs=False), threading.Event(), threading.Event()
+    streams = {threading.get_ident(): stream}
+    stream.is_busy = True
+    monkeypatch.setattr(
+        torch.cuda, "current_stream", lambda: streams.setdefault(threading.get_ident(), SimulatedStream())
+    )
     run(engine, 2)
     make = cuda.create_execution_context
 
@@ -356,4 +418,5 @@ def test_block_waits_for_the_stream_that_it_was_used_on_before() -> None:
 
 
 def test_block_of_an_engine_without_activations_has_an_address() -> None:
-    assert ActivationMemory(0, torch.device("cpu")).block().memory.data_ptr()
+    with ActivationMemory(0, torch.device("cpu")).borrow(SimulatedStream()) as block:  # type: ignore[arg-type]
+        assert block.memory.data_ptr()

@@ -39,6 +39,7 @@ from quest_deploy.errors import (
 from quest_deploy.manifest import Manifest
 from tests.engines.simulated_trt import (
     SPEC,
+    SimulatedContext,
     SimulatedEngine,
     SimulatedStream,
     make_engine,
@@ -357,13 +358,14 @@ def test_where_an_engine_ran_is_kept_beside_it_and_shown(
     assert read_runs(path / "unet", digest) == []
 
 
-def test_an_engine_that_never_ran_is_not_recorded(doubler: TensorRTEngine, cuda: SimulatedEngine) -> None:
+def test_an_engine_that_never_ran_is_not_recorded(
+    doubler: TensorRTEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert doubler.plan is not None
     recorded: list[bool] = []
     doubler.plan.ran = lambda: recorded.append(True)
     with doubler, pytest.raises(EngineRunError, match="refused to run"):
-        doubler._lane()
-        cuda.contexts[0].runs = False
+        monkeypatch.setattr(SimulatedContext, "execute_async_v3", lambda context, stream: False)
         doubler(x=torch.ones(1, 4))
     assert not recorded
 

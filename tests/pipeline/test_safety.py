@@ -294,3 +294,16 @@ def test_the_drop_in_has_it_unless_told_otherwise(
         pipeline.set_progress_bar_config(disable=True)
         images = pipeline("red heart", num_inference_steps=1, output_type="np").images
     assert (not images.any()) is black
+
+
+def test_the_drop_in_does_without_it_neither_from_another_working_directory_nor_when_it_is_gone(
+    copy: Callable[[float], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = copy(ALWAYS)
+    monkeypatch.chdir(path.parent)
+    with load_pipeline(Path(path.name)) as opened:
+        monkeypatch.chdir("/")
+        assert opened.as_diffusers().safety_checker is not None
+        shutil.rmtree(path)
+        with pytest.raises(ArtifactError, match="model_index.json"):
+            opened.as_diffusers()

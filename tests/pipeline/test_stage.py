@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ from PIL import Image
 
 from quest_deploy.artifacts import Artifact, hash_directory
 from quest_deploy.config import GenerateConfig
-from quest_deploy.errors import ArtifactError, ConfigError
-from quest_deploy.pipeline import generate
+from quest_deploy.errors import ArtifactError, ConfigError, StaleArtifactError
+from quest_deploy.pipeline import Pipeline, generate, load_pipeline
 from quest_deploy.pipeline.stage import sheet_columns
 
 CONFIG = GenerateConfig(
@@ -96,6 +97,22 @@ def test_onnx_is_named_by_its_digest(tiny_onnx: Path, tmp_path: Path) -> None:
     assert images.manifest.inputs == {"source": read_artifact(tiny_onnx).digest}
     with Image.open(images.path / "image-00000.png") as image:
         assert (image.size, image.text["backend"]) == ((40, 24), "onnxruntime")
+
+
+def test_a_model_that_is_replaced_while_it_is_loaded_draws_nothing_under_the_others_name(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(tiny_model, tmp_path / "model")
+
+    def load(path: Path, **options: Any) -> Pipeline:
+        pipeline = load_pipeline(path, **options)
+        (path / "unet" / "README.md").write_text("another")
+        return pipeline
+
+    monkeypatch.setattr("quest_deploy.pipeline.stage.load_pipeline", load)
+    with pytest.raises(StaleArtifactError, match="was changed while it was loaded"):
+        generate(tmp_path / "model", tmp_path / "images", CONFIG)
+    assert not (tmp_path / "images").exists()
 
 
 def test_a_negative_prompt_without_guidance_is_told(

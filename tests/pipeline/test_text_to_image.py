@@ -60,6 +60,12 @@ def test_a_prompt_that_is_cut_is_told_with_the_lost_words(
     assert "does not see 'zebra'" in caplog.text and "the model reads 22" in caplog.text
 
 
+def test_a_negative_prompt_that_is_cut_is_told(pipeline: Pipeline, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        pipeline.encode_negative(2, "heart " * 22 + "zebra")
+    assert "does not see 'zebra'" in caplog.text and len(caplog.records) == 1
+
+
 def test_a_prompt_that_fits_exactly_is_not_told(pipeline: Pipeline, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         pipeline.encode(["heart " * 22])

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from quest_deploy.model.conditioning.text import Outputs, TextEncoders, token_limit
+from quest_deploy.model.conditioning.text import Outputs, TextEncoders, token_limit, tokens_of
 from quest_deploy.model.families import JOINT_T5_TOKENS
+from quest_deploy.model.libraries import class_of
 from quest_deploy.model.tensors import ComponentSpec
 
 Prompting = Callable[[TextEncoders, Sequence[str], ComponentSpec], dict[str, Tensor]]
@@ -60,7 +61,7 @@ def instructed(encoders: TextEncoders, prompts: Sequence[str], denoiser: Compone
     (part,) = encoders.parts
     instruction = "\n".join(sana_instruction())
     length = token_limit(part, encoders.tokenizers[part.name])
-    before = len(encoders.tokenizers[part.name].encode(instruction))
+    before = len(tokens_of(encoders.tokenizers[part.name], instruction))
     told = _masked(
         encoders, [instruction + prompt.lower().strip() for prompt in prompts], before + length - 2
     )
@@ -69,9 +70,8 @@ def instructed(encoders: TextEncoders, prompts: Sequence[str], denoiser: Compone
 
 def sana_instruction() -> list[str]:
     """What diffusers puts before every prompt by default, line by line."""
-    from diffusers import SanaPipeline
-
-    parameters = inspect.signature(SanaPipeline.__call__).parameters
+    pipeline = class_of("diffusers", "SanaPipeline")
+    parameters = inspect.signature(pipeline.__call__).parameters
     lines: list[str] = parameters["complex_human_instruction"].default
     return lines
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,9 @@ Run = Callable[[str, Mapping[str, Tensor]], Outputs]
 
 # What transformers takes for the length of a tokenizer that names none is 10^30.
 MOST_TOKENS = 2**31 - 1
+
+# A tokenizer cuts and pads as it was last told, by whichever thread.
+_TOKENIZING = threading.Lock()
 
 
 def load_tokenizer(folder: Path, part: TextPart, tokenizer_class: Any) -> Any:
@@ -64,16 +68,24 @@ def tokenize(
         prompts: n texts.
         limit: What they are padded and cut to; None is the encoder's length.
     """
-    encoded = tokenizer(
-        list(prompts),
-        padding="max_length",
-        truncation=True,
-        max_length=limit or token_limit(part, tokenizer),
-        padding_side="right",
-        return_tensors="pt",
-    )
+    with _TOKENIZING:
+        encoded = tokenizer(
+            list(prompts),
+            padding="max_length",
+            truncation=True,
+            max_length=limit or token_limit(part, tokenizer),
+            padding_side="right",
+            return_tensors="pt",
+        )
     names = ("input_ids", "attention_mask") if part.masked else ("input_ids",)
     return {name: torch.as_tensor(encoded[name]) for name in names}
+
+
+def tokens_of(tokenizer: Any, text: str) -> list[int]:
+    """All tokens of a text, special ones included: neither cut nor padded."""
+    with _TOKENIZING:
+        tokens: list[int] = tokenizer([text], truncation=False, verbose=False).input_ids[0]
+    return tokens
 
 
 @dataclass(frozen=True, kw_only=True)
