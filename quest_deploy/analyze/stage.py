@@ -48,7 +48,7 @@ from quest_deploy.errors import ArtifactError, ConfigError, StaleArtifactError
 from quest_deploy.model.families import Classes, Family, choose_prompts
 from quest_deploy.model.load import load_model
 from quest_deploy.model.lora import merge_loras
-from quest_deploy.model.merged import check_files, merged_loras
+from quest_deploy.model.merged import find_files, merged_loras
 from quest_deploy.model.spec import classes_of, family_of
 from quest_deploy.prompts import load_prompts
 from quest_deploy.quantize import calibrate
@@ -226,10 +226,7 @@ def _loras(checkpoint: Path | None) -> tuple[LoraConfig, ...]:
         StaleArtifactError: it cannot be merged again.
     """
     merged = None if checkpoint is None else merged_loras(read_manifest(checkpoint))
-    if checkpoint is None or merged is None:
-        return ()
-    check_files(merged, checkpoint)
-    return merged.loras
+    return () if checkpoint is None or merged is None else find_files(merged, checkpoint)
 
 
 def _check_recipe(recipe: Recipe, checkpoint: Path | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,24 +70,33 @@ def merged_details(manifest: Manifest) -> dict[str, Any]:
     return {MERGED: {"source": merged.source, "loras": loras}}
 
 
-def check_files(merged: MergedLoras, artifact: Path) -> None:
-    """See that every LoRA can be merged once more, into what `artifact` is compared with.
+def find_files(merged: MergedLoras, artifact: Path) -> tuple[LoraConfig, ...]:
+    """The LoRAs with files that can be merged once more, into what `artifact` is compared with.
+
+    A relative path is looked up from the working directory, then from the folders that `artifact` lies in, in one of
+    which it may have been made. What is found is the file that was merged, by its hash.
 
     Raises:
         StaleArtifactError: a file is missing, or is another one by now.
     """
-    for lora, expected in zip(merged.loras, merged.digests, strict=True):
-        path = lora.path.absolute()
-        if not path.is_file():
-            problem = "which is not there any more"
-        elif (got := hash_file(path)) != expected:
-            problem = f"which is another file by now (sha256 {got[:12]}…, expected {expected[:12]}…)"
-        else:
-            continue
-        raise StaleArtifactError(
-            f"'{artifact}' was made with the LoRA '{path}', {problem}; put the file that was merged back there: what "
-            "it is compared with must have it too"
-        )
+    return tuple(
+        dataclasses.replace(lora, file=str(_find(lora.path, expected, artifact)))
+        for lora, expected in zip(merged.loras, merged.digests, strict=True)
+    )
+
+
+def _find(path: Path, expected: str, artifact: Path) -> Path:
+    # Of an absolute path, that is the path itself.
+    for place in dict.fromkeys(folder / path for folder in (Path(), *artifact.resolve().parents)):
+        if place.is_file() and hash_file(place) == expected:
+            return place
+    problem = "which is not there any more"
+    if path.is_file():
+        problem = f"which is another file by now (sha256 {hash_file(path)[:12]}…, expected {expected[:12]}…)"
+    raise StaleArtifactError(
+        f"'{artifact}' was made with the LoRA '{path.absolute()}', {problem}; put the file that was merged back there: "
+        "what it is compared with must have it too"
+    )
 
 
 def in_words(loras: Sequence[LoraConfig]) -> str:

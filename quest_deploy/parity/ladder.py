@@ -16,7 +16,7 @@ from quest_deploy.errors import ParityError
 from quest_deploy.files import hash_mapping, list_files
 from quest_deploy.manifest import QUANTIZATION_NAME
 from quest_deploy.model.families import TEXT_ENCODER, VAE_DECODER
-from quest_deploy.model.merged import MergedLoras, check_files, in_words, merged_loras
+from quest_deploy.model.merged import MergedLoras, find_files, in_words, merged_loras
 from quest_deploy.model.spec import component_specs, family_of
 
 RUNG_STAGES = ("model", "checkpoint", "onnx", "engines")
@@ -265,9 +265,8 @@ def _with_loras(rungs: Sequence[Rung]) -> tuple[Rung, ...]:
                 "model in its place, into which they are merged"
             )
     lacking = [rung for rung in rungs if rung.stage == "model" and rung.digest == merged.source]
-    if lacking:
-        check_files(merged, first.path)
-    return tuple(replace(rung, loras=merged.loras) if rung in lacking else rung for rung in rungs)
+    loras = find_files(merged, first.path) if lacking else ()
+    return tuple(replace(rung, loras=loras) if rung in lacking else rung for rung in rungs)
 
 
 def _check_architecture(rungs: Sequence[Rung]) -> None:

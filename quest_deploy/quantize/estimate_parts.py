@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from quest_deploy.config import FinetuneConfig, Recipe, StaticMode
 from quest_deploy.model.components import first_device
 from quest_deploy.model.load import LoadedModel
-from quest_deploy.quantize import adaround, auto_layers, blocks, collapse, gptq, operands, parts, static
+from quest_deploy.quantize import adaround, auto_layers, collapse, gptq, operands, parts, static
 from quest_deploy.quantize.affine import search_weight_scale
 from quest_deploy.quantize.attention import OPERANDS
 from quest_deploy.quantize.calibrate import CalibrationSet
@@ -33,6 +33,7 @@ from quest_deploy.quantize.memory import (
     size_bytes,
 )
 from quest_deploy.quantize.sensitivity import BATCH_PAIRS
+from quest_deploy.quantize.student import adaround_plans
 
 PRODUCT_SIZE = 512
 MOST_OPERATIONS, QUICK_S = 1e11, 1.0
@@ -208,25 +209,13 @@ def _rounding_seconds(layers: Mapping[str, Quantizable], chunks: list[list[str]]
 
 def _adaround(run: Run) -> tuple[float, int, int]:
     """Each part learns on its own, so that all of them together take an update of the whole network."""
-    shapes = blocks.shapes_of(run.rounded, run.data, run.context)
+    plans = adaround_plans(run.rounded, run.model, run.data, run.context, run.recipe)
     branches, samples = run.data.targets.shape[2], adaround.count_samples(run.data)
     # Samples are collected in both networks, halfway through each on average; errors are judged three times.
-    passes = (len(shapes) + 3) * samples / branches
+    passes = (len(plans) + 3) * samples / branches
     update_s = run.speed.update(min(adaround.BATCH_SIZE, samples) / branches)
-    forward = forward_memory(run.rounded, run.data, run.context)
-    memory = [
-        adaround.plan(
-            run.rounded.get_submodule(name),
-            own,
-            run.data,
-            run.context,
-            held_bytes=run.held + adaround.own_bytes(run.rounded),
-            forward=forward,
-            limit_gb=run.recipe.memory_limit_gb,
-        ).memory_bytes
-        for name, own in shapes.items()
-    ]
-    return passes * run.speed.forward_s + run.recipe.adaround_iterations * update_s, max(memory), 0
+    memory = max(plan.memory_bytes for plan in plans)
+    return passes * run.speed.forward_s + run.recipe.adaround_iterations * update_s, memory, 0
 
 
 def layer_choice(run: Run) -> PartEstimate:

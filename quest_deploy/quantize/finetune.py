@@ -93,7 +93,11 @@ def finetune(
     with work.lock() if workers.main else nullcontext():
         if Path(model).is_dir():
             config = with_prompts(config, family_of(Path(model)), classes_of(Path(model)))
-        if resume and not overwrite and (finished := _finished(Path(model), output, config)) is not None:
+        if (
+            resume
+            and not overwrite
+            and (finished := _finished(Path(model), output, config, work)) is not None
+        ):
             work.remove()
             return finished
         check_output(output, stage="checkpoint", overwrite=overwrite)
@@ -102,7 +106,8 @@ def finetune(
         inputs = inputs_of(loaded, config)
         with workers.main_first():
             if workers.main:
-                check_limit(loaded, trace, config)
+                if not (resume and work.started):
+                    check_limit(loaded, trace, config)
                 run = {"config": to_dict(config), **inputs, "machine": machine(workers.count)}
                 work.open(run, resume=resume, overwrite=overwrite)
         place(loaded, device_of(config.device, workers))
@@ -181,9 +186,12 @@ def with_prompts(config: FinetuneConfig, family: Family, classes: Classes | None
     return dataclasses.replace(config, prompts=prompts)
 
 
-def _finished(model: Path, output: Path, config: FinetuneConfig) -> Artifact | None:
+def _finished(model: Path, output: Path, config: FinetuneConfig, work: WorkDirectory) -> Artifact | None:
     """The checkpoint at `output`, if this very run was killed after its last write."""
     if not (output / MANIFEST_NAME).is_file() or not model.is_dir() or stage_of(output) != "checkpoint":
+        return None
+    # One that --overwrite was to replace is no result of the run that was to replace it.
+    if work.started_after(output / MANIFEST_NAME):
         return None
     artifact = read_artifact(output, stage="checkpoint")
     same_config = artifact.manifest.config == json.loads(json.dumps(to_dict(config)))

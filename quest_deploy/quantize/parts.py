@@ -88,6 +88,9 @@ def record(
     if done is None:
         work.append(names, TRAJECTORIES)
         done = work.load(TRAJECTORIES)
+    else:
+        # A process that was killed just then may have left what was written into one file.
+        work.drop(work.names(f"{TRAJECTORIES}-"))
     assert done is not None
     # safetensors maps the file: rows are read when they are asked for.
     return calibrate.from_tensors(done[0], teacher=model.denoiser, device=device, control=model.control)

@@ -75,6 +75,8 @@ def train_phases(inputs: Inputs, work: WorkDirectory, progress: Progress) -> dic
     for name, phase in phases(inputs.recipe):
         state = _train_phase(task, name, phase, work, progress)
         history[name] = {"validation_loss": state.losses, "best": state.best_loss}
+        if state.broken_at is not None:
+            history[name]["not_finite_at"] = state.broken_at
     student.requires_grad_(False)
     if not train.quantizers_are_finite(student):
         raise CalibrationError(

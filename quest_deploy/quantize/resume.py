@@ -55,6 +55,18 @@ class WorkDirectory:
         """
         return locked(self.path.with_name(f"{self.path.name}.lock"), self.output, self.verb)
 
+    @property
+    def started(self) -> bool:
+        """Whether an interrupted run is there."""
+        return (self.path / RUN).is_file()
+
+    def started_after(self, file: Path) -> bool:
+        """Whether an interrupted run is there that began when `file` was written already, hence did not write it."""
+        try:
+            return (self.path / RUN).stat().st_mtime_ns > file.stat().st_mtime_ns
+        except FileNotFoundError:
+            return False
+
     def open(self, run: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
         """Start afresh, or go on with the run that is there.
 
@@ -66,7 +78,7 @@ class WorkDirectory:
         Raises:
             ConfigError: a run is there that was not asked for, or that was started with other settings.
         """
-        exists = (self.path / RUN).is_file()
+        exists = self.started
         if exists and resume:
             different = _differences(read_json(self.path / RUN), json.loads(json.dumps(run)))
             if different:

@@ -11,12 +11,20 @@ from torch import Tensor, nn
 
 from quest_deploy.config import FinetuneConfig, Recipe
 from quest_deploy.model.load import LoadedModel
-from quest_deploy.quantize import auto_layers, parts, phases, static
+from quest_deploy.quantize import adaround, auto_layers, parts, phases, static
 from quest_deploy.quantize.attention import insert_attention
+from quest_deploy.quantize.blocks import shapes_of
 from quest_deploy.quantize.calibrate import CalibrationSet
 from quest_deploy.quantize.insert import LayerQParams, insert, quantizable_layers
 from quest_deploy.quantize.layers import TimestepContext
-from quest_deploy.quantize.memory import enable_checkpointing, placeholder, prompts_at_once, without_values
+from quest_deploy.quantize.memory import (
+    enable_checkpointing,
+    forward_memory,
+    held_bytes,
+    placeholder,
+    prompts_at_once,
+    without_values,
+)
 from quest_deploy.quantize.operands import any_operands
 from quest_deploy.quantize.select import layer_bits
 from quest_deploy.quantize.tables import insert_tables, make_context
@@ -85,6 +93,38 @@ def complete(
     return trained
 
 
+def adaround_plans(
+    student: nn.Module, model: LoadedModel, data: CalibrationSet, context: TimestepContext, recipe: Recipe
+) -> list[adaround.Plan]:
+    """How each part of the network learns its rounding: for estimates.
+
+    Args:
+        student: Attention in float; no value is read.
+        model: The full-precision model.
+        data: The shapes of what is recorded.
+        context: The student's.
+        recipe: Its limit.
+
+    Raises:
+        ConfigError: not even one sample of a part fits.
+    """
+    held = held_bytes(model, data, recipe) + adaround.own_bytes(student)
+    forward = forward_memory(student, data, context)
+    limit_gb = recipe.memory_limit_gb
+    return [
+        adaround.plan(
+            student.get_submodule(name),
+            own,
+            data,
+            context,
+            held_bytes=held,
+            forward=forward,
+            limit_gb=limit_gb,
+        )
+        for name, own in shapes_of(student, data, context).items()
+    ]
+
+
 def check_limit(model: LoadedModel, trace: Trace, config: FinetuneConfig) -> None:
     """See that the parts of a run that come late can keep the recipe's memory limit, before the first one begins.
 
@@ -110,6 +150,8 @@ def check_limit(model: LoadedModel, trace: Trace, config: FinetuneConfig) -> Non
         model, denoiser=without_values(model.denoiser, TimestepContext(torch.empty(0)))
     )
     student = make_student(bare, any_scales(model.denoiser, bits, data), {}, context)
+    if recipe.initializer == "adaround":
+        adaround_plans(student.requires_grad_(False), model, data, context, recipe)
     trained = complete(student, model, trace, data, context, recipe)
     if auto_layers.asked(recipe):
         config = auto_layers.any_layers(model.denoiser, trace.roles, bits, config)

@@ -47,12 +47,14 @@ class TrainState:
         best_loss: Least validation loss so far.
         best: The learned tensors that gave it, by name.
         losses: (step, validation loss).
+        broken_at: The update whose loss was not finite, at which the phase ended; None where there was none.
     """
 
     step: int = 0
     best_loss: float = math.inf
     best: dict[str, Tensor] = field(default_factory=dict)
     losses: list[tuple[int, float]] = field(default_factory=list)
+    broken_at: int | None = None
 
 
 def trainable(
@@ -247,6 +249,7 @@ def run_phase(
         loss = task.workers.sum_gradients(list(parameters.values()), loss)
         if not math.isfinite(loss):
             # No later update is any better: Adam's moments keep it.
+            state.broken_at = state.step + 1
             name = "temporal" if temporal else "sensitive"
             logger.warning(
                 "the training loss of the %s phase is %g at update %d of %d: the phase ends here, with the best that "

@@ -71,6 +71,21 @@ def test_a_model_that_the_checkpoint_was_not_made_from_gets_none(rungs: Rungs, l
     assert any("from another model than model" in note for note in result.report["notes"])
 
 
+def test_a_relative_path_is_found_from_another_working_directory(
+    rungs: Rungs, lora: LoraConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its content: a file of that name that is nearer is another one."""
+    model = rungs.add("model")
+    monkeypatch.chdir(tmp_path)
+    checkpoint = with_lora(rungs, LoraConfig(file=lora.path.name, scale=0.5), model)
+    other = tmp_path / "elsewhere"
+    other.mkdir()
+    save_file({"unet.x.lora_A.weight": torch.zeros(1)}, other / lora.path.name)
+    monkeypatch.chdir(other)
+    run(rungs, model, checkpoint)
+    assert rungs.merged["model"] == (lora,)
+
+
 @pytest.mark.parametrize("change", ["missing", "another"])
 def test_a_lora_that_cannot_be_merged_again_is_an_error(rungs: Rungs, lora: LoraConfig, change: str) -> None:
     model = rungs.add("model")

@@ -289,8 +289,36 @@ def test_resuming_a_finished_run_gives_its_checkpoint_and_clears_its_state(
     state = tmp_path / ".out.finetune"
     state.mkdir()
     (state / "run.json").write_text("{}")
+    (output / "manifest.json").touch()
     assert finetune(tiny_model, output, config(initializer="gptq"), resume=True).path == output
     assert not state.exists()
+
+
+def test_a_checkpoint_that_was_to_be_replaced_is_no_result_of_the_run_that_was_interrupted(
+    checkpoint: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Of another version, for one: it was given back as new, and the run's state deleted."""
+    output, settings = shutil.copytree(checkpoint, tmp_path / "out"), config(initializer="gptq")
+    before = (output / "manifest.json").stat().st_mtime_ns
+
+    def stop(event: ProgressEvent) -> None:
+        raise Stop
+
+    with pytest.raises(Stop):
+        finetune(tiny_model, output, settings, progress=stop, overwrite=True)
+    with pytest.raises(ArtifactError, match="exists already; add --overwrite"):
+        finetune(tiny_model, output, settings, resume=True)
+    assert (tmp_path / ".out.finetune" / "trajectories-000000.safetensors").is_file()
+    finetune(tiny_model, output, settings, resume=True, overwrite=True)
+    assert (output / "manifest.json").stat().st_mtime_ns > before
+
+
+def test_the_manifest_tells_of_a_phase_that_broke_off(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("quest_deploy.quantize.train._backpropagate", lambda *args, **options: float("nan"))
+    details = finetune(tiny_model, tmp_path / "out", config()).manifest.details
+    assert [details[phase]["not_finite_at"] for phase in ("temporal", "sensitive")] == [1, 1]
 
 
 def test_resuming_into_the_checkpoint_of_another_model_is_refused(

@@ -12,6 +12,9 @@ from quest_deploy.config import FinetuneConfig, PhaseConfig
 from quest_deploy.errors import ConfigError
 from quest_deploy.model.load import LoadedModel
 from quest_deploy.quantize import estimate, finetune
+from quest_deploy.quantize.insert import quantizable_layers
+from quest_deploy.quantize.memory import GIGABYTE, placeholder
+from quest_deploy.quantize.parts import seen_bytes
 from tests.quantize.limited_run import CONFIG, RECIPE, limited
 
 
@@ -55,6 +58,37 @@ def test_a_limit_that_training_cannot_keep_is_told_before_anything_is_recorded(
     with pytest.raises(ConfigError, match=NEEDED):
         finetune.finetune(float_model.path, tmp_path / "out", dataclasses.replace(CONFIG, recipe=TOO_LITTLE))
     assert not list(tmp_path.glob(".out.finetune/*"))
+
+
+def test_a_limit_that_adaround_cannot_keep_is_told_before_anything_is_recorded(
+    float_model: LoadedModel, tmp_path: Path
+) -> None:
+    """It has room for all before."""
+    recipe = dataclasses.replace(RECIPE, initializer="adaround")
+    layers = list(quantizable_layers(float_model.denoiser))
+    seen = seen_bytes(float_model, placeholder(float_model, CONFIG), layers)
+    limit_gb = limited(float_model, 1.5, recipe).memory_limit_gb
+    assert limit_gb is not None
+    little = dataclasses.replace(recipe, memory_limit_gb=limit_gb + seen / GIGABYTE)
+    with pytest.raises(ConfigError, match=r"expected at least \S+ for"):
+        finetune.finetune(float_model.path, tmp_path / "out", dataclasses.replace(CONFIG, recipe=little))
+    assert not list(tmp_path.glob(".out.finetune/*"))
+
+
+def test_what_was_checked_is_not_checked_again_by_resume(
+    float_model: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked: list[object] = []
+
+    def record(*args: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(finetune, "check_limit", lambda *args: checked.append(args))
+    monkeypatch.setattr(finetune, "record", record)
+    for resume in (False, True):
+        with pytest.raises(KeyboardInterrupt):
+            finetune.finetune(float_model.path, tmp_path / "out", CONFIG, resume=resume)
+        assert len(checked) == 1
 
 
 @pytest.mark.thorough

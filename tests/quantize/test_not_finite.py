@@ -56,7 +56,7 @@ def test_a_loss_that_is_not_finite_is_told_and_ends_the_phase_with_its_best(
         temporal=temporal,
         after_step=lambda state, loss: None,
     )
-    assert (state.step, state.best_loss) == (2, 0.8)
+    assert (state.step, state.best_loss, state.broken_at) == (2, 0.8, 3)
     name = "temporal" if temporal else "sensitive"
     assert f"the training loss of the {name} phase is nan at update 3 of 8" in caplog.text
     assert "lower its learning rates" in caplog.text

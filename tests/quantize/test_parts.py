@@ -13,7 +13,7 @@ from quest_deploy.model.load import LoadedModel
 from quest_deploy.quantize import affine
 from quest_deploy.quantize.calibrate import CalibrationSet
 from quest_deploy.quantize.insert import LayerQParams, quantizable_layers
-from quest_deploy.quantize.parts import find_scales, initialize_one, initialize_together
+from quest_deploy.quantize.parts import TRAJECTORIES, find_scales, initialize_one, initialize_together, record
 from quest_deploy.quantize.resume import WorkDirectory
 from quest_deploy.quantize.trace import Trace
 
@@ -49,6 +49,22 @@ def test_layers_that_read_one_tensor_start_from_one_grid_and_row(
         assert torch.allclose(found[name].weight_scale, alone)
     rows = [initialize_one(layer, x, (4, 4), recipe).row for layer in layers.values()]
     assert not torch.equal(rows[0], rows[1])
+
+
+def test_trajectories_on_disk_are_there_once_after_an_interruption_too(
+    float_model: LoadedModel, work: WorkDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed when they were in one file, and before those of the parts were deleted."""
+    recipe = dataclasses.replace(
+        RECIPE, calibration_prompts=2, validation_prompts=1, calibration_steps=2, targets="disk"
+    )
+    config = FinetuneConfig(recipe=recipe, prompts=("a", "b"))
+    with monkeypatch.context() as killed:
+        killed.setattr(WorkDirectory, "drop", lambda work, names: None)
+        record(float_model, config, work, lambda event: None)
+    assert work.names(TRAJECTORIES) == [TRAJECTORIES, f"{TRAJECTORIES}-000000"]
+    record(float_model, config, work, lambda event: None)
+    assert work.names(TRAJECTORIES) == [TRAJECTORIES]
 
 
 def test_scales_come_in_the_order_of_the_layers_after_an_interruption_too(
