@@ -361,3 +361,16 @@ def make_engine(
 def make_memory(size_bytes: int = ACTIVATION_BYTES) -> ActivationMemory:
     """Activation memory on the CPU."""
     return ActivationMemory(size_bytes, torch.device("cpu"))
+
+
+def run(engine: TensorRTEngine, *batches: int) -> None:
+    """Run with new values each time, and check them."""
+    for batch in batches:
+        x = torch.randn(batch, 4)
+        torch.testing.assert_close(engine(x=x)["y"], 2 * x, rtol=0, atol=0)
+
+
+def captured(engine: TensorRTEngine) -> list[int]:
+    """The batches that there are graphs for, the one used longest ago first."""
+    (lane,) = engine.lanes.values()
+    return [shapes[0][2][0] for shapes in lane.captured]

@@ -30,7 +30,6 @@ from quest_deploy.engines.trt_runtime import (
 )
 from quest_deploy.errors import (
     ConfigError,
-    EngineBuildError,
     EngineInputError,
     EngineRunError,
     MissingDependencyError,
@@ -118,12 +117,6 @@ def test_closed_engine_holds_nothing_and_does_not_run(
     doubler.close()
     with pytest.raises(RuntimeError, match="closed"):
         doubler(x=torch.randn(1, 4))
-
-
-@pytest.mark.usefixtures("stream")
-def test_context_that_does_not_fit_says_so() -> None:
-    with pytest.raises(EngineBuildError, match="doubler: no execution context"):
-        make_engine(SimulatedEngine(out_of_memory=True))(x=torch.randn(1, 4))
 
 
 def test_profiles_are_read_from_the_engine() -> None:
