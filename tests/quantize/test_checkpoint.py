@@ -213,29 +213,6 @@ def test_another_schema_version_is_refused(damaged: Callable) -> None:
         load_checkpoint(path)
 
 
-SINCE = {
-    4: ("rotations",),
-    3: ("knots", "tables", "unused"),
-    2: ("splits", "attention", "companions"),
-}
-
-
-@pytest.mark.parametrize("version", [1, 2, 3])
-def test_an_earlier_version_answers_as_it_did(
-    version: int, save: Save, tmp_path: Path, recorded: CalibrationSet
-) -> None:
-    def edit(path: Path) -> None:
-        summary = json.loads((path / QUANTIZATION_NAME).read_text())
-        for name in (name for since, names in SINCE.items() if since > version for name in names):
-            assert not summary.pop(name)
-        (path / QUANTIZATION_NAME).write_text(json.dumps(summary | {"schema_version": version}))
-
-    now, _ = save()
-    before = edited(now, tmp_path / "before", edit)
-    answers = [answer(load_checkpoint(path).denoiser, recorded) for path in (now, before)]
-    assert torch.equal(*answers)
-
-
 def test_a_summary_without_layers_is_refused(damaged: Callable) -> None:
     path = damaged(rewrite(layers=None))
     with pytest.raises(ArtifactError, match="is not a complete checkpoint"):
