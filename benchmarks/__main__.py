@@ -22,17 +22,7 @@ from quest_deploy.quantize.recipe import PACKAGED
 # The figures of a GPU come from another machine.
 HERE = tuple(name for name in report.HEADINGS if name != "gpu")
 # Of one recipe each, or of none.
-FIXED = (
-    "ablation",
-    "analysis",
-    "cpu_speed",
-    "differences",
-    "generation",
-    "large",
-    "longer",
-    "modes",
-    "order",
-)
+FIXED = ("ablation", "analysis", "cpu_speed", "differences", "generation", "large", "modes", "order")
 DESCRIPTION = """\
 Measure quest-deploy on the bundled reference model, and write benchmarks/results/ and docs/results.md.
 

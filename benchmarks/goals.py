@@ -12,7 +12,6 @@ from benchmarks.generation import LIMIT_MEMORY, LIMIT_OVERHEAD, ratios
 from benchmarks.in_turn import as_text
 from benchmarks.kid import overlap
 from benchmarks.large import COMPONENT, LIMIT_RATIO
-from benchmarks.longer import RECIPE as LONG
 from benchmarks.order import GOAL as ORDER_GOAL
 from benchmarks.runtimes import within_gates
 from benchmarks.tables import Table, interval, number, yes
@@ -33,7 +32,6 @@ def goals(results: dict[str, Any]) -> Table | None:
     sections: dict[str, Callable[[dict[str, Any]], Iterator[Row]]] = {
         "quality": _quality,
         "baselines": _baselines,
-        "longer": _longer,
         "kid": _kid,
         "order": _order,
         "runtimes": _runtimes,
@@ -86,11 +84,6 @@ def _ahead(name: str, whom: str, recipe: dict[str, Any], rows: list[str], goal_d
     met = lead["mean"] >= goal_db and (lead["low"] or 0) > 0
     requirement = f"{name.upper()}: QuEST ahead of {whom} in noise SNR{wanted}"
     return requirement, f"{interval(lead)} dB over {BASELINES[nearest]}", yes(met)
-
-
-def _longer(result: dict[str, Any]) -> Iterator[Row]:
-    plain = [row for row in result["differences"] if row not in FINETUNED]
-    yield _ahead(LONG, "the best that is not finetuned", result, plain, FINETUNING_GOAL_DB)
 
 
 def _kid(result: dict[str, Any]) -> Iterator[Row]:

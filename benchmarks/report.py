@@ -17,7 +17,6 @@ HEADINGS = {
     "baselines": "Baselines",
     "ablation": "Ablation",
     "initializers": "Rounding at the start",
-    "longer": "Longer training",
     "kid": "Kernel distance",
     "order": "Cost of finetuning against the published order",
     "cost": "Time, memory and size",
@@ -39,9 +38,9 @@ INTRODUCTION = """\
 <!-- Rendered from benchmarks/results/*.json by `python -m benchmarks.report`. Do not edit. -->
 
 What was measured on the bundled reference model. `make bench` measures it again; one benchmark alone:
-`python -m benchmarks quality` (or `baselines`, `ablation`, `initializers`, `longer`, `kid`, `order`, `cost`,
-`engines`, `runtimes`, `families`, `modes`, `large`, `cpu_speed`, `generation`, `analysis`, `halves`, `differences`;
-`gpu` on a machine with one).
+`python -m benchmarks quality` (or `baselines`, `ablation`, `initializers`, `kid`, `order`, `cost`, `engines`,
+`runtimes`, `families`, `modes`, `large`, `cpu_speed`, `generation`, `analysis`, `halves`, `differences`; `gpu` on a
+machine with one).
 
 W4A4 that was measured before 2026-11-28 is the recipe before its feed-forwards were rotated.
 """

@@ -32,7 +32,7 @@ RESUME_HINT = "run the same command with --resume to go on from the last saved s
     default="w8a8",
     show_default=True,
     metavar="NAME|FILE",
-    help="w8a8, w4a8, w4a4, w4a4-long, paper-sd, paper-cldm, paper-uncond, or a YAML file.",
+    help="w8a8, w4a8, w4a4, paper-sd, paper-cldm, paper-uncond, or a YAML file.",
 )
 @click.option(
     "--prompts",

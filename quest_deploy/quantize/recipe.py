@@ -16,11 +16,9 @@ from quest_deploy.config import BitsOverride, PhaseConfig, Recipe, raise_if_any
 from quest_deploy.errors import ConfigError
 
 PACKAGED = ("w8a8", "w4a8", "w4a4")
-# More prompts and updates than everybody has time for.
-LONG = ("w4a4-long",)
 # The published runs' settings, one for each of the paper's tasks.
 PAPER = ("paper-sd", "paper-cldm", "paper-uncond")
-NAMES = (*PACKAGED, *LONG, *PAPER)
+NAMES = (*PACKAGED, *PAPER)
 PHASES = ("temporal", "sensitive")
 # A union with a Literal in it is another type than one of plain types.
 UNIONS = (types.UnionType, typing.Union)

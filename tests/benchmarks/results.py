@@ -13,7 +13,6 @@ from benchmarks.ablation import VARIANTS
 from benchmarks.baselines.rows import ROWS as BASELINES
 from benchmarks.in_turn import times_as_fast
 from benchmarks.initializers import ROWS as STARTS
-from benchmarks.longer import ROWS as LONGER
 from benchmarks.order import ratios
 from benchmarks.quality import FIGURES, ROWS, difference, differences
 
@@ -44,16 +43,6 @@ def initializers() -> dict[str, Any]:
     }
     recipe = {"rows": found, "difference": difference(found["adaround"], found["gptq"])}
     return {**HEADER, "iterations": 500, "recipes": {"w4a8": recipe}}
-
-
-def longer() -> dict[str, Any]:
-    found = {
-        row: {figure: figures(24.0, offset=place) for figure in FIGURES}
-        | {"budget": {"prompts": 1000, "training_samples": 51_200}}
-        for place, row in enumerate(LONGER)
-    }
-    over = {row: difference(found["quest"], found[row]) for row in LONGER if row != "quest"}
-    return {**HEADER, "rows": found, "differences": over}
 
 
 def baselines() -> dict[str, Any]:

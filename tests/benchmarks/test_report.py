@@ -64,7 +64,6 @@ def everything(made_up: ModuleType) -> dict[str, dict]:
         "baselines": made_up.baselines(),
         "ablation": made_up.ablation(),
         "initializers": made_up.initializers(),
-        "longer": made_up.longer(),
         "kid": made_up.kid(),
         "order": made_up.order(),
         "cost": made_up.cost(),
