@@ -31,8 +31,6 @@ QUOTAS = {
     "Symbols": (8, 1),
     "Flags": (14, 3),
 }
-# Calibration prompts besides those, for recipes that train long. They may be near to each other.
-FURTHER = 768
 SKIN_TONE_SHARE = 0.4  # of the people: training weighted captions with a skin tone 0.35
 SKIN_TONES = {
     "1F3FB": "light skin tone",
@@ -162,10 +160,6 @@ def choose(emoji: list[Emoji], fixed: list[str]) -> tuple[list[str], list[str]]:
         heldout += chosen[:heldout_quota]
         calibration += chosen[heldout_quota:]
     generator.shuffle(calibration)  # so that any prefix of the list spreads over the categories
-    known = {*calibration, *heldout}
-    rest = [caption for caption in dict.fromkeys(item.caption for item in emoji) if caption not in known]
-    generator.shuffle(rest)
-    calibration += [caption for caption in rest if not is_near(caption, heldout)][:FURTHER]
     return calibration, heldout
 
 

@@ -23,7 +23,7 @@ def make_prompts(repository: Path) -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize(("name", "count"), [("calibration", 1024), ("heldout", 64)])
+@pytest.mark.parametrize(("name", "count"), [("calibration", 256), ("heldout", 64)])
 def test_packaged_lists_hold_distinct_prompts(name: str, count: int) -> None:
     prompts = load_prompts(default=name)
     assert len(prompts) == len(set(prompts)) == count
