@@ -40,8 +40,11 @@ def run_verb(options: str, mount: Path, words: list[str]) -> subprocess.Complete
 @pytest.mark.parametrize(
     "verb",
     [
-        *("build-engine", "generate"),
-        *(pytest.param(verb, marks=pytest.mark.thorough) for verb in ("finetune", "export", "parity")),
+        "build-engine",
+        *(
+            pytest.param(verb, marks=pytest.mark.thorough)
+            for verb in ("finetune", "export", "generate", "parity")
+        ),
     ],
 )
 def test_full_disk(verb: str, tmp_path: Path, tiny_model: Path, tiny_onnx: Path, tiny_recipe: Path) -> None:

@@ -26,7 +26,6 @@ from tests.export.conftest import run_onnx, snr_db
 from tests.export.tensorrt import build
 from tests.export.test_graph import torch_codes
 
-COMPONENTS = ["text_encoder", "vae_decoder"]
 DEAR = ["text_encoder", pytest.param("vae_decoder", marks=pytest.mark.thorough)]
 
 
@@ -107,6 +106,6 @@ def test_weights_alone_are_stored_as_integers(
 
 
 @pytest.mark.parametrize("mode", ["w8a8", "int8-weight-only"])
-@pytest.mark.parametrize("name", COMPONENTS)
+@pytest.mark.parametrize("name", DEAR)
 def test_a_tensorrt_for_rtx_engine_is_built(exported: Exported, name: str, mode: str) -> None:
     assert build(exported(mode, name)[1]) > 0

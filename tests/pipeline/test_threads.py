@@ -74,7 +74,7 @@ def test_a_library_that_another_thread_imports_has_its_classes(
     assert found == [int] * 4
 
 
-@pytest.mark.parametrize("kind", ["tiny_model", "tiny_checkpoint"])
+@pytest.mark.parametrize("kind", ["tiny_model", pytest.param("tiny_checkpoint", marks=pytest.mark.thorough)])
 def test_threads_load_pipelines_at_the_same_time(request: pytest.FixtureRequest, kind: str) -> None:
     path = request.getfixturevalue(kind)
     with ThreadPoolExecutor(3) as pool:

@@ -97,6 +97,7 @@ def test_what_the_layers_were_is_left_as_it_was(run: Callable, float_model: Load
     assert not float_model.denoiser._forward_pre_hooks
 
 
+@pytest.mark.thorough
 def test_other_layers_may_be_named_beside_auto(run: Callable) -> None:
     phase = dataclasses.replace(AUTO, layers=("conv_out", "auto"))
     changed, chosen = run(config(sensitive=phase))

@@ -60,6 +60,7 @@ def test_a_limit_that_training_cannot_keep_is_told_before_anything_is_recorded(
     assert not list(tmp_path.glob(".out.finetune/*"))
 
 
+@pytest.mark.thorough
 def test_a_limit_that_adaround_cannot_keep_is_told_before_anything_is_recorded(
     float_model: LoadedModel, tmp_path: Path
 ) -> None:
