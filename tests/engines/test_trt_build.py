@@ -38,12 +38,14 @@ def built(tiny_onnx: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Ar
 
 
 def workers() -> list[psutil.Process]:
-    """Building processes that live."""
+    """Building processes of this one that live; others test beside it."""
+    own = {child.pid for child in psutil.Process().children(recursive=True)}
     return [
         process
         for process in psutil.process_iter(["cmdline", "status"])
         if "quest_deploy.engines.trt_worker" in (process.info["cmdline"] or [])
         and process.info["status"] != psutil.STATUS_ZOMBIE
+        and process.pid in own
     ]
 
 
@@ -52,13 +54,6 @@ def wait_until(condition: Callable[[], object], seconds: float = 20) -> None:
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.02)
-
-
-@pytest.fixture
-def started_workers() -> Callable[[], list[psutil.Process]]:
-    """Building processes that this test started."""
-    before = {process.pid for process in workers()}
-    return lambda: [process for process in workers() if process.pid not in before]
 
 
 def test_every_component_has_a_plan(built: tuple[Artifact, list[ProgressEvent]]) -> None:
@@ -301,11 +296,9 @@ def test_timing_cache_of_tensorrt_is_an_absolute_path(tmp_path: Path) -> None:
     assert trt_build.make_job(tmp_path, tmp_path, {}, config)["timing_cache"] == str(Path("cache").absolute())
 
 
-def test_killed_worker_is_an_error_that_leaves_nothing(
-    tiny_onnx: Path, tmp_path: Path, started_workers: Callable[[], list[psutil.Process]]
-) -> None:
+def test_killed_worker_is_an_error_that_leaves_nothing(tiny_onnx: Path, tmp_path: Path) -> None:
     def kill(event: ProgressEvent) -> None:
-        for process in started_workers():
+        for process in workers():
             process.kill()
 
     with pytest.raises(EngineBuildError, match="SIGKILL"):
@@ -346,7 +339,7 @@ def held_build(tiny_onnx: Path, tmp_path: Path) -> Iterator[subprocess.Popen[str
 
 
 def test_interrupt_leaves_neither_files_nor_processes(
-    held_build: subprocess.Popen[str], tmp_path: Path, started_workers: Callable[[], list[psutil.Process]]
+    held_build: subprocess.Popen[str], tmp_path: Path
 ) -> None:
     children = psutil.Process(held_build.pid).children()
     assert [path for path in tmp_path.iterdir() if "partial" in path.name]
