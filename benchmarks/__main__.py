@@ -106,7 +106,7 @@ def measured(module: Any, settings: Settings) -> dict[str, Any]:
     return result
 
 
-def run_all(arguments: list[str], benchmarks: Sequence[str] = HERE) -> int:
+def run_all(arguments: list[str], benchmarks: Sequence[str]) -> int:
     """Each benchmark in a process of its own, since one that holds torch cannot measure the memory of others.
 
     Returns:

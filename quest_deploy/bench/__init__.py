@@ -51,17 +51,7 @@ def bench(
 class _CallablePackage(ModuleType):
     """A package that runs :func:`bench` when called."""
 
-    def __call__(
-        self,
-        subjects: Sequence[str],
-        output: Path,
-        config: BenchConfig,
-        *,
-        progress: Callable[[ProgressEvent], None] | None = None,
-        overwrite: bool = False,
-    ) -> Artifact:
-        """Measure `subjects` into `output`: see :func:`bench`."""
-        return bench(subjects, output, config, progress=progress, overwrite=overwrite)
+    __call__ = staticmethod(bench)
 
 
 sys.modules[__name__].__class__ = _CallablePackage

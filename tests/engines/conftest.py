@@ -13,6 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from quest_deploy.artifacts import Artifact, read_artifact, write_artifact
 from quest_deploy.config import BuildConfig
+from tests.engines.simulated_trt import SimulatedEngine, SimulatedStream, simulate_cuda
 
 TOKENS, HIDDEN, CHANNELS, LATENTS = 8, 16, 4, 8
 SCALE = 0.05
@@ -237,3 +238,15 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
     monkeypatch.setattr(trt_build.ladder, "build", keep)
     return seen
+
+
+@pytest.fixture
+def stream(monkeypatch: pytest.MonkeyPatch) -> SimulatedStream:
+    """The current stream of a simulated CUDA."""
+    return simulate_cuda(monkeypatch)
+
+
+@pytest.fixture
+def cuda() -> SimulatedEngine:
+    """An engine of the simulated runtime."""
+    return SimulatedEngine()

@@ -22,18 +22,9 @@ from tests.engines.simulated_trt import (
     make_engine,
     make_memory,
     run,
-    simulate_cuda,
 )
 
-
-@pytest.fixture(autouse=True)
-def stream(monkeypatch: pytest.MonkeyPatch) -> SimulatedStream:
-    return simulate_cuda(monkeypatch)
-
-
-@pytest.fixture
-def cuda() -> SimulatedEngine:
-    return SimulatedEngine()
+pytestmark = pytest.mark.usefixtures("stream")
 
 
 def test_first_run_of_a_shape_reads_and_writes_the_tensors_themselves(cuda: SimulatedEngine) -> None:

@@ -21,18 +21,9 @@ from tests.engines.simulated_trt import (
     make_engine,
     make_memory,
     run,
-    simulate_cuda,
 )
 
-
-@pytest.fixture(autouse=True)
-def stream(monkeypatch: pytest.MonkeyPatch) -> SimulatedStream:
-    return simulate_cuda(monkeypatch)
-
-
-@pytest.fixture
-def cuda() -> SimulatedEngine:
-    return SimulatedEngine()
+pytestmark = pytest.mark.usefixtures("stream")
 
 
 def test_components_of_a_pipeline_share_one_block(stream: SimulatedStream) -> None:

@@ -43,20 +43,8 @@ from tests.engines.simulated_trt import (
     SimulatedStream,
     make_engine,
     make_memory,
-    simulate_cuda,
     simulated_library,
 )
-
-
-@pytest.fixture
-def stream(monkeypatch: pytest.MonkeyPatch) -> SimulatedStream:
-    """The current stream of a simulated CUDA."""
-    return simulate_cuda(monkeypatch)
-
-
-@pytest.fixture
-def cuda() -> SimulatedEngine:
-    return SimulatedEngine()
 
 
 @pytest.fixture
