@@ -19,8 +19,9 @@ from quest_deploy.model.load import load_model
 from quest_deploy.prompts import load_prompts
 from quest_deploy.quantize import calibrate
 from quest_deploy.quantize.allocate import Budget, allocate, overrides, read_table, summarize
-from quest_deploy.quantize.parts import BATCH_PROMPTS, layer_inputs
+from quest_deploy.quantize.parts import layer_inputs
 from quest_deploy.quantize.recipe import load_recipe
+from quest_deploy.quantize.recording import BATCH_PROMPTS
 from quest_deploy.quantize.select import layer_bits
 from quest_deploy.quantize.sensitivity import choose_pairs, damage_between, predict
 from quest_deploy.quantize.structure import restructure

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import statistics
@@ -18,7 +19,7 @@ from benchmarks.environment import header
 from benchmarks.merge import elsewhere
 from benchmarks.settings import MODEL, ROOT, Settings
 from benchmarks.tables import MISSING, Table, megabytes, number, seconds
-from quest_deploy.config import to_dict
+from quest_deploy.config import PhaseConfig, Recipe, to_dict
 from quest_deploy.files import hash_mapping
 from quest_deploy.manifest import MANIFEST_NAME
 from quest_deploy.quantize.recipe import load_recipe
@@ -158,8 +159,20 @@ def tables(result: dict[str, Any]) -> list[Table]:
 
 
 def recipe_digests(names: Iterable[str]) -> dict[str, str]:
-    """What the packaged recipes hold today, by name."""
-    return {name: hash_mapping(to_dict(load_recipe(name))) for name in names}
+    """What the packaged recipes hold today, by name; a field that came later, at its default, changes none of them."""
+    return {name: hash_mapping(_set_fields(load_recipe(name))) for name in names}
+
+
+def _set_fields(config: Recipe | PhaseConfig) -> dict[str, Any]:
+    """What a recipe or a phase of it has that is not a default."""
+    found = to_dict(config)
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if value == field.default:
+            del found[field.name]
+        elif isinstance(value, PhaseConfig):
+            found[field.name] = _set_fields(value)
+    return found
 
 
 def _doubts(result: dict[str, Any]) -> str:

@@ -134,6 +134,9 @@ class Recipe:
         softmax_max_keys: Attentions over more keys than this keep their probabilities and values in float.
         text_encoder: How the text encoder is quantized, "int8-weight-only" or "w8a8"; None leaves it in float.
         vae_decoder: The same for the autoencoder's decoder.
+        on_policy_prompts: For how many of the training prompts the quantized network, as it is before phase 2, draws
+            trajectories by itself. Half of that phase's pairs are of those, with the full-precision network's answers
+            there: what a sampler shows a quantized network is where its own errors led. 0 leaves them out.
         walk_share: Weight of what the student's errors grow into over a few steps of its own, beside its errors on
             recorded latents; 0 leaves walks out.
         walk_length: Steps of such a walk.
@@ -175,6 +178,7 @@ class Recipe:
     softmax_max_keys: int = 256
     text_encoder: StaticMode | None = None
     vae_decoder: StaticMode | None = None
+    on_policy_prompts: int = 0
     walk_share: float = 1.0
     walk_length: int = 4
     error_mean: ErrorMean = "arithmetic"
@@ -215,6 +219,7 @@ class Recipe:
             problems,
             0,
             guidance_scale=self.guidance_scale,
+            on_policy_prompts=self.on_policy_prompts,
             walk_share=self.walk_share,
             collapse_loss_db=self.collapse_loss_db,
         )
@@ -227,5 +232,10 @@ class Recipe:
             problems.append(
                 f"validation_prompts is {self.validation_prompts}, "
                 f"expected fewer than calibration_prompts, {self.calibration_prompts}"
+            )
+        elif self.on_policy_prompts > self.calibration_prompts - self.validation_prompts:
+            problems.append(
+                f"on_policy_prompts is {self.on_policy_prompts}, expected at most calibration_prompts without "
+                f"validation_prompts, {self.calibration_prompts - self.validation_prompts}"
             )
         raise_if_any(problems, f"recipe {self.name}")

@@ -42,7 +42,7 @@ def variant(recipe: Recipe, row: str, *, quick: bool = False) -> Recipe:
     "calibrated": scales from percentiles and shrunken ranges of least squared error, weights rounded to nearest.
     "adaround": the same scales, rounding learned block by block.
     "efficientdm": an update of low rank and one activation step for each timestep, learned from the full-precision
-    network's own outputs; no phase of its own for the temporal layers, no walks, no channel rows.
+    network's own outputs; no phase of its own for the temporal layers, no walks, no own trajectories, no channel rows.
     """
     if row == "calibrated":
         return quality.variant(recipe, row)
@@ -59,6 +59,7 @@ def variant(recipe: Recipe, row: str, *, quick: bool = False) -> Recipe:
         initializer="nearest",
         channel_wise=False,
         rotation=None,
+        on_policy_prompts=0,
         walk_share=0.0,
         temporal=dataclasses.replace(recipe.temporal, steps=0),
         sensitive=dataclasses.replace(
@@ -107,10 +108,12 @@ def budget(recipe: Recipe, row: str) -> dict[str, Any]:
     sampled = min(PROMPTS_PER_STEP, recipe.calibration_prompts) * steps * BRANCHES
     looks = 1 if recipe.initializer == "nearest" else 2
     whole = recipe.calibration_prompts * steps * BRANCHES
+    # Both networks look at every latent that the quantized one draws.
+    own = 2 * recipe.on_policy_prompts * steps * BRANCHES if recipe.sensitive.steps else 0
     made = row in MADE_BY_FINETUNE or row == "quest"
     return {
         "prompts": recipe.calibration_prompts,
         "steps": steps,
-        "calibration_samples": looks * sampled if made else whole,
+        "calibration_samples": looks * sampled + own if made else whole,
         "training_samples": _training_samples(recipe) if made else 0,
     }

@@ -53,7 +53,7 @@ from quest_deploy.model.spec import classes_of, family_of
 from quest_deploy.prompts import load_prompts
 from quest_deploy.quantize import calibrate
 from quest_deploy.quantize.checkpoint import load_checkpoint
-from quest_deploy.quantize.parts import BATCH_PROMPTS
+from quest_deploy.quantize.recording import BATCH_PROMPTS
 from quest_deploy.quantize.resume import WorkDirectory, machine
 from quest_deploy.quantize.structure import rebuild, restructure, structure
 from quest_deploy.quantize.trace import trace

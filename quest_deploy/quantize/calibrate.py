@@ -187,6 +187,7 @@ def record_trajectories(
     batch_size: int,
     latent_shape: tuple[int, int, int] | None = None,
     schedule: Mapping[str, Any] | None = None,
+    follow: nn.Module | None = None,
     report: Report = lambda completed, total: None,
 ) -> CalibrationSet:
     """Run the full-precision loop and keep what the denoiser was given and what it answered.
@@ -200,6 +201,7 @@ def record_trajectories(
         batch_size: Prompts at a time.
         latent_shape: Channels, height and width of the latents; None for those of the model's own size.
         schedule: The scheduler's configuration; None takes that of `recording_config`, and tells which if it must.
+        follow: The denoiser whose answers the sampler follows, in place of the full-precision one's, which are kept.
         report: Called after each batch.
 
     Raises:
@@ -216,14 +218,16 @@ def record_trajectories(
         seeds = range(seed + start, seed + start + len(chunk))
         seen, answered, visited = [], [], []
 
-        def run(sample: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+        def run(
+            sample: Tensor, timestep: Tensor, conditioning: Conditioning, denoiser: nn.Module = model.denoiser
+        ) -> Tensor:
             time = model.denoiser_time(timestep)
-            return predict(model.denoiser, sample, time, controlled(control, sample, time, conditioning))
+            return predict(denoiser, sample, time, controlled(control, sample, time, conditioning))
 
         def all_branches(sample: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
             output = run(sample, timestep, conditioning)
             answered.append(torch.stack(output.chunk(branches), dim=1).to(CPU))  # noqa: B023
-            return output
+            return output if follow is None else run(sample, timestep, conditioning, follow)
 
         def keep(step: sampling.Step) -> None:
             seen.append(step.latents.to(CPU))  # noqa: B023

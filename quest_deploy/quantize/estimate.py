@@ -31,6 +31,7 @@ from quest_deploy.quantize.estimate_parts import (
     collapsed,
     companions,
     layer_choice,
+    own_trajectories,
     products_per_second,
     rounding,
     seconds_of,
@@ -52,6 +53,7 @@ from quest_deploy.quantize.memory import (
 )
 from quest_deploy.quantize.parallel import ALONE, device_of, place
 from quest_deploy.quantize.phases import Inputs, phase_memory, phases
+from quest_deploy.quantize.recording import batch_prompts
 from quest_deploy.quantize.select import layer_bits
 from quest_deploy.quantize.student import any_scales, complete, make_student
 from quest_deploy.quantize.tables import make_context, time_tables
@@ -104,7 +106,7 @@ def estimate(model: str | Path, config: FinetuneConfig) -> tuple[list[PartEstima
         PartEstimate(
             part="record trajectories",
             seconds=data.num_prompts * data.timesteps.numel() * speed.forward_s,
-            memory_bytes=run.passes(parts.batch_prompts(device)),
+            memory_bytes=run.passes(batch_prompts(device)),
             disk_bytes=kept,
             # Batches are joined to one file.
             passing_bytes=kept if recipe.targets == "disk" else 0,
@@ -132,7 +134,10 @@ def estimate(model: str | Path, config: FinetuneConfig) -> tuple[list[PartEstima
         config = auto_layers.any_layers(loaded.denoiser, trace.roles, bits, config)
     inputs = Inputs(model=loaded, student=student, trace=trace, data=data, context=context, config=config)
     steps = any_steps(loaded, recipe)
-    result += [_phase(inputs, name, phase, speed, steps) for name, phase in phases(config.recipe)]
+    for name, phase in phases(config.recipe):
+        if name == "sensitive" and recipe.on_policy_prompts:
+            result.append(own_trajectories(run))
+        result.append(_phase(inputs, name, phase, speed, steps))
     if recipe.collapse_loss_db:
         result.append(collapsed(run))
     result += companions(run)

@@ -28,10 +28,12 @@ from quest_deploy.quantize.memory import (
     PeakMemory,
     cached_bytes,
     forward_memory,
+    kept_bytes,
     limit_count,
     prompts_at_once,
     size_bytes,
 )
+from quest_deploy.quantize.recording import batch_prompts, own_bytes
 from quest_deploy.quantize.sensitivity import BATCH_PAIRS
 from quest_deploy.quantize.student import adaround_plans
 
@@ -228,6 +230,26 @@ def layer_choice(run: Run) -> PartEstimate:
         seconds=(len(run.layers) + 1) * measured * run.speed.forward_s,
         memory_bytes=run.passes(min(BATCH_PAIRS, measured), rounded),
         disk_bytes=0,
+    )
+
+
+def own_trajectories(run: Run) -> PartEstimate:
+    """What the student draws by itself before the sensitive phase."""
+    recipe, student, own = run.recipe, run.student, own_bytes(run.data, run.recipe)
+    on_disk = recipe.targets == "disk"
+    forward = forward_memory(student, run.data, run.context)
+    held = run.held + size_bytes([*student.parameters(), *student.buffers()]) + cached_bytes(student)
+    held += 0 if on_disk else own
+    most = min(batch_prompts(run.data.device), recipe.on_policy_prompts)
+    at_once = limit_count(most, held, recipe.memory_limit_gb, forward)
+    pairs = recipe.on_policy_prompts * run.data.timesteps.numel()
+    return PartEstimate(
+        part="record own trajectories",
+        seconds=pairs * (run.speed.forward_s + run.speed.judged_s),
+        memory_bytes=held + forward.fixed + forward.each * at_once,
+        # One file holds these and the recorded ones.
+        disk_bytes=own + (kept_bytes(run.data, recipe.targets) if on_disk else 0),
+        passing_bytes=own if on_disk else 0,
     )
 
 

@@ -50,8 +50,9 @@ from quest_deploy.quantize.memory import (
 )
 from quest_deploy.quantize.operands import PROMPTS_PER_STEP, find_operands
 from quest_deploy.quantize.parallel import Workers, device_of, find_workers, place
-from quest_deploy.quantize.parts import Progress, find_scales, record, reporter, round_weights
+from quest_deploy.quantize.parts import Progress, find_scales, reporter, round_weights
 from quest_deploy.quantize.phases import Inputs, train_phases
+from quest_deploy.quantize.recording import record
 from quest_deploy.quantize.resume import WorkDirectory, machine
 from quest_deploy.quantize.schedule import recording_config
 from quest_deploy.quantize.select import layer_bits

@@ -272,9 +272,13 @@ def draw(
     batch_size: int,
     num_walks: int,
     generator: torch.Generator,
+    own: Tensor | None = None,
 ) -> Draw:
-    """`batch_size` (prompt, step) pairs and `num_walks` walks, all at random."""
+    """`batch_size` (prompt, step) pairs and `num_walks` walks, all at random; half of the pairs of `own`, int64 [m]."""
     prompt, step = draw_pairs(prompts, data.timesteps.numel(), batch_size, generator)
+    if own is not None:
+        half = batch_size // 2
+        prompt[batch_size - half :] = own[torch.randint(own.numel(), (half,), generator=generator)]
     walk_prompt = walk_start = prompt[:0]
     if objective.walking and num_walks:
         walk_prompt, walk_start = draw_pairs(prompts, objective.walks.numel(), num_walks, generator)

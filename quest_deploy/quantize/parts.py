@@ -1,4 +1,4 @@
-"""The parts of finetuning before any training, each resumable: record trajectories, find scales, round the weights."""
+"""The parts of finetuning between recording and training, each resumable: find scales, round the weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from quest_deploy.config import FinetuneConfig, ProgressEvent, Recipe
-from quest_deploy.model.components import first_device
 from quest_deploy.model.load import LoadedModel
 from quest_deploy.quantize import adaround, calibrate, gptq
 from quest_deploy.quantize.calibrate import CalibrationSet
@@ -26,12 +25,10 @@ from quest_deploy.quantize.memory import (
     forward_memory,
     held_bytes,
     limit_count,
-    placeholder,
     prompts_at_once,
     size_bytes,
 )
 from quest_deploy.quantize.resume import Throttle, WorkDirectory, flatten_qparams, unflatten_qparams
-from quest_deploy.quantize.schedule import recording_config
 from quest_deploy.quantize.select import for_layer
 from quest_deploy.quantize.time_inputs import inputs_over_time, joined
 from quest_deploy.quantize.trace import Trace
@@ -39,66 +36,9 @@ from quest_deploy.quantize.trace import Trace
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[ProgressEvent], None]
-BATCH_PROMPTS = 8
-GPU_BATCH_PROMPTS = 32
 PROMPTS_PER_STEP = 8
 POSITIONS_PER_STEP = 64
 ROWS_PER_STEP = 256
-TRAJECTORIES = "trajectories"
-
-
-def record(
-    model: LoadedModel, config: FinetuneConfig, work: WorkDirectory, progress: Progress
-) -> CalibrationSet:
-    """The recorded trajectories, a few prompts at a time so that little is lost."""
-    recipe, total = config.recipe, config.recipe.calibration_prompts
-    device = first_device(model.denoiser)
-    parts, names = [], []
-    batch = at_once = batch_prompts(device)
-    if recipe.memory_limit_gb is not None:
-        at_once = prompts_at_once(model, placeholder(model, config), recipe, batch)
-    done, schedule = work.load(TRAJECTORIES), recording_config(model, recipe.calibration_steps)
-    for start in range(0, total if done is None else 0, batch):
-        names.append(f"{TRAJECTORIES}-{start:06d}")
-        saved = work.load(names[-1])
-        if saved is None:
-            part = calibrate.record_trajectories(
-                model,
-                config.prompts[start : min(start + batch, total)],
-                steps=recipe.calibration_steps,
-                guidance_scale=recipe.guidance_scale,
-                seed=config.seed + start,
-                batch_size=at_once,
-                schedule=schedule,
-            )
-            tensors = part.tensors()
-            if recipe.targets == "recompute":
-                del tensors["targets"]
-            work.save(names[-1], tensors)
-        else:
-            tensors = saved[0]
-        if recipe.targets != "disk":
-            parts.append(
-                calibrate.from_tensors(tensors, teacher=model.denoiser, device=device, control=model.control)
-            )
-        completed = min(start + batch, total)
-        progress(ProgressEvent(stage="record trajectories", completed=completed, total=total))
-    if recipe.targets != "disk":
-        return calibrate.join(parts)
-    if done is None:
-        work.append(names, TRAJECTORIES)
-        done = work.load(TRAJECTORIES)
-    else:
-        # A process that was killed just then may have left what was written into one file.
-        work.drop(work.names(f"{TRAJECTORIES}-"))
-    assert done is not None
-    # safetensors maps the file: rows are read when they are asked for.
-    return calibrate.from_tensors(done[0], teacher=model.denoiser, device=device, control=model.control)
-
-
-def batch_prompts(device: torch.device) -> int:
-    """Prompts that are recorded together; a GPU is hardly busy with as few as a CPU is."""
-    return BATCH_PROMPTS if device.type == "cpu" else GPU_BATCH_PROMPTS
 
 
 def find_scales(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from quest_deploy.quantize.memory import (
 )
 from quest_deploy.quantize.parallel import ALONE, Workers
 from quest_deploy.quantize.parts import Progress
+from quest_deploy.quantize.recording import own_bytes, record_own
 from quest_deploy.quantize.resume import Throttle, WorkDirectory
 from quest_deploy.quantize.trace import Trace
 from quest_deploy.quantize.walk import Steps, fit_steps
@@ -73,6 +75,8 @@ def train_phases(inputs: Inputs, work: WorkDirectory, progress: Progress) -> dic
     task = make_task(inputs)
     history: dict[str, Any] = {}
     for name, phase in phases(inputs.recipe):
+        if name == "sensitive" and inputs.recipe.on_policy_prompts:
+            task = _with_own(task, inputs, work, progress)
         state = _train_phase(task, name, phase, work, progress)
         history[name] = {"validation_loss": state.losses, "best": state.best_loss}
         if state.broken_at is not None:
@@ -140,6 +144,13 @@ def make_task(inputs: Inputs) -> train.Task:
     )
 
 
+def _with_own(task: train.Task, inputs: Inputs, work: WorkDirectory, progress: Progress) -> train.Task:
+    """`task`, and the trajectories that the student draws as it is now."""
+    with task.workers.main_first():
+        data = record_own(inputs.model, task.student, task.context, task.data, inputs.config, work, progress)
+    return dataclasses.replace(task, data=data, own=torch.arange(task.data.num_prompts, data.num_prompts))
+
+
 def phase_memory(
     inputs: Inputs, steps: Steps | None, name: str, phase: PhaseConfig
 ) -> tuple[int, PassMemory, PassMemory | None]:
@@ -151,6 +162,7 @@ def phase_memory(
     held += cached_bytes(student)
     if recipe.targets != "disk":
         held += kept_bytes(data, recipe.targets)
+        held += own_bytes(data, recipe) if name == "sensitive" else 0
     bare = Objective(
         raw=torch.empty(0),
         walks=torch.empty(0),

@@ -130,8 +130,10 @@ class WorkDirectory:
                 f"{path}: the saved state is corrupt ({error}); start afresh with --overwrite"
             ) from error
 
-    def append(self, names: Sequence[str], name: str) -> None:
+    def append(self, names: Sequence[str], name: str, keep: Sequence[str] = ()) -> None:
         """Write what was saved under `names` under `name`, one after the other along the first axis, and drop them.
+
+        Those in `keep` stay.
 
         Tensors whose first axis is not that of the ``latents`` are the same in all, and written once. Nothing is read
         as a whole: the result may be larger than memory.
@@ -164,7 +166,7 @@ class WorkDirectory:
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(self.path / f"{name}.safetensors")
-        self.drop(names)
+        self.drop([part for part in names if part not in keep])
 
     def names(self, prefix: str) -> list[str]:
         """What was saved under names that start with `prefix`, in order."""

@@ -133,6 +133,7 @@ class Task:
         trace: Which layers of either carry time, and how their outputs follow from it.
         data: Recorded trajectories.
         training: int64, prompts that are trained on.
+        own: int64, where in `data` the student's own trajectories lie; None where there are none.
         validation: int64, prompts that choose the result.
         objective: How errors are weighed.
         context: The student's timestep groups.
@@ -152,6 +153,7 @@ class Task:
     context: TimestepContext
     seed: int
     last_time: float
+    own: Tensor | None = None
     precision: Precision = "float32"
     workers: Workers = ALONE
 
@@ -300,6 +302,7 @@ def _backpropagate(task: Task, phase: PhaseConfig, step: int, *, temporal: bool)
             batch_size=phase.batch_size,
             num_walks=phase.walks,
             generator=generator,
+            own=task.own,
         )
         slices = drawn.share(task.workers.index, task.workers.count).slices(task.objective)
     for part in slices:

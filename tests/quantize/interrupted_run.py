@@ -25,7 +25,7 @@ import torch
 from quest_deploy.config import FinetuneConfig, PhaseConfig, Recipe
 from quest_deploy.files import hash_file
 from quest_deploy.model.load import load_model
-from quest_deploy.quantize import finetune, parts, resume, train
+from quest_deploy.quantize import finetune, recording, resume, train
 
 RECIPE = Recipe(
     name="tiny",
@@ -109,7 +109,7 @@ def run(
 def main(what: str, model: Path, folder: Path, moments: list[str]) -> None:
     config = FinetuneConfig(recipe=RECIPES[what], prompts=("a", "b", "c"), seed=3)
     torch.set_num_threads(1)
-    resume.SAVE_EVERY_SECONDS, parts.BATCH_PROMPTS = 0.0, 1
+    resume.SAVE_EVERY_SECONDS, recording.BATCH_PROMPTS = 0.0, 1
     train.Task.validation_loss = always_better
     # Whatever is imported only now (torch._dynamo by optimizers) would be imported by every child.
     load_model(model)

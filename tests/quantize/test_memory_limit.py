@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from quest_deploy.errors import ConfigError
 from quest_deploy.model.load import LoadedModel
-from quest_deploy.quantize import adaround, blocks, calibrate, gptq, parts
+from quest_deploy.quantize import adaround, blocks, calibrate, gptq, parts, recording
 from quest_deploy.quantize.auto_layers import measure_damages
 from quest_deploy.quantize.calibrate import CalibrationSet, collect_inputs
 from quest_deploy.quantize.collapse import collapse_groups
@@ -236,11 +236,11 @@ def test_recording_keeps_the_limit_and_its_result(
     float_model: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes: list[int] = []
-    record = calibrate.record_trajectories
+    drawn = calibrate.record_trajectories
 
     def watched(*args: Any, batch_size: int, **options: Any) -> CalibrationSet:
         sizes.append(batch_size)
-        return record(*args, batch_size=batch_size, **options)
+        return drawn(*args, batch_size=batch_size, **options)
 
     monkeypatch.setattr(calibrate, "record_trajectories", watched)
     found = []
@@ -248,7 +248,7 @@ def test_recording_keeps_the_limit_and_its_result(
         work = WorkDirectory(tmp_path / name)
         work.open({}, resume=False, overwrite=False)
         config = dataclasses.replace(CONFIG, recipe=recipe)
-        found.append(parts.record(float_model, config, work, lambda event: None))
+        found.append(recording.record(float_model, config, work, lambda event: None))
     assert sizes == [8, 2]
     torch.testing.assert_close(found[1].latents, found[0].latents, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found[1].targets, found[0].targets, rtol=1e-4, atol=1e-5)

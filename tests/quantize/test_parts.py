@@ -13,7 +13,8 @@ from quest_deploy.model.load import LoadedModel
 from quest_deploy.quantize import affine
 from quest_deploy.quantize.calibrate import CalibrationSet
 from quest_deploy.quantize.insert import LayerQParams, quantizable_layers
-from quest_deploy.quantize.parts import TRAJECTORIES, find_scales, initialize_one, initialize_together, record
+from quest_deploy.quantize.parts import find_scales, initialize_one, initialize_together
+from quest_deploy.quantize.recording import TRAJECTORIES, record
 from quest_deploy.quantize.resume import WorkDirectory
 from quest_deploy.quantize.trace import Trace
 
