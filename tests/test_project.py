@@ -173,6 +173,25 @@ def test_imports_from_any_directory_come_from_the_checkout(repository: Path, tmp
     ]
 
 
+def test_a_checkout_is_whole_without_its_installation(repository: Path) -> None:
+    """Who installed the package (not editable) and works in the checkout imports the checkout's half of it."""
+    code = (
+        "import quest_deploy.engines as n, quest_deploy.export as x; print(n.__file__, x.__file__, sep='\\n')"
+    )
+    # Without site-packages: nothing is installed.
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", f"import sys; sys.path.insert(0, ''); {code}"],
+        cwd=repository,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert [Path(line).parent for line in done.stdout.split()] == [
+        repository / "engines",
+        repository / "export",
+    ]
+
+
 WEIGHTS = {
     "pipeline": {
         "text_encoder/model.safetensors": "9d63a7fdc17980e7",

@@ -6,6 +6,7 @@ import ast
 import importlib
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import click
@@ -49,6 +50,13 @@ def test_shell_commands_parse(repository: Path) -> None:
         command = main.get_command(click.Context(main), verb)
         assert command is not None, verb
         command.make_context(verb, arguments)
+
+
+def test_outputs_are_free_where_the_commands_are_run(repository: Path) -> None:
+    """They read `reference-model`, so they are run in the checkout, which has an `engines` of its own."""
+    outputs = [call[call.index("-o") + 1] for call in commands(repository, "quest-deploy") if "-o" in call]
+    tracked = subprocess.run(["git", "ls-files"], cwd=repository, capture_output=True, text=True).stdout
+    assert outputs and not {*outputs} & {line.split("/")[0] for line in tracked.splitlines()}
 
 
 def test_every_command_is_in_the_table_and_no_other(repository: Path) -> None:
