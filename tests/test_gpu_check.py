@@ -12,16 +12,22 @@ import click
 import pytest
 import torch
 
+from quest_deploy.bench.subject import WAYS
 from quest_deploy.commands import main
-from quest_deploy.engines.libraries import gpus
-from scripts import gpu_measure
-from scripts.gpu_check import NAME, Report, run_all, run_step
+from quest_deploy.engines.libraries import Gpu, gpus
+from quest_deploy.errors import MissingDependencyError
+from scripts import gpu_check, gpu_measure
+from scripts.gpu_check import NAME, Report, choose_backend, run_all, run_step
 from scripts.gpu_steps import Step, steps, without_engines
 
 
-@pytest.fixture
-def planned(tmp_path: Path) -> tuple[Step, ...]:
-    return steps(tmp_path, tmp_path / "recipe.yaml", "tensorrt-rtx")
+def plan(folder: Path, backend: str, capability: str) -> tuple[Step, ...]:
+    return steps(folder, folder / "recipe.yaml", backend, capability)
+
+
+@pytest.fixture(params=[("tensorrt", "9.0"), ("tensorrt-rtx", "8.9"), ("tensorrt-rtx", "7.5")], ids=" ".join)
+def planned(tmp_path: Path, request: pytest.FixtureRequest) -> tuple[Step, ...]:
+    return plan(tmp_path, *request.param)
 
 
 def code(text: str, **changes: object) -> Step:
@@ -59,6 +65,97 @@ def test_calls_of_the_command_line_are_valid(planned: tuple[Step, ...]) -> None:
         command = main.get_command(click.Context(main), name)
         assert command is not None
         command.make_context(name, arguments)
+
+
+def test_ways_that_bench_is_given_exist(planned: tuple[Step, ...]) -> None:
+    words = [word for step in planned if "bench" in step.command for word in step.command]
+    ways = {word.rpartition(":")[2] for word in words if ":" in word and "torch" not in word}
+    assert ways and ways <= WAYS.keys()
+
+
+def test_turing_is_asked_for_where_tensorrt_rtx_wants_it(tmp_path: Path) -> None:
+    """Its engines for no GPU in particular do not run there, and products in float32 do not build."""
+    given = {
+        (backend, capability): [
+            "--compute-capability" in step.command
+            for step in plan(tmp_path, backend, capability)
+            if "build-engine" in step.command
+        ]
+        for backend, capability in (("tensorrt", "7.5"), ("tensorrt-rtx", "8.9"), ("tensorrt-rtx", "7.5"))
+    }
+    assert all(given.pop(("tensorrt-rtx", "7.5"))) and not any(map(any, given.values()))
+    exports = [step.command for step in plan(tmp_path, "tensorrt-rtx", "7.5") if "export" in step.command]
+    assert exports and all("fp16" in command for command in exports)
+
+
+def test_a_gpu_that_no_installed_tensorrt_takes_is_told_before_anything_is_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def check(backend: str) -> None:
+        if backend == "tensorrt":
+            raise MissingDependencyError("TensorRT is not installed")
+
+    monkeypatch.setattr(gpu_check, "check_tensorrt", check)
+    with pytest.raises(MissingDependencyError, match=r"compute capability 9\.0; run .* --backend none"):
+        choose_backend(None, "9.0")
+    assert choose_backend(None, "7.5") == choose_backend("tensorrt-rtx", "9.0") == "tensorrt-rtx"
+
+
+def test_torch_for_a_newer_cuda_than_the_drivers_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_check, "gpus", lambda: [Gpu(name="NVIDIA X", compute_capability="8.9")])
+    monkeypatch.setattr("quest_deploy.engines.libraries.driver_version", lambda: "535.54")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "that driver 535.54 runs, or a newer driver" in gpu_check.problem_of_the_gpu()
+
+
+INTERRUPTED = """
+import sys
+from quest_deploy.engines.libraries import Gpu
+from scripts import gpu_check
+from scripts.gpu_steps import Step
+
+gpu_check.gpus = lambda: [Gpu(name="NVIDIA X", compute_capability="8.9")]
+gpu_check.problem_of_the_gpu = lambda: ""
+gpu_check.choose_backend = lambda wanted, capability: "tensorrt-rtx"
+sleep = "import os, time; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(60)"
+command = ("-c", "import sys; " + sleep, sys.argv[1])
+gpu_check.steps = lambda *words: (Step(name="sleep", command=command),)
+sys.argv[1:] = ["--output", sys.argv[2]]
+sys.exit(gpu_check.main())
+"""
+
+
+def test_an_interrupted_check_ends_its_step(repository: Path, tmp_path: Path) -> None:
+    """SIGTERM, which a batch system sends: the step kept the GPU."""
+    noted = tmp_path / "step"
+    check = subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTED, str(noted), str(tmp_path / "out")],
+        cwd=repository,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
+    while not (noted.is_file() and noted.read_text()):
+        assert check.poll() is None
+        time.sleep(0.02)
+    check.terminate()
+    _, said = check.communicate(timeout=30)
+    assert check.returncode == 130 and said.startswith("interrupted; the steps before are in ")
+    assert not Path("/proc", noted.read_text()).exists()
+
+
+def test_paths_are_those_of_where_the_script_is_called(repository: Path, tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").write_text('#!/bin/sh\necho "$PWD" "$@"\n')
+    (tmp_path / "bin" / "python").chmod(0o755)
+    done = subprocess.run(
+        [str(repository / "scripts" / "gpu_check.sh"), "--minutes", "1"],
+        cwd=tmp_path,
+        env={"PYTHON": "bin/python", "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == f"{repository} -m scripts.gpu_check --called-from {tmp_path} --minutes 1\n"
 
 
 def test_steps_read_what_earlier_ones_make(planned: tuple[Step, ...]) -> None:
