@@ -44,11 +44,15 @@ def test_shell_script_parses(repository: Path) -> None:
 
 @pytest.mark.skipif(bool(gpus()), reason="this machine has a GPU")
 def test_without_a_gpu_one_message_and_a_json_that_says_so(repository: Path, tmp_path: Path) -> None:
+    # As some packages install one.
+    (tmp_path / "site" / "scripts").mkdir(parents=True)
+    (tmp_path / "site" / "scripts" / "__init__.py").touch()
+    places = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "PYTHONPATH": str(tmp_path / "site")}
     done = subprocess.run(
         [str(repository / "scripts" / "gpu_check.sh"), "--output", str(tmp_path)],
         capture_output=True,
         text=True,
-        env={"PYTHON": sys.executable, "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
+        env={"PYTHON": sys.executable, **places},
     )
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.startswith("Error: this machine offers no NVIDIA GPU") and done.stderr.count("\n") == 1
