@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -54,12 +55,29 @@ def test_without_a_gpu_one_message_and_a_json_that_says_so(repository: Path, tmp
         text=True,
         env={"PYTHON": sys.executable, **places},
     )
+    assert_says_so(done, tmp_path)
+
+
+@pytest.mark.skipif(bool(gpus()), reason="this machine has a GPU")
+def test_a_machine_without_git_is_no_hindrance(repository: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "scripts.gpu_check", "--output", str(tmp_path)],
+        cwd=repository,
+        capture_output=True,
+        text=True,
+        env={"PATH": str(tmp_path)},
+    )
+    assert assert_says_so(done, tmp_path)["commit"] is None
+
+
+def assert_says_so(done: subprocess.CompletedProcess[str], tmp_path: Path) -> dict[str, Any]:
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.startswith("Error: this machine offers no NVIDIA GPU") and done.stderr.count("\n") == 1
     (written,) = tmp_path.glob(f"*/{NAME}")
     found = json.loads(written.read_text())
     assert "no NVIDIA GPU" in found["error"] and found["steps"] == [] and found["gpus"] == []
     assert {"date", "versions", "commit", "uncommitted_changes", "machine"} <= found.keys()
+    return dict(found)
 
 
 def test_calls_of_the_command_line_are_valid(planned: tuple[Step, ...]) -> None:
