@@ -14,7 +14,7 @@ INTERPRETER = """#!/bin/bash
 case "$*" in
     "-m venv .venv") mkdir -p .venv/bin && cp "$0" .venv/bin/python && cp "$0" .venv/bin/pip ;;
     -m\\ pip*) echo "$*" >> pip-calls ;;
-    -c*) PYTHON -c "import sys; sys.version_info = (3, $MINOR); exec(sys.argv[1])" "$2" ;;
+    -c*) "PYTHON" -c "import sys; sys.version_info = (3, $MINOR); exec(sys.argv[1])" "$2" ;;
 esac
 """
 
