@@ -5,15 +5,18 @@
 #   make bench-export   architectures and export modes
 #   make interop optimum-onnx runs exported models (its packages go to .interop/)
 #   make bench   the committed benchmarks   make clean   caches and build leftovers (never artifacts/)
+#   make gpu-check   on a machine with a GPU: engines, parity and speed there (scripts/gpu_check.sh)
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
 MARKS ?= thorough
 BIN := .venv/bin
 STAMP := .venv/quest-deploy-installed
-PIP := $(BIN)/pip --disable-pip-version-check install -qq -c constraints.txt
+# Many of the versions in constraints.txt are for Python 3.11 and later; 3.10 gets the newest that pyproject.toml allows.
+PINS := $$($(BIN)/python -c 'import sys; print("-c constraints.txt" if sys.version_info >= (3, 11) else "")')
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq $(PINS)
 
-.PHONY: demo test thorough interop lint bench bench-export clean
+.PHONY: demo test thorough interop lint bench bench-export gpu-check clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -33,6 +36,9 @@ lint: $(STAMP)
 	$(BIN)/ruff format -q --check .
 	scripts/lint_wheel.sh
 
+gpu-check: $(STAMP)
+	PYTHON=$(BIN)/python scripts/gpu_check.sh $(GPU_CHECK_ARGS)
+
 bench-export: $(STAMP)
 	$(BIN)/python -m benchmarks modes
 
@@ -43,7 +49,7 @@ bench: $(STAMP)
 # PyTorch comes first and alone, so that the build that the machine's package index prefers (CPU or CUDA) is settled
 # before anything depends on it. tensorrt-stubs would pull in `tensorrt`, which installs only next to a GPU.
 $(STAMP): pyproject.toml constraints.txt
-	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || \
+	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv || \
 	    { rm -rf .venv; echo "make: no virtual environment; on Debian: apt install python3-venv" >&2; exit 1; }
 	@echo "installing into .venv (minutes the first time)"
 	@$(PIP) torch==2.13.0 setuptools

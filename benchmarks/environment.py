@@ -50,6 +50,9 @@ def uncommitted_changes() -> bool | None:
 
 
 def git(*arguments: str) -> str | None:
-    """What git says; None outside of a repository."""
-    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    """What git says; None outside of a repository, and where there is no git."""
+    try:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    except FileNotFoundError:
+        return None
     return done.stdout.strip() if done.returncode == 0 else None

@@ -39,8 +39,8 @@ INTRODUCTION = """\
 
 What was measured on the bundled reference model. `make bench` measures it again; one benchmark alone:
 `python -m benchmarks quality` (or `baselines`, `ablation`, `initializers`, `kid`, `order`, `cost`, `engines`,
-`runtimes`, `families`, `modes`, `large`, `cpu_speed`, `generation`, `analysis`, `halves`, `differences`; `gpu` on a
-machine with one).
+`runtimes`, `families`, `modes`, `large`, `cpu_speed`, `generation`, `analysis`, `halves`, `differences`). What is told
+of a GPU, `python -m benchmarks.gpu` puts together from files that a machine with one left.
 
 W4A4 that was measured before 2026-11-28 is the recipe before its feed-forwards were rotated.
 """

@@ -80,6 +80,13 @@ def driver_version() -> str:
     return text.value.decode(errors="replace") if known else ""
 
 
+def without_cuda(torch_version: str) -> str:
+    """What to do about a torch that cannot use the GPU that is there: it has no CUDA, or one that is too new."""
+    driver = driver_version()
+    which = f" that driver {driver} runs, or a newer driver" if driver else ""
+    return f"torch {torch_version} cannot use the GPU; install a CUDA build of torch{which} (https://pytorch.org/get-started)"
+
+
 def title_of(backend: str) -> str:
     """The product's name, for messages."""
     return _TITLES[backend]

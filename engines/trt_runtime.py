@@ -16,7 +16,7 @@ from quest_deploy.config import TensorRTBackend
 from quest_deploy.engines.adapted import AdaptedEngine
 from quest_deploy.engines.base import Closing, Engine, check_inputs
 from quest_deploy.engines.foreign import from_json
-from quest_deploy.engines.libraries import driver_version, gpus, import_tensorrt, title_of
+from quest_deploy.engines.libraries import driver_version, gpus, import_tensorrt, title_of, without_cuda
 from quest_deploy.engines.origin import differing, options_here, read_config
 from quest_deploy.engines.profiles import InputRange, Profile, Shape, batch_ranges, limits_of, select_profile
 from quest_deploy.engines.run_record import record_run
@@ -278,10 +278,7 @@ def check_gpu(path: Path) -> None:
             "--backend onnxruntime"
         )
     if not torch.cuda.is_available():
-        raise MissingDependencyError(
-            f"this machine has a GPU, but torch {torch.__version__} cannot use it; install a CUDA build of torch "
-            "(https://pytorch.org/get-started)"
-        )
+        raise MissingDependencyError(f"this machine has a GPU, but {without_cuda(torch.__version__)}")
 
 
 def stale(

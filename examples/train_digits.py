@@ -25,7 +25,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
 from PIL import Image
 from torch import Tensor
-from training import Plan, machine, train
+from training import Plan, machine, state_beside, train
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 NULL_CLASS = len(NAMES)
@@ -143,7 +143,7 @@ def main() -> None:
     images, digits = load_digits()
     unet, scheduler = make_model(arguments.task)
     plan = Plan(
-        state=arguments.output.with_name(f".{arguments.output.name}.training.safetensors"),
+        state=state_beside(arguments.output, "training.safetensors"),
         steps=arguments.steps,
         deadline=time.monotonic() + 60 * arguments.minutes,
         learning_rate=2e-3,

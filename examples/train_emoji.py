@@ -23,7 +23,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from emoji import Emoji, load
 from PIL import Image
 from torch import Tensor, nn
-from training import History, Plan, machine, train
+from training import History, Plan, machine, state_beside, train
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 ARCHITECTURE = Path(__file__).resolve().parents[1] / "reference-model" / "pipeline"
@@ -212,7 +212,7 @@ def main() -> None:
     torch.manual_seed(arguments.seed)
     pictures, emoji = load(arguments.data)
     print(f"{len(emoji)} pictures", flush=True)
-    work = arguments.output.with_name(f".{arguments.output.name}.training")
+    work = state_beside(arguments.output, "training")
     vae, seen_of_vae = train_autoencoder(pictures, arguments, work / "vae.safetensors")
 
     tokenizer = make_tokenizer(emoji)

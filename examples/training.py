@@ -103,6 +103,18 @@ def _lines(path: Path) -> list[str]:
     return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
 
 
+def state_beside(output: Path, name: str) -> Path:
+    """Where what an interrupted training needs is kept: `.OUTPUT.NAME`, beside the output.
+
+    Raises:
+        SystemExit: the output is a file, which would be told after hours of training.
+    """
+    output = output.absolute()
+    if output.exists() and not output.is_dir():
+        raise SystemExit(f"{output} is a file; give a directory, or one that does not exist yet")
+    return output.with_name(f".{output.name}.{name}")
+
+
 def train(module: nn.Module, loss: Callable[[torch.Generator], Tensor], plan: Plan, name: str) -> History:
     """Train `module` and leave the averaged weights in it.
 
@@ -116,8 +128,10 @@ def train(module: nn.Module, loss: Callable[[torch.Generator], Tensor], plan: Pl
         What was seen; if its steps are not all of the plan's, the same call goes on.
 
     Raises:
-        SystemExit: the state is that of something else.
+        SystemExit: there is nothing to do, or the state is that of something else.
     """
+    if plan.steps < 1:
+        raise SystemExit(f"{name}: got {plan.steps} steps, expected 1 or more")
     parameters = dict(module.named_parameters())
     averaged = {key: value.detach().clone() for key, value in parameters.items()}
     optimizer = torch.optim.AdamW(

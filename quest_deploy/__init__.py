@@ -17,6 +17,7 @@ The Python API has the verbs of the command line; each is imported when it is fi
 from __future__ import annotations
 
 import importlib
+import os.path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -50,6 +51,12 @@ _VERBS = {
     "compare": "quest_deploy.parity",
 }
 _CALLABLE_PACKAGES = ("analyze", "bench", "export")
+
+# A checkout has `export` and `engines` beside this package. Python that runs in its root imports this package from
+# there, and not the one that `pip install .` put elsewhere.
+_FOLDER = os.path.dirname(os.path.abspath(__file__))
+if not os.path.isdir(os.path.join(_FOLDER, "engines")):
+    __path__.append(os.path.dirname(_FOLDER))
 
 
 def __getattr__(name: str) -> Any:

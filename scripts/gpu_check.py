@@ -21,7 +21,8 @@ from typing import Any
 
 from benchmarks.environment import git, machine, now, uncommitted_changes
 from benchmarks.settings import ROOT, one_update, write_recipe
-from quest_deploy.engines.libraries import check_tensorrt, gpus
+from quest_deploy.engines.arithmetic import parse_capability, rtx_runs
+from quest_deploy.engines.libraries import check_tensorrt, gpus, title_of, without_cuda
 from quest_deploy.errors import ConfigError, MissingDependencyError
 from quest_deploy.manifest import tool_versions
 from scripts.gpu_steps import Step, steps, without_engines
@@ -74,6 +75,8 @@ def run_step(step: Step, output: Path, deadline: float, succeeded: Collection[st
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        encoding="utf-8",
+        errors="replace",
         start_new_session=True,
     )
     try:
@@ -89,7 +92,8 @@ def run_step(step: Step, output: Path, deadline: float, succeeded: Collection[st
             "said": said[-LAST_CHARACTERS:],
         }
     except BaseException:
-        os.killpg(process.pid, signal.SIGTERM)  # a Ctrl-C does not reach it by itself
+        os.killpg(process.pid, signal.SIGKILL)  # a Ctrl-C does not reach it by itself
+        process.wait()
         raise
     row |= {"seconds": round(time.monotonic() - started, 1), "exit_code": process.returncode}
     result = last_json(printed)
@@ -129,15 +133,19 @@ def problem_of_the_gpu() -> str:
     import torch
 
     if not torch.cuda.is_available():
-        return f"torch {torch.__version__} cannot use this machine's GPU: install a CUDA build of torch"
+        return f"this machine has a GPU, but {without_cuda(torch.__version__)}"
     return ""
 
 
-def choose_backend(wanted: str | None) -> str:
+def choose_backend(wanted: str | None, capability: str) -> str:
     """The flavour asked for, or TensorRT where it is installed, else TensorRT for RTX.
 
+    Args:
+        wanted: None where nothing was asked for.
+        capability: Of the GPU.
+
     Raises:
-        MissingDependencyError: it is not installed.
+        MissingDependencyError: it is not installed, or, where nothing was asked for, does not support the GPU.
     """
     if wanted is None:
         try:
@@ -145,6 +153,12 @@ def choose_backend(wanted: str | None) -> str:
             return "tensorrt"
         except MissingDependencyError:
             wanted = "tensorrt-rtx"
+        if not rtx_runs(parse_capability(capability)):
+            raise MissingDependencyError(
+                f"{title_of('tensorrt')} is not installed, and {title_of(wanted)} does not support a GPU of compute "
+                f"capability {capability}; run `{sys.executable} -m pip install 'tensorrt>=10.12'`, or measure torch "
+                f"without engines: --backend {TORCH_ALONE}"
+            )
     if wanted != TORCH_ALONE:
         check_tensorrt(wanted)
     return wanted
@@ -160,12 +174,16 @@ def main() -> int:
         choices=("tensorrt", "tensorrt-rtx", TORCH_ALONE),
         help=f"default: what is installed; {TORCH_ALONE} is for a GPU that TensorRT refuses",
     )
-    parser.add_argument("--output", type=Path, default=Path("artifacts") / "gpu-check")
+    parser.add_argument("--output", type=Path, help="default: artifacts/gpu-check in the checkout")
     parser.add_argument("--minutes", type=float, default=9.5, help="for all steps together")
+    parser.add_argument("--called-from", type=Path, default=Path(), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     deadline = time.monotonic() + 60 * arguments.minutes
+    wanted = ROOT / "artifacts" / "gpu-check"
+    if arguments.output is not None:
+        wanted = arguments.called_from / arguments.output
     # Of its own, because no step replaces what another run made.
-    output = Path(os.path.relpath(arguments.output, ROOT)) / time.strftime("%Y%m%d-%H%M%S")
+    output = Path(os.path.relpath(wanted, ROOT)) / time.strftime("%Y%m%d-%H%M%S")
     os.chdir(ROOT)
     output.mkdir(parents=True)
     header = {
@@ -180,19 +198,27 @@ def main() -> int:
     report.error = problem_of_the_gpu()
     if not report.error:
         try:
-            report.header["backend"] = choose_backend(arguments.backend)
+            capability = gpus()[0].compute_capability
+            report.header["backend"] = choose_backend(arguments.backend, capability)
         except (ConfigError, MissingDependencyError) as error:
             report.error = str(error)
     if report.error:
         report.write()
-        print(f"Error: {report.error}; written to {report.path}", file=sys.stderr)
+        print(f"Error: {report.error}; written to {report.path.resolve()}", file=sys.stderr)
         return 1
     recipe = write_recipe(one_update(weight_bits=4, batch_size=1), output)
     backend = report.header["backend"]
-    planned = steps(output, recipe, "tensorrt" if backend == TORCH_ALONE else backend)
-    run_all(report, without_engines(planned) if backend == TORCH_ALONE else planned, deadline)
+    planned = steps(output, recipe, "tensorrt" if backend == TORCH_ALONE else backend, capability)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        run_all(report, without_engines(planned) if backend == TORCH_ALONE else planned, deadline)
+    except KeyboardInterrupt:
+        print(f"interrupted; the steps before are in {report.path.resolve()}", file=sys.stderr)
+        return 130
     failed = [row["name"] for row in report.steps if not row["ok"]]
-    print(f"{len(report.steps) - len(failed)} of {len(report.steps)} steps went well: {report.path}")
+    print(
+        f"{len(report.steps) - len(failed)} of {len(report.steps)} steps went well: {report.path.resolve()}"
+    )
     return 1 if failed else 0
 
 

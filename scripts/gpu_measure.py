@@ -6,6 +6,7 @@ python -m scripts.gpu_measure ENGINES
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import sys
 import time
@@ -60,7 +61,7 @@ def compare_graphs(path: Path) -> dict[str, Any]:
         **medians,
         "times_as_fast_with_graphs": medians["plain_s"] / medians["graphs_s"],
         "captured": count,
-        "largest_difference": difference,
+        "largest_difference": difference if math.isfinite(difference) else None,  # NaN is no JSON
         "problems": problems,
         "ok": bool(within.isfinite().all()),
     }

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.settings import MODEL
+from quest_deploy.engines.arithmetic import RTX_WHERE_ASKED, parse_capability
 
 RUNS = "run its engines, with CUDA graphs and without"
 SAMPLING = ("--steps", "20", "--guidance-scale", "3")
@@ -35,15 +36,26 @@ def verb(*words: str) -> tuple[str, ...]:
     return ("-m", "quest_deploy.commands", *words, "--json")
 
 
-def steps(output: Path, recipe: Path, backend: str) -> tuple[Step, ...]:
-    """Everything, what matters most first."""
+def steps(output: Path, recipe: Path, backend: str, capability: str) -> tuple[Step, ...]:
+    """Everything, what matters most first.
+
+    Args:
+        output: Where the results lie.
+        recipe: What is finetuned.
+        backend: Of the engines.
+        capability: Compute capability of the GPU.
+    """
 
     def at(name: str) -> str:
         return str(output / name)
 
     small, large = str(MODEL), at("large/model")
     target = ("--target", backend)
-    build = ("--backend", backend, "--max-batch", "1")
+    # For Turing, TensorRT for RTX builds where it is told to, and no products in float32.
+    turing = backend == "tensorrt-rtx" and parse_capability(capability) == RTX_WHERE_ASKED
+    floats = ("--dtype", "fp16") if turing else ()
+    flavour = ("--backend", backend, *(("--compute-capability", capability) if turing else ()))
+    build = (*flavour, "--max-batch", "1")
     return (
         Step(name="doctor", command=verb("doctor")),
         Step(
@@ -53,13 +65,13 @@ def steps(output: Path, recipe: Path, backend: str) -> tuple[Step, ...]:
         ),
         Step(
             name="export it",
-            command=verb("export", at("checkpoint"), *target, "-o", at("onnx")),
+            command=verb("export", at("checkpoint"), *target, *floats, "-o", at("onnx")),
             makes="onnx",
             needs=("checkpoint",),
         ),
         Step(
             name="build its engines",
-            command=verb("build-engine", at("onnx"), "--backend", backend, "-o", at("engines")),
+            command=verb("build-engine", at("onnx"), *flavour, "-o", at("engines")),
             makes="engines",
             needs=("onnx",),
         ),
@@ -164,7 +176,7 @@ def steps(output: Path, recipe: Path, backend: str) -> tuple[Step, ...]:
         ),
         Step(
             name="build the bundled model's engines without weights",
-            command=verb("build-engine", at("onnx"), "--backend", backend, "--strip-weights")
+            command=verb("build-engine", at("onnx"), *flavour, "--strip-weights")
             + ("-o", at("engines-stripped")),
             makes="engines-stripped",
             needs=("onnx",),

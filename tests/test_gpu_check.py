@@ -7,21 +7,28 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
 import torch
 
+from quest_deploy.bench.subject import WAYS
 from quest_deploy.commands import main
-from quest_deploy.engines.libraries import gpus
-from scripts import gpu_measure
-from scripts.gpu_check import NAME, Report, run_all, run_step
+from quest_deploy.engines.libraries import Gpu, gpus
+from quest_deploy.errors import MissingDependencyError
+from scripts import gpu_check, gpu_measure
+from scripts.gpu_check import NAME, Report, choose_backend, run_all, run_step
 from scripts.gpu_steps import Step, steps, without_engines
 
 
-@pytest.fixture
-def planned(tmp_path: Path) -> tuple[Step, ...]:
-    return steps(tmp_path, tmp_path / "recipe.yaml", "tensorrt-rtx")
+def plan(folder: Path, backend: str, capability: str) -> tuple[Step, ...]:
+    return steps(folder, folder / "recipe.yaml", backend, capability)
+
+
+@pytest.fixture(params=[("tensorrt", "9.0"), ("tensorrt-rtx", "8.9"), ("tensorrt-rtx", "7.5")], ids=" ".join)
+def planned(tmp_path: Path, request: pytest.FixtureRequest) -> tuple[Step, ...]:
+    return plan(tmp_path, *request.param)
 
 
 def code(text: str, **changes: object) -> Step:
@@ -38,18 +45,39 @@ def test_shell_script_parses(repository: Path) -> None:
 
 @pytest.mark.skipif(bool(gpus()), reason="this machine has a GPU")
 def test_without_a_gpu_one_message_and_a_json_that_says_so(repository: Path, tmp_path: Path) -> None:
+    # As some packages install one.
+    (tmp_path / "site" / "scripts").mkdir(parents=True)
+    (tmp_path / "site" / "scripts" / "__init__.py").touch()
+    places = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "PYTHONPATH": str(tmp_path / "site")}
     done = subprocess.run(
         [str(repository / "scripts" / "gpu_check.sh"), "--output", str(tmp_path)],
         capture_output=True,
         text=True,
-        env={"PYTHON": sys.executable, "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
+        env={"PYTHON": sys.executable, **places},
     )
+    assert_says_so(done, tmp_path)
+
+
+@pytest.mark.skipif(bool(gpus()), reason="this machine has a GPU")
+def test_a_machine_without_git_is_no_hindrance(repository: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "scripts.gpu_check", "--output", str(tmp_path)],
+        cwd=repository,
+        capture_output=True,
+        text=True,
+        env={"PATH": str(tmp_path)},
+    )
+    assert assert_says_so(done, tmp_path)["commit"] is None
+
+
+def assert_says_so(done: subprocess.CompletedProcess[str], tmp_path: Path) -> dict[str, Any]:
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.startswith("Error: this machine offers no NVIDIA GPU") and done.stderr.count("\n") == 1
     (written,) = tmp_path.glob(f"*/{NAME}")
     found = json.loads(written.read_text())
     assert "no NVIDIA GPU" in found["error"] and found["steps"] == [] and found["gpus"] == []
     assert {"date", "versions", "commit", "uncommitted_changes", "machine"} <= found.keys()
+    return dict(found)
 
 
 def test_calls_of_the_command_line_are_valid(planned: tuple[Step, ...]) -> None:
@@ -59,6 +87,97 @@ def test_calls_of_the_command_line_are_valid(planned: tuple[Step, ...]) -> None:
         command = main.get_command(click.Context(main), name)
         assert command is not None
         command.make_context(name, arguments)
+
+
+def test_ways_that_bench_is_given_exist(planned: tuple[Step, ...]) -> None:
+    words = [word for step in planned if "bench" in step.command for word in step.command]
+    ways = {word.rpartition(":")[2] for word in words if ":" in word and "torch" not in word}
+    assert ways and ways <= WAYS.keys()
+
+
+def test_turing_is_asked_for_where_tensorrt_rtx_wants_it(tmp_path: Path) -> None:
+    """Its engines for no GPU in particular do not run there, and products in float32 do not build."""
+    given = {
+        (backend, capability): [
+            "--compute-capability" in step.command
+            for step in plan(tmp_path, backend, capability)
+            if "build-engine" in step.command
+        ]
+        for backend, capability in (("tensorrt", "7.5"), ("tensorrt-rtx", "8.9"), ("tensorrt-rtx", "7.5"))
+    }
+    assert all(given.pop(("tensorrt-rtx", "7.5"))) and not any(map(any, given.values()))
+    exports = [step.command for step in plan(tmp_path, "tensorrt-rtx", "7.5") if "export" in step.command]
+    assert exports and all("fp16" in command for command in exports)
+
+
+def test_a_gpu_that_no_installed_tensorrt_takes_is_told_before_anything_is_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def check(backend: str) -> None:
+        if backend == "tensorrt":
+            raise MissingDependencyError("TensorRT is not installed")
+
+    monkeypatch.setattr(gpu_check, "check_tensorrt", check)
+    with pytest.raises(MissingDependencyError, match=r"compute capability 9\.0; run .* --backend none"):
+        choose_backend(None, "9.0")
+    assert choose_backend(None, "7.5") == choose_backend("tensorrt-rtx", "9.0") == "tensorrt-rtx"
+
+
+def test_torch_for_a_newer_cuda_than_the_drivers_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_check, "gpus", lambda: [Gpu(name="NVIDIA X", compute_capability="8.9")])
+    monkeypatch.setattr("quest_deploy.engines.libraries.driver_version", lambda: "535.54")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "that driver 535.54 runs, or a newer driver" in gpu_check.problem_of_the_gpu()
+
+
+INTERRUPTED = """
+import sys
+from quest_deploy.engines.libraries import Gpu
+from scripts import gpu_check
+from scripts.gpu_steps import Step
+
+gpu_check.gpus = lambda: [Gpu(name="NVIDIA X", compute_capability="8.9")]
+gpu_check.problem_of_the_gpu = lambda: ""
+gpu_check.choose_backend = lambda wanted, capability: "tensorrt-rtx"
+sleep = "import os, time; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(60)"
+command = ("-c", "import sys; " + sleep, sys.argv[1])
+gpu_check.steps = lambda *words: (Step(name="sleep", command=command),)
+sys.argv[1:] = ["--output", sys.argv[2]]
+sys.exit(gpu_check.main())
+"""
+
+
+def test_an_interrupted_check_ends_its_step(repository: Path, tmp_path: Path) -> None:
+    """SIGTERM, which a batch system sends: the step kept the GPU."""
+    noted = tmp_path / "step"
+    check = subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTED, str(noted), str(tmp_path / "out")],
+        cwd=repository,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
+    while not (noted.is_file() and noted.read_text()):
+        assert check.poll() is None
+        time.sleep(0.02)
+    check.terminate()
+    _, said = check.communicate(timeout=30)
+    assert check.returncode == 130 and said.startswith("interrupted; the steps before are in ")
+    assert not Path("/proc", noted.read_text()).exists()
+
+
+def test_paths_are_those_of_where_the_script_is_called(repository: Path, tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").write_text('#!/bin/sh\necho "$PWD" "$@"\n')
+    (tmp_path / "bin" / "python").chmod(0o755)
+    done = subprocess.run(
+        [str(repository / "scripts" / "gpu_check.sh"), "--minutes", "1"],
+        cwd=tmp_path,
+        env={"PYTHON": "bin/python", "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == f"{repository} -m scripts.gpu_check --called-from {tmp_path} --minutes 1\n"
 
 
 def test_steps_read_what_earlier_ones_make(planned: tuple[Step, ...]) -> None:
@@ -124,7 +243,8 @@ def test_graphs_that_draw_something_else_or_are_none_are_told(
         return [1.0], torch.ones(1, 4, 2, 2) + (changed if graphs else 0), count if graphs else 0
 
     monkeypatch.setattr(gpu_measure, "measure", measure)
-    assert gpu_measure.compare_graphs(Path("engines"))["problems"] == problems
+    found = gpu_measure.compare_graphs(Path("engines"))
+    assert found["problems"] == problems and json.dumps(found, allow_nan=False)
 
 
 def test_a_bench_whose_rows_all_went_well_is_ok(tmp_path: Path) -> None:

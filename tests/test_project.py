@@ -161,11 +161,58 @@ def test_pickling_is_recognized(source: str) -> None:
     assert pickling(source)
 
 
+# Names of modules that are not those of their packages, and what comes with packages that are named.
+IMPORTED_AS = {"pillow": "PIL", "pyyaml": "yaml", "tensorrt-rtx-cu13": "tensorrt_rtx"}
+BROUGHT_ALONG = {"google", "huggingface_hub", "markupsafe", "ml_dtypes"}
+# With importlib.
+IMPORTED_BY_NAME = {"tensorrt", "tensorrt_rtx"}
+
+
+def test_dependencies_are_what_the_package_imports(wheel: zipfile.ZipFile, repository: Path) -> None:
+    imported = set()
+    for name in (name for name in wheel.namelist() if name.endswith(".py")):
+        for node in ast.walk(ast.parse(wheel.read(name))):
+            found = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            found += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+            imported |= {module.partition(".")[0] for module in found}
+    imported -= {"quest_deploy", *sys.stdlib_module_names}
+    (metadata,) = (name for name in wheel.namelist() if name.endswith("METADATA"))
+    wanted: dict[bool, set[str]] = {True: set(), False: set()}
+    for line in re.findall(r"^Requires-Dist: (.*)$", wheel.read(metadata).decode(), re.MULTILINE):
+        if any(f"extra == '{extra}'" in line.replace('"', "'") for extra in ("dev", "examples", "baselines")):
+            continue
+        name = re.split(r"[^\w.-]", line)[0]
+        wanted["extra ==" in line].add(IMPORTED_AS.get(name, name.replace("-", "_")))
+    needed, extras = wanted[False], wanted[True]
+    assert needed - imported == set(), "nothing imports these"
+    assert imported - needed - extras - BROUGHT_ALONG == set(), "nothing installs these"
+    assert extras - imported - IMPORTED_BY_NAME == set()
+
+
 def test_imports_from_any_directory_come_from_the_checkout(repository: Path, tmp_path: Path) -> None:
     code = (
         "import quest_deploy.engines as n, quest_deploy.export as x; print(n.__file__, x.__file__, sep='\\n')"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [Path(line).parent for line in done.stdout.split()] == [
+        repository / "engines",
+        repository / "export",
+    ]
+
+
+def test_a_checkout_is_whole_without_its_installation(repository: Path) -> None:
+    """Who installed the package (not editable) and works in the checkout imports the checkout's half of it."""
+    code = (
+        "import quest_deploy.engines as n, quest_deploy.export as x; print(n.__file__, x.__file__, sep='\\n')"
+    )
+    # Without site-packages: nothing is installed.
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", f"import sys; sys.path.insert(0, ''); {code}"],
+        cwd=repository,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     assert [Path(line).parent for line in done.stdout.split()] == [
         repository / "engines",

@@ -6,6 +6,7 @@ import ast
 import importlib
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import click
@@ -37,8 +38,8 @@ def test_starts_with_a_picture_and_two_commands(repository: Path) -> None:
 def test_make_targets_exist(repository: Path) -> None:
     makefile = (repository / "Makefile").read_text(encoding="utf-8")
     text = (repository / "README.md").read_text(encoding="utf-8")
-    targets = set(re.findall(r"\bmake ([a-z]+)\b(?=[`\s])", text)) - {"it"}
-    assert targets >= {"demo", "test", "bench"}
+    targets = set(re.findall(r"\bmake ([a-z-]+)\b(?=[`\s])", text)) - {"it"}
+    assert targets >= {"demo", "test", "bench", "gpu-check"}
     assert {target for target in targets if not re.search(rf"^{target}:", makefile, re.MULTILINE)} == set()
 
 
@@ -49,6 +50,13 @@ def test_shell_commands_parse(repository: Path) -> None:
         command = main.get_command(click.Context(main), verb)
         assert command is not None, verb
         command.make_context(verb, arguments)
+
+
+def test_outputs_are_free_where_the_commands_are_run(repository: Path) -> None:
+    """They read `reference-model`, so they are run in the checkout, which has an `engines` of its own."""
+    outputs = [call[call.index("-o") + 1] for call in commands(repository, "quest-deploy") if "-o" in call]
+    tracked = subprocess.run(["git", "ls-files"], cwd=repository, capture_output=True, text=True).stdout
+    assert outputs and not {*outputs} & {line.split("/")[0] for line in tracked.splitlines()}
 
 
 def test_every_command_is_in_the_table_and_no_other(repository: Path) -> None:

@@ -304,10 +304,10 @@ def _tensorrt(packages: dict[str, Package], name: str) -> tuple[str, str]:
 
 def _without_cuda(packages: dict[str, Package]) -> str:
     """Why torch, in whose memory engines run, cannot use the GPU; empty if it can."""
+    from quest_deploy.engines.libraries import without_cuda
+
     torch = packages["torch"]
-    return _missing(packages, "torch") or (
-        "" if torch.note else f"torch {torch.version} cannot use the GPU; install a CUDA build of torch"
-    )
+    return _missing(packages, "torch") or ("" if torch.note else without_cuda(str(torch.version)))
 
 
 def _missing(packages: dict[str, Package], *names: str) -> str:

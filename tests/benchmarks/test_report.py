@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from types import ModuleType
 import pytest
 
 from benchmarks import cost, report, runtimes
+from benchmarks.__main__ import HERE, parse
 from benchmarks.goals import goals
 
 SENSITIVITY = {
@@ -91,6 +93,12 @@ def met(results: dict[str, dict], start: str) -> str:
 def test_document_is_what_the_committed_results_render_to(repository: Path) -> None:
     """If this fails: `python -m benchmarks.report`."""
     assert (repository / "docs" / "results.md").read_text(encoding="utf-8") == report.current(repository)
+
+
+def test_benchmarks_that_the_document_names_can_be_run() -> None:
+    (listed,) = re.findall(r"`python -m benchmarks quality` \(or ([^)]*)\)", report.INTRODUCTION)
+    named = re.findall(r"`(\w+)`", listed)
+    assert ["quality", *named] == list(HERE) == [parse([name]).benchmark for name in HERE]
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,24 @@ def test_a_killed_training_ends_in_the_weights_of_one_that_was_not(
     assert history.losses == seen.losses and history.step == STEPS
 
 
+def test_an_output_that_nothing_can_be_written_to_is_told_before_training(
+    training: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match="is a file; give a directory"):
+        training.state_beside(tmp_path / "file", "training")
+    monkeypatch.chdir(tmp_path)
+    assert training.state_beside(Path(), "training") == tmp_path.with_name(f".{tmp_path.name}.training")
+
+
+def test_no_steps_are_refused(training: ModuleType, tmp_path: Path) -> None:
+    """They left random weights, and "finished"."""
+    module = model()
+    nothing = dataclasses.replace(plan(training, tmp_path / "state"), steps=0)
+    with pytest.raises(SystemExit, match="got 0 steps, expected 1 or more"):
+        training.train(module, lambda g: loss(module, g), nothing, "line")
+
+
 def test_losses_are_recorded_and_fall(training: ModuleType, tmp_path: Path) -> None:
     module = model()
     history = training.train(module, lambda g: loss(module, g), plan(training, tmp_path / "state"), "all")
