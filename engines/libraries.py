@@ -16,6 +16,9 @@ from quest_deploy.errors import ConfigError, MissingDependencyError
 _MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 _TITLES = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT for RTX"}
 
+TRIED_FROM = {"onnxruntime": (1, 31), "openvino": (2026, 4)}
+"""The first versions that run every export, as pyproject.toml has them; earlier ones may be there all the same."""
+
 AMPERE = 8
 """Major number of its compute capability."""
 
@@ -78,6 +81,15 @@ def driver_version() -> str:
     known = library.nvmlSystemGetDriverVersion(text, len(text)) == 0
     library.nvmlShutdown()
     return text.value.decode(errors="replace") if known else ""
+
+
+def age_of(package: str, version: str) -> str:
+    """What an error of `package` adds, behind a space, where its version is earlier than exports need; "" otherwise."""
+    least = TRIED_FROM[package]
+    if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) >= least:
+        return ""
+    wanted = ".".join(map(str, least))
+    return f" [{package} {version} is too old: some exports need {wanted}, run `pip install --upgrade {package}`]"
 
 
 def title_of(backend: str) -> str:

@@ -22,6 +22,7 @@ from quest_deploy.engines.base import (
     check_inputs,
 )
 from quest_deploy.engines.foreign import fitted_components
+from quest_deploy.engines.libraries import age_of
 from quest_deploy.errors import ArtifactError, ConfigError, MissingDependencyError, StaleArtifactError
 from quest_deploy.files import check_name
 from quest_deploy.manifest import QUANTIZATION_NAME
@@ -269,7 +270,10 @@ def _identities(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _cause(error: Exception) -> str:
+    import openvino
+
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     causes = [line for line in lines if not line.startswith(_PLACE)]
     telling = [line for line in causes if not line.startswith(_CHECK)]
-    return (telling or causes or lines or [type(error).__name__])[0].rstrip(":.")[:300]
+    first = (telling or causes or lines or [type(error).__name__])[0].rstrip(":.")[:300]
+    return first + age_of("openvino", openvino.__version__)

@@ -17,7 +17,7 @@ from quest_deploy.config import Provider
 from quest_deploy.engines.adapted import AdaptedEngine
 from quest_deploy.engines.base import Closing, Engine, cannot_run, check_inputs
 from quest_deploy.engines.foreign import fitted_components
-from quest_deploy.engines.libraries import gpus
+from quest_deploy.engines.libraries import age_of, gpus
 from quest_deploy.errors import ArtifactError, MissingDependencyError, StaleArtifactError
 from quest_deploy.files import check_name
 from quest_deploy.model.spec import ComponentSpec, TensorSpec, component_specs
@@ -70,7 +70,7 @@ class OrtEngine(Closing):
             self.session.run_with_iobinding(binding)
             binding.synchronize_outputs()
         except _runtime_errors() as error:
-            raise cannot_run(self.spec, "ONNX Runtime", inputs, _first_line(error)) from error
+            raise cannot_run(self.spec, "ONNX Runtime", inputs, _cause(error)) from error
         if outputs:
             return outputs
         found = {
@@ -209,7 +209,7 @@ def open_session(path: Path, options: Any, providers: list[Any], dtype: str | No
     try:
         return onnxruntime.InferenceSession(str(path), sess_options=options, providers=providers)
     except _runtime_errors() as error:
-        message = f"'{path}': ONNX Runtime {onnxruntime.__version__} cannot load it ({_first_line(error)}); "
+        message = f"'{path}': ONNX Runtime {onnxruntime.__version__} cannot load it ({_cause(error)}); "
         if dtype == "bf16":
             raise ArtifactError(
                 f"{message}its float operators are in bf16, which ONNX Runtime does not run on the CPU: "
@@ -248,6 +248,9 @@ def _runtime_errors() -> tuple[type[Exception], ...]:
     return (*(getattr(state, name) for name in names), state.RuntimeException, RuntimeError)
 
 
-def _first_line(error: Exception) -> str:
+def _cause(error: Exception) -> str:
+    import onnxruntime
+
     lines = _CODE.sub("", str(error)).strip().splitlines()
-    return lines[0].strip().rstrip(":.") if lines else type(error).__name__
+    first = lines[0].strip().rstrip(":.") if lines else type(error).__name__
+    return first + age_of("onnxruntime", onnxruntime.__version__)

@@ -181,6 +181,14 @@ def test_a_bf16_export_that_does_not_load_names_the_runtime_that_takes_it(
         load_ort_engines(tmp_path / "bf16")
 
 
+def test_an_older_onnx_runtime_is_told_where_it_fails(
+    make_onnx: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("onnxruntime.__version__", "1.22.1")
+    with pytest.raises(ArtifactError, match=r"1\.22\.1 is too old.*pip install --upgrade onnxruntime`"):
+        load_ort_engines(make_onnx(text_encoder=b"\xff" * 64))
+
+
 def test_graph_with_other_names_is_stale(make_onnx: Callable[..., Path], tiny_onnx: Path) -> None:
     source = make_onnx(unet=(tiny_onnx / "vae_decoder" / "model.onnx").read_bytes())
     with pytest.raises(StaleArtifactError, match=r"unet: the graph has inputs \['latent_sample'\], expected"):
