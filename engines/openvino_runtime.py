@@ -148,19 +148,28 @@ class OpenVinoEngine(Closing):
             EngineInputError: OpenVINO compiles no graph for them.
         """
         shapes: Shapes | None = tuple((name, tuple(tensor.shape)) for name, tensor in sorted(inputs.items()))
-        with self._lock:
-            if shapes not in self.compiled and len(self.compiled) >= MAX_STATIC:
-                shapes = None
-            if shapes not in self.compiled:
-                try:
-                    self.compiled[shapes] = graph.compile(shapes)
-                except RuntimeError as error:
-                    raise cannot_run(self.spec, "OpenVINO", inputs, _cause(error), compiling=True) from error
-            compiled = self.compiled[shapes]
+        compiled = self.compiled.get(shapes)
+        if compiled is None:
+            # Compiling takes seconds, which threads with shapes that are compiled do not wait for.
+            with self._lock:
+                shapes, compiled = self._compile(graph, shapes, inputs)
         mine = self.requests.by_shapes
         if shapes not in mine:
             mine[shapes] = compiled.create_infer_request()
         return mine[shapes]
+
+    def _compile(
+        self, graph: Graph, shapes: Shapes | None, inputs: Mapping[str, Tensor]
+    ) -> tuple[Shapes | None, Any]:
+        """The graph for these shapes, or for any, and which of the two it is; one thread at a time."""
+        if shapes not in self.compiled and len(self.compiled) >= MAX_STATIC:
+            shapes = None
+        if shapes not in self.compiled:
+            try:
+                self.compiled[shapes] = graph.compile(shapes)
+            except RuntimeError as error:
+                raise cannot_run(self.spec, "OpenVINO", inputs, _cause(error), compiling=True) from error
+        return shapes, self.compiled[shapes]
 
     def close(self) -> None:
         self.graph = None
