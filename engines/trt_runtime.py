@@ -88,6 +88,7 @@ class TensorRTEngine(Closing):
         if self.plan is None:
             raise RuntimeError(f"{self.spec.name}: the engine is closed")
         shapes = shapes_of(inputs)
+        are_new = shapes not in self._chosen
         profile = self._profile(shapes, inputs)
         check_devices(self.spec.name, inputs, self.device)
         assert self.memory is not None
@@ -99,6 +100,8 @@ class TensorRTEngine(Closing):
         ):
             outputs = self._lane(block).run(inputs, shapes, profile)
         self.has_run = True
+        if are_new:
+            self.plan.keep_kernels()
         return outputs
 
     def batch_ranges(self, shapes: Mapping[str, Shape]) -> list[tuple[int, int]]:
