@@ -43,8 +43,10 @@ class OrtEngine(Closing):
     def __init__(self, spec: ComponentSpec, session: Any) -> None:
         self.spec = spec
         self.session = session
-        on_gpu = session.get_providers()[0] != CPU_PROVIDER and torch.cuda.is_available()
-        self.device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
+        first = session.get_providers()[0]
+        on_gpu = first != CPU_PROVIDER and torch.cuda.is_available()
+        index = int(session.get_provider_options()[first].get("device_id", 0))
+        self.device = torch.device("cuda", index) if on_gpu else torch.device("cpu")
         self._output_shapes: dict[InputShapes, dict[str, tuple[int, ...]]] = {}
 
     def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
@@ -111,7 +113,7 @@ def load_ort_engines(
     Args:
         onnx_dir: The artifact; its hashes are verified first.
         threads: Threads of one operator; None leaves the choice to ONNX Runtime.
-        provider: What runs the operators; None takes CUDA where it can run, else the CPU.
+        provider: What runs the operators; None takes CUDA where it can run, else the CPU. A GPU is the current one.
 
     Raises:
         MissingDependencyError: ONNX Runtime or the provider asked for is not there.
@@ -136,16 +138,26 @@ def load_ort_engines(
         options.intra_op_num_threads = threads
     engines: dict[str, Engine] = {}
     fitted = fitted_components(source)
+    told, on_cpu = with_options(providers, current_gpu()), []
     for name, spec in component_specs(source.path).items():
         path, dtype = source.path / name / ONNX_NAME, source.manifest.details.get("dtype")
-        session = open_session(path, options, with_options(providers), dtype)
+        session = open_session(path, options, told, dtype)
         if provider is not None:
             check_started(session, providers[0])
+        elif providers[0] not in session.get_providers():
+            on_cpu.append(name)
         if name in fitted:
             engines[name] = AdaptedEngine(fitted[name], OrtEngine(fitted[name].graph, session))
             continue
         check_names(spec, session)
         engines[name] = OrtEngine(spec, session)
+    if on_cpu:
+        logger.warning(
+            "the CPU runs %s, since ONNX Runtime could not start %s (its log says why); --provider cpu asks for that, "
+            "and --provider cuda makes it an error",
+            ", ".join(on_cpu),
+            providers[0],
+        )
     logger.debug("opened %s with %s", source.path, ", ".join(providers))
     return engines
 
@@ -176,12 +188,19 @@ def choose_providers(available: list[str], *, has_gpu: bool, wanted: Provider | 
     return [name for name in chosen if name in available]
 
 
-def with_options(providers: list[str]) -> list[Any]:
-    """The providers with what they must be told: CUDA multiplies float32 as it is, not rounded to TensorFloat-32.
+def current_gpu() -> int:
+    """The GPU that this thread has chosen, as for TensorRT engines and torch; 0 where torch uses none."""
+    return int(torch.cuda.current_device()) if torch.cuda.is_available() else 0
 
-    TensorRT is told nothing: without leave for FP16 and INT8 its network is strongly typed, so Q/DQ nodes decide.
+
+def with_options(providers: list[str], gpu: int) -> list[Any]:
+    """The providers with what they must be told: which GPU, and to CUDA not to round float32 to TensorFloat-32.
+
+    TensorRT is told no more: without leave for FP16 and INT8 its network is strongly typed, so Q/DQ nodes decide.
     """
-    return [(name, {"use_tf32": "0"}) if name == PROVIDERS_OF["cuda"][0] else name for name in providers]
+    cuda, own = PROVIDERS_OF["cuda"][0], {"device_id": str(gpu)}
+    options = {cuda: {**own, "use_tf32": "0"}, PROVIDERS_OF["tensorrt"][0]: own}
+    return [(name, options[name]) if name in options else name for name in providers]
 
 
 def check_started(session: Any, wanted: str) -> None:

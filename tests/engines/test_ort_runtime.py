@@ -4,6 +4,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -240,8 +241,68 @@ def test_provider_that_did_not_start_is_an_error(engines: dict[str, Engine]) -> 
 
 
 def test_cuda_multiplies_float32_as_it_is() -> None:
-    assert with_options([TENSORRT, CUDA, CPU]) == [TENSORRT, (CUDA, {"use_tf32": "0"}), CPU]
-    assert with_options([CPU]) == [CPU]
+    told = [(TENSORRT, {"device_id": "1"}), (CUDA, {"device_id": "1", "use_tf32": "0"}), CPU]
+    assert with_options([TENSORRT, CUDA, CPU], 1) == told
+    assert with_options([CPU], 0) == [CPU]
+
+
+class GpuSession:
+    """A session of the CPU that says that it runs where it was asked to."""
+
+    def __init__(self, session: Any, providers: list[Any]) -> None:
+        self.session = session
+        self.options = dict(map(pair, providers))
+
+    def get_providers(self) -> list[str]:
+        return list(self.options)
+
+    def get_provider_options(self) -> dict[str, dict[str, str]]:
+        return self.options
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.session, name)
+
+
+def pair(provider: Any) -> tuple[str, dict[str, str]]:
+    return provider if isinstance(provider, tuple) else (provider, {})
+
+
+@pytest.fixture
+def two_gpus(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """A machine with two GPUs, of which this thread has chosen the second, and a CUDA build of ONNX Runtime."""
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: [CUDA, CPU])
+    monkeypatch.setattr(ort_runtime, "gpus", lambda: ["first", "second"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    return monkeypatch
+
+
+@pytest.mark.parametrize("provider", [None, "cuda"])
+def test_the_gpu_is_the_one_that_the_thread_has_chosen(
+    two_gpus: pytest.MonkeyPatch, tiny_onnx: Path, provider: Provider | None
+) -> None:
+    real = ort_runtime.open_session
+    two_gpus.setattr(
+        ort_runtime, "open_session", lambda *given: GpuSession(real(*given[:2], [CPU], given[3]), given[2])
+    )
+    engines = load_ort_engines(tiny_onnx, provider=provider)
+    assert {engine.device for engine in engines.values()} == {torch.device("cuda", 1)}  # type: ignore[attr-defined]
+
+
+def test_a_gpu_that_is_there_and_does_not_run_is_told(
+    two_gpus: pytest.MonkeyPatch, tiny_onnx: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    real = ort_runtime.open_session
+    two_gpus.setattr(ort_runtime, "open_session", lambda *given: real(*given[:2], [CPU], given[3]))
+    engines = load_ort_engines(tiny_onnx)
+    assert {engine.device for engine in engines.values()} == {torch.device("cpu")}  # type: ignore[attr-defined]
+    (message,) = (record.getMessage() for record in caplog.records if record.levelname == "WARNING")
+    assert message.startswith(
+        "the CPU runs text_encoder, unet, vae_decoder, since ONNX Runtime could not start CUDA"
+    )
+    caplog.clear()
+    load_ort_engines(tiny_onnx, provider="cpu")
+    assert not caplog.records
 
 
 def test_provider_is_refused_where_another_runtime_runs(tiny_onnx: Path) -> None:
