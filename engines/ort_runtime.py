@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -31,6 +32,8 @@ PROVIDERS_OF: dict[Provider, tuple[str, ...]] = {
     "cuda": ("CUDAExecutionProvider", CPU_PROVIDER),
     "tensorrt": ("TensorrtExecutionProvider", "CUDAExecutionProvider", CPU_PROVIDER),
 }
+# NVIDIA's libraries read it when they are loaded.
+NO_TENSOR_FLOAT = "NVIDIA_TF32_OVERRIDE"
 InputShapes = tuple[tuple[str, tuple[int, ...]], ...]
 _ERRORS_ONLY = 3
 _BFLOAT16 = 16  # ONNX's number of the type, which NumPy does not have
@@ -127,6 +130,7 @@ def load_ort_engines(
             f"ONNX Runtime cannot be imported ({error}); run `pip install onnxruntime`"
         ) from error
     providers = choose_providers(onnxruntime.get_available_providers(), has_gpu=bool(gpus()), wanted=provider)
+    tell_tensor_float(providers[0])
     source = read_artifact(Path(onnx_dir), stage="onnx")
     options = onnxruntime.SessionOptions()
     # By default a product of float activations and integer weights quantizes its activations: 46 dB of 140 are left.
@@ -201,6 +205,16 @@ def with_options(providers: list[str], gpu: int) -> list[Any]:
     cuda, own = PROVIDERS_OF["cuda"][0], {"device_id": str(gpu)}
     options = {cuda: {**own, "use_tf32": "0"}, PROVIDERS_OF["tensorrt"][0]: own}
     return [(name, options[name]) if name in options else name for name in providers]
+
+
+def tell_tensor_float(provider: str) -> None:
+    """Warn where float32 is rounded to TensorFloat-32: the TensorRT provider has no option, only the environment."""
+    if provider == PROVIDERS_OF["tensorrt"][0] and os.environ.get(NO_TENSOR_FLOAT) != "0":
+        logger.warning(
+            "the TensorRT provider rounds float32 to TensorFloat-32 on Ampere and later GPUs, which flips codes and "
+            "may miss parity's limits; start the process with %s=0, or use --provider cuda or build-engine",
+            NO_TENSOR_FLOAT,
+        )
 
 
 def check_started(session: Any, wanted: str) -> None:

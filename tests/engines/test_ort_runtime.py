@@ -305,6 +305,37 @@ def test_a_gpu_that_is_there_and_does_not_run_is_told(
     assert not caplog.records
 
 
+@pytest.mark.parametrize(
+    ("provider", "override", "told"),
+    [(TENSORRT, None, True), (TENSORRT, "1", True), (TENSORRT, "0", False), (CUDA, None, False)],
+)
+def test_tensor_float_of_the_tensorrt_provider_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    provider: str,
+    override: str | None,
+    told: bool,
+) -> None:
+    monkeypatch.delenv("NVIDIA_TF32_OVERRIDE", raising=False)
+    if override is not None:
+        monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", override)
+    ort_runtime.tell_tensor_float(provider)
+    assert ("start the process with NVIDIA_TF32_OVERRIDE=0" in caplog.text) is told
+
+
+def test_a_session_with_the_tensorrt_provider_tells_it(
+    two_gpus: pytest.MonkeyPatch, tiny_onnx: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    two_gpus.setattr("onnxruntime.get_available_providers", lambda: [TENSORRT, CUDA, CPU])
+    two_gpus.delenv("NVIDIA_TF32_OVERRIDE", raising=False)
+    real = ort_runtime.open_session
+    two_gpus.setattr(
+        ort_runtime, "open_session", lambda *given: GpuSession(real(*given[:2], [CPU], given[3]), given[2])
+    )
+    load_ort_engines(tiny_onnx, provider="tensorrt")
+    assert "NVIDIA_TF32_OVERRIDE=0" in caplog.text
+
+
 def test_provider_is_refused_where_another_runtime_runs(tiny_onnx: Path) -> None:
     with pytest.raises(ConfigError, match="provider is cuda, but only onnxruntime has execution providers"):
         load_engines(tiny_onnx, backend="openvino", run=RunConfig(provider="cuda"))
