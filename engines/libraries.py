@@ -89,7 +89,9 @@ def age_of(package: str, version: str) -> str:
     if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) >= least:
         return ""
     wanted = ".".join(map(str, least))
-    return f" [{package} {version} is too old: some exports need {wanted}, run `pip install --upgrade {package}`]"
+    python = " with Python 3.11 or later" if package == "onnxruntime" else ""
+    upgrade = f"`pip install --upgrade {package}`{python}"
+    return f" [{package} {version} is too old: some exports need {wanted}, run {upgrade}]"
 
 
 def title_of(backend: str) -> str:
