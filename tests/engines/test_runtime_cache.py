@@ -66,6 +66,15 @@ def test_directory_that_cannot_be_written_is_left_alone(
     assert os.listdir(tmp_path) == []
 
 
+def test_a_cache_that_the_library_does_not_give_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, config = opened(tmp_path)
+    monkeypatch.setattr(config.cache, "serialize", lambda: None)
+    file.save()
+    assert os.listdir(tmp_path) == []
+
+
 def test_cache_is_saved_when_the_plan_is_closed_and_is_no_part_of_the_artifact(tmp_path: Path) -> None:
     def write(*, overwrite: bool = False) -> None:
         with write_artifact(
