@@ -19,6 +19,9 @@ _TITLES = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT for RTX"}
 TRIED_FROM = {"onnxruntime": (1, 31), "openvino": (2026, 4)}
 """The first versions that run every export, as pyproject.toml has them; earlier ones may be there all the same."""
 
+TENSOR_FLOAT = "NVIDIA_TF32_OVERRIDE"
+"""What NVIDIA's libraries ask the environment when they are loaded; "0" keeps them from rounding to TensorFloat-32."""
+
 AMPERE = 8
 """Major number of its compute capability."""
 

@@ -18,7 +18,7 @@ from quest_deploy.config import Provider
 from quest_deploy.engines.adapted import AdaptedEngine
 from quest_deploy.engines.base import Closing, Engine, cannot_run, check_inputs
 from quest_deploy.engines.foreign import fitted_components
-from quest_deploy.engines.libraries import age_of, gpus
+from quest_deploy.engines.libraries import TENSOR_FLOAT, age_of, gpus
 from quest_deploy.errors import ArtifactError, MissingDependencyError, StaleArtifactError
 from quest_deploy.files import check_name
 from quest_deploy.model.spec import ComponentSpec, TensorSpec, component_specs
@@ -32,8 +32,6 @@ PROVIDERS_OF: dict[Provider, tuple[str, ...]] = {
     "cuda": ("CUDAExecutionProvider", CPU_PROVIDER),
     "tensorrt": ("TensorrtExecutionProvider", "CUDAExecutionProvider", CPU_PROVIDER),
 }
-# NVIDIA's libraries read it when they are loaded.
-NO_TENSOR_FLOAT = "NVIDIA_TF32_OVERRIDE"
 InputShapes = tuple[tuple[str, tuple[int, ...]], ...]
 _ERRORS_ONLY = 3
 _BFLOAT16 = 16  # ONNX's number of the type, which NumPy does not have
@@ -142,7 +140,9 @@ def load_ort_engines(
         options.intra_op_num_threads = threads
     engines: dict[str, Engine] = {}
     fitted = fitted_components(source)
-    told, on_cpu = with_options(providers, current_gpu()), []
+    # Asking torch for its GPU initializes CUDA, which the CPU does not need.
+    gpu = 0 if providers[0] == CPU_PROVIDER else current_gpu()
+    told, on_cpu = with_options(providers, gpu), []
     for name, spec in component_specs(source.path).items():
         path, dtype = source.path / name / ONNX_NAME, source.manifest.details.get("dtype")
         session = open_session(path, options, told, dtype)
@@ -209,11 +209,11 @@ def with_options(providers: list[str], gpu: int) -> list[Any]:
 
 def tell_tensor_float(provider: str) -> None:
     """Warn where float32 is rounded to TensorFloat-32: the TensorRT provider has no option, only the environment."""
-    if provider == PROVIDERS_OF["tensorrt"][0] and os.environ.get(NO_TENSOR_FLOAT) != "0":
+    if provider == PROVIDERS_OF["tensorrt"][0] and os.environ.get(TENSOR_FLOAT) != "0":
         logger.warning(
             "the TensorRT provider rounds float32 to TensorFloat-32 on Ampere and later GPUs, which flips codes and "
             "may miss parity's limits; start the process with %s=0, or use --provider cuda or build-engine",
-            NO_TENSOR_FLOAT,
+            TENSOR_FLOAT,
         )
 
 

@@ -289,6 +289,14 @@ def test_the_gpu_is_the_one_that_the_thread_has_chosen(
     assert {engine.device for engine in engines.values()} == {torch.device("cuda", 1)}  # type: ignore[attr-defined]
 
 
+def test_the_cpu_leaves_cuda_alone(two_gpus: pytest.MonkeyPatch, tiny_onnx: Path) -> None:
+    def initialize() -> int:
+        raise AssertionError("CUDA was initialized")
+
+    two_gpus.setattr(torch.cuda, "current_device", initialize)
+    load_ort_engines(tiny_onnx, provider="cpu")
+
+
 def test_a_gpu_that_is_there_and_does_not_run_is_told(
     two_gpus: pytest.MonkeyPatch, tiny_onnx: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
