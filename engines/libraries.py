@@ -16,6 +16,12 @@ from quest_deploy.errors import ConfigError, MissingDependencyError
 _MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 _TITLES = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT for RTX"}
 
+TRIED_FROM = {"onnxruntime": (1, 31), "openvino": (2026, 4)}
+"""The first versions that run every export, as pyproject.toml has them; earlier ones may be there all the same."""
+
+TENSOR_FLOAT = "NVIDIA_TF32_OVERRIDE"
+"""What NVIDIA's libraries ask the environment when they are loaded; "0" keeps them from rounding to TensorFloat-32."""
+
 AMPERE = 8
 """Major number of its compute capability."""
 
@@ -85,6 +91,17 @@ def without_cuda(torch_version: str) -> str:
     driver = driver_version()
     which = f" that driver {driver} runs, or a newer driver" if driver else ""
     return f"torch {torch_version} cannot use the GPU; install a CUDA build of torch{which} (https://pytorch.org/get-started)"
+
+
+def age_of(package: str, version: str) -> str:
+    """What an error of `package` adds, behind a space, where its version is earlier than exports need; "" otherwise."""
+    least = TRIED_FROM[package]
+    if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) >= least:
+        return ""
+    wanted = ".".join(map(str, least))
+    python = " with Python 3.11 or later" if package == "onnxruntime" else ""
+    upgrade = f"`pip install --upgrade {package}`{python}"
+    return f" [{package} {version} is too old: some exports need {wanted}, run {upgrade}]"
 
 
 def title_of(backend: str) -> str:

@@ -22,6 +22,7 @@ from quest_deploy.engines.base import (
     check_inputs,
 )
 from quest_deploy.engines.foreign import fitted_components
+from quest_deploy.engines.libraries import age_of
 from quest_deploy.errors import ArtifactError, ConfigError, MissingDependencyError, StaleArtifactError
 from quest_deploy.files import check_name
 from quest_deploy.manifest import QUANTIZATION_NAME
@@ -147,19 +148,28 @@ class OpenVinoEngine(Closing):
             EngineInputError: OpenVINO compiles no graph for them.
         """
         shapes: Shapes | None = tuple((name, tuple(tensor.shape)) for name, tensor in sorted(inputs.items()))
-        with self._lock:
-            if shapes not in self.compiled and len(self.compiled) >= MAX_STATIC:
-                shapes = None
-            if shapes not in self.compiled:
-                try:
-                    self.compiled[shapes] = graph.compile(shapes)
-                except RuntimeError as error:
-                    raise cannot_run(self.spec, "OpenVINO", inputs, _cause(error), compiling=True) from error
-            compiled = self.compiled[shapes]
+        compiled = self.compiled.get(shapes)
+        if compiled is None:
+            # Compiling takes seconds, which threads with shapes that are compiled do not wait for.
+            with self._lock:
+                shapes, compiled = self._compile(graph, shapes, inputs)
         mine = self.requests.by_shapes
         if shapes not in mine:
             mine[shapes] = compiled.create_infer_request()
         return mine[shapes]
+
+    def _compile(
+        self, graph: Graph, shapes: Shapes | None, inputs: Mapping[str, Tensor]
+    ) -> tuple[Shapes | None, Any]:
+        """The graph for these shapes, or for any, and which of the two it is; one thread at a time."""
+        if shapes not in self.compiled and len(self.compiled) >= MAX_STATIC:
+            shapes = None
+        if shapes not in self.compiled:
+            try:
+                self.compiled[shapes] = graph.compile(shapes)
+            except RuntimeError as error:
+                raise cannot_run(self.spec, "OpenVINO", inputs, _cause(error), compiling=True) from error
+        return shapes, self.compiled[shapes]
 
     def close(self) -> None:
         self.graph = None
@@ -269,7 +279,10 @@ def _identities(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _cause(error: Exception) -> str:
+    import openvino
+
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     causes = [line for line in lines if not line.startswith(_PLACE)]
     telling = [line for line in causes if not line.startswith(_CHECK)]
-    return (telling or causes or lines or [type(error).__name__])[0].rstrip(":.")[:300]
+    first = (telling or causes or lines or [type(error).__name__])[0].rstrip(":.")[:300]
+    return first + age_of("openvino", openvino.__version__)

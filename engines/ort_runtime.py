@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ from quest_deploy.config import Provider
 from quest_deploy.engines.adapted import AdaptedEngine
 from quest_deploy.engines.base import Closing, Engine, cannot_run, check_inputs
 from quest_deploy.engines.foreign import fitted_components
-from quest_deploy.engines.libraries import gpus
+from quest_deploy.engines.libraries import TENSOR_FLOAT, age_of, gpus
 from quest_deploy.errors import ArtifactError, MissingDependencyError, StaleArtifactError
 from quest_deploy.files import check_name
 from quest_deploy.model.spec import ComponentSpec, TensorSpec, component_specs
@@ -43,8 +44,10 @@ class OrtEngine(Closing):
     def __init__(self, spec: ComponentSpec, session: Any) -> None:
         self.spec = spec
         self.session = session
-        on_gpu = session.get_providers()[0] != CPU_PROVIDER and torch.cuda.is_available()
-        self.device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
+        first = session.get_providers()[0]
+        on_gpu = first != CPU_PROVIDER and torch.cuda.is_available()
+        index = int(session.get_provider_options()[first].get("device_id", 0))
+        self.device = torch.device("cuda", index) if on_gpu else torch.device("cpu")
         self._output_shapes: dict[InputShapes, dict[str, tuple[int, ...]]] = {}
 
     def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
@@ -70,7 +73,7 @@ class OrtEngine(Closing):
             self.session.run_with_iobinding(binding)
             binding.synchronize_outputs()
         except _runtime_errors() as error:
-            raise cannot_run(self.spec, "ONNX Runtime", inputs, _first_line(error)) from error
+            raise cannot_run(self.spec, "ONNX Runtime", inputs, _cause(error)) from error
         if outputs:
             return outputs
         found = {
@@ -111,7 +114,7 @@ def load_ort_engines(
     Args:
         onnx_dir: The artifact; its hashes are verified first.
         threads: Threads of one operator; None leaves the choice to ONNX Runtime.
-        provider: What runs the operators; None takes CUDA where it can run, else the CPU.
+        provider: What runs the operators; None takes CUDA where it can run, else the CPU. A GPU is the current one.
 
     Raises:
         MissingDependencyError: ONNX Runtime or the provider asked for is not there.
@@ -125,6 +128,7 @@ def load_ort_engines(
             f"ONNX Runtime cannot be imported ({error}); run `pip install onnxruntime`"
         ) from error
     providers = choose_providers(onnxruntime.get_available_providers(), has_gpu=bool(gpus()), wanted=provider)
+    tell_tensor_float(providers[0])
     source = read_artifact(Path(onnx_dir), stage="onnx")
     options = onnxruntime.SessionOptions()
     # By default a product of float activations and integer weights quantizes its activations: 46 dB of 140 are left.
@@ -136,16 +140,28 @@ def load_ort_engines(
         options.intra_op_num_threads = threads
     engines: dict[str, Engine] = {}
     fitted = fitted_components(source)
+    # Asking torch for its GPU initializes CUDA, which the CPU does not need.
+    gpu = 0 if providers[0] == CPU_PROVIDER else current_gpu()
+    told, on_cpu = with_options(providers, gpu), []
     for name, spec in component_specs(source.path).items():
         path, dtype = source.path / name / ONNX_NAME, source.manifest.details.get("dtype")
-        session = open_session(path, options, with_options(providers), dtype)
+        session = open_session(path, options, told, dtype)
         if provider is not None:
             check_started(session, providers[0])
+        elif providers[0] not in session.get_providers():
+            on_cpu.append(name)
         if name in fitted:
             engines[name] = AdaptedEngine(fitted[name], OrtEngine(fitted[name].graph, session))
             continue
         check_names(spec, session)
         engines[name] = OrtEngine(spec, session)
+    if on_cpu:
+        logger.warning(
+            "the CPU runs %s, since ONNX Runtime could not start %s (its log says why); --provider cpu asks for that, "
+            "and --provider cuda makes it an error",
+            ", ".join(on_cpu),
+            providers[0],
+        )
     logger.debug("opened %s with %s", source.path, ", ".join(providers))
     return engines
 
@@ -176,12 +192,29 @@ def choose_providers(available: list[str], *, has_gpu: bool, wanted: Provider | 
     return [name for name in chosen if name in available]
 
 
-def with_options(providers: list[str]) -> list[Any]:
-    """The providers with what they must be told: CUDA multiplies float32 as it is, not rounded to TensorFloat-32.
+def current_gpu() -> int:
+    """The GPU that this thread has chosen, as for TensorRT engines and torch; 0 where torch uses none."""
+    return int(torch.cuda.current_device()) if torch.cuda.is_available() else 0
 
-    TensorRT is told nothing: without leave for FP16 and INT8 its network is strongly typed, so Q/DQ nodes decide.
+
+def with_options(providers: list[str], gpu: int) -> list[Any]:
+    """The providers with what they must be told: which GPU, and to CUDA not to round float32 to TensorFloat-32.
+
+    TensorRT is told no more: without leave for FP16 and INT8 its network is strongly typed, so Q/DQ nodes decide.
     """
-    return [(name, {"use_tf32": "0"}) if name == PROVIDERS_OF["cuda"][0] else name for name in providers]
+    cuda, own = PROVIDERS_OF["cuda"][0], {"device_id": str(gpu)}
+    options = {cuda: {**own, "use_tf32": "0"}, PROVIDERS_OF["tensorrt"][0]: own}
+    return [(name, options[name]) if name in options else name for name in providers]
+
+
+def tell_tensor_float(provider: str) -> None:
+    """Warn where float32 is rounded to TensorFloat-32: the TensorRT provider has no option, only the environment."""
+    if provider == PROVIDERS_OF["tensorrt"][0] and os.environ.get(TENSOR_FLOAT) != "0":
+        logger.warning(
+            "the TensorRT provider rounds float32 to TensorFloat-32 on Ampere and later GPUs, which flips codes and "
+            "may miss parity's limits; start the process with %s=0, or use --provider cuda or build-engine",
+            TENSOR_FLOAT,
+        )
 
 
 def check_started(session: Any, wanted: str) -> None:
@@ -209,7 +242,7 @@ def open_session(path: Path, options: Any, providers: list[Any], dtype: str | No
     try:
         return onnxruntime.InferenceSession(str(path), sess_options=options, providers=providers)
     except _runtime_errors() as error:
-        message = f"'{path}': ONNX Runtime {onnxruntime.__version__} cannot load it ({_first_line(error)}); "
+        message = f"'{path}': ONNX Runtime {onnxruntime.__version__} cannot load it ({_cause(error)}); "
         if dtype == "bf16":
             raise ArtifactError(
                 f"{message}its float operators are in bf16, which ONNX Runtime does not run on the CPU: "
@@ -248,6 +281,9 @@ def _runtime_errors() -> tuple[type[Exception], ...]:
     return (*(getattr(state, name) for name in names), state.RuntimeException, RuntimeError)
 
 
-def _first_line(error: Exception) -> str:
+def _cause(error: Exception) -> str:
+    import onnxruntime
+
     lines = _CODE.sub("", str(error)).strip().splitlines()
-    return lines[0].strip().rstrip(":.") if lines else type(error).__name__
+    first = lines[0].strip().rstrip(":.") if lines else type(error).__name__
+    return first + age_of("onnxruntime", onnxruntime.__version__)

@@ -40,8 +40,12 @@ class RuntimeCacheFile:
         config.set_runtime_cache(self.cache)
 
     def save(self) -> None:
-        """Write the cache if it has changed; a directory that cannot be written is left alone."""
-        content = bytes(self.cache.serialize())
+        """Write the cache if TensorRT gives another; a directory that cannot be written is left alone."""
+        serialized = self.cache.serialize()
+        if serialized is None:
+            logger.debug("TensorRT does not give the runtime cache for %s", self.path)
+            return
+        content = bytes(serialized)
         if content == self.loaded:
             return
         temporary = self.path.with_name(f"{self.path.name}-{secrets.token_hex(4)}")

@@ -101,6 +101,12 @@ class LoadedPlan(Closing):
             raise too_little_memory(self.name, f"no execution context{last_words(self.library, before)}")
         return context
 
+    def keep_kernels(self) -> None:
+        """Write the runtime cache, after a run that may have compiled kernels: services are killed, not closed."""
+        if self.cache is not None:
+            with self._lock:
+                self.cache.save()
+
     def close(self) -> None:
         """Keep the runtime cache and free the engine; its contexts must be gone."""
         if self.cache is not None:

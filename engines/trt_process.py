@@ -39,8 +39,9 @@ _LACKING = (
     (re.compile(r"datatypes:.*\bint4\b"), "--mode int8 --dtype fp16"),
 )
 
-OLDEST_TENSORRT = (10, 12)
-"""The first that gives the values of a DequantizeLinear in another type than its scales', as in fp16 and bf16."""
+OLDEST = {"tensorrt": (10, 12), "tensorrt-rtx": (1, 7)}
+"""By backend: the first that gives the values of a DequantizeLinear in another type than its scales', as in fp16 and
+bf16; and, tried, the first that builds convolutions in INT8."""
 
 Progress = Callable[[ProgressEvent], None]
 
@@ -277,10 +278,10 @@ def _failure(job: Mapping[str, Any], event: Mapping[str, Any]) -> Exception:
 def _newer(backend: str, version: str) -> str:
     """What to do about a TensorRT that is older than what exports are made for; empty where it is not."""
     found = re.match(r"(\d+)\.(\d+)", version)
-    if backend != "tensorrt" or found is None or (int(found[1]), int(found[2])) >= OLDEST_TENSORRT:
+    if found is None or (int(found[1]), int(found[2])) >= OLDEST[backend]:
         return ""
-    oldest = ".".join(map(str, OLDEST_TENSORRT))
-    return f"exports are made for TensorRT {oldest} and later: run `pip install --upgrade 'quest-deploy[tensorrt]'`"
+    oldest = f"{title_of(backend)} {'.'.join(map(str, OLDEST[backend]))}"
+    return f"exports are made for {oldest} and later: run `pip install --upgrade 'quest-deploy[{backend}]'`"
 
 
 def _remedy(backend: str, component: Mapping[str, Any], message: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,14 @@ from quest_deploy.config import TensorRTBackend
 from quest_deploy.engines.adapted import AdaptedEngine
 from quest_deploy.engines.base import Closing, Engine, check_inputs
 from quest_deploy.engines.foreign import from_json
-from quest_deploy.engines.libraries import driver_version, gpus, import_tensorrt, title_of, without_cuda
+from quest_deploy.engines.libraries import (
+    Gpu,
+    driver_version,
+    gpus,
+    import_tensorrt,
+    title_of,
+    without_cuda,
+)
 from quest_deploy.engines.origin import differing, options_here, read_config
 from quest_deploy.engines.profiles import InputRange, Profile, Shape, batch_ranges, limits_of, select_profile
 from quest_deploy.engines.run_record import record_run
@@ -34,6 +42,8 @@ from quest_deploy.errors import (
     StaleArtifactError,
 )
 from quest_deploy.model.spec import ComponentSpec, TensorSpec, component_specs, family_of
+
+logger = logging.getLogger(__name__)
 
 # Of TensorRT for RTX 1.7 on an H200.
 UNSUPPORTED = "does not support this compute capability"
@@ -88,6 +98,7 @@ class TensorRTEngine(Closing):
         if self.plan is None:
             raise RuntimeError(f"{self.spec.name}: the engine is closed")
         shapes = shapes_of(inputs)
+        are_new = shapes not in self._chosen
         profile = self._profile(shapes, inputs)
         check_devices(self.spec.name, inputs, self.device)
         assert self.memory is not None
@@ -99,6 +110,8 @@ class TensorRTEngine(Closing):
         ):
             outputs = self._lane(block).run(inputs, shapes, profile)
         self.has_run = True
+        if are_new:
+            self.plan.keep_kernels()
         return outputs
 
     def batch_ranges(self, shapes: Mapping[str, Shape]) -> list[tuple[int, int]]:
@@ -210,7 +223,20 @@ def load_plans(source: Artifact, library: Any, backend: TensorRTBackend) -> dict
         plans[name].ran = functools.partial(record_run, source.path / name, digest, place)
         if backend == "tensorrt-rtx":
             plans[name].compile_at_run_time(library, source.path / name, digest)
+    tell_other_gpu(source, gpu)
     return plans
+
+
+def tell_other_gpu(source: Artifact, gpu: Gpu) -> None:
+    """Warn where engines were built on a GPU of another model: TensorRT loads them, which may be slow or fail."""
+    config, model = source.manifest.config, source.manifest.details.get("target_gpu")
+    for_one = (config.get("backend"), config.get("hardware_compatible", "none")) == ("tensorrt", "none")
+    if for_one and model != gpu.name:
+        logger.warning(
+            "the engines in '%s' were built on %s, by what is fastest there, and this is %s: they may be slow here, or "
+            "fail; build engines here with `quest-deploy build-engine ONNX_DIR -o DIR %s`",
+            source.path, model, gpu.name, options_here(read_config(config), gpu),
+        )  # fmt: skip
 
 
 def make_runtime(library: Any, config: Mapping[str, Any]) -> Runtime:

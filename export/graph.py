@@ -25,9 +25,11 @@ from quest_deploy.export.passes.fuse_attention import FuseAttention
 from quest_deploy.export.passes.lower_precision import LowerPrecision
 from quest_deploy.export.passes.name_dimensions import NameDimensions
 from quest_deploy.export.passes.pack_int4 import PackInt4
+from quest_deploy.export.passes.permute_einsum import PermuteEinsum
 from quest_deploy.export.passes.remove_no_ops import RemoveNoOps
 from quest_deploy.export.passes.split_gated_layers import SplitGatedLayers
 from quest_deploy.export.passes.strip_metadata import StripMetadata
+from quest_deploy.export.passes.transpose_keys import TransposeKeys
 from quest_deploy.export.passes.transpose_weights import TransposeWeights
 from quest_deploy.export.passes.unshare_dequantize import UnshareDequantize
 from quest_deploy.export.passes.unshare_quantize import UnshareQuantize
@@ -127,6 +129,8 @@ def clean(model: ir.Model, spec: ComponentSpec, target: str) -> ir.Model:
         FoldWeightTranspose(),
         RemoveNoOps(),
         FoldRows(),
+        TransposeKeys(),
+        PermuteEinsum(),
         *([SplitGatedLayers(), FuseAttention()] if target == "onnxruntime" else []),
         UnshareDequantize(),
         BlockInt4(),

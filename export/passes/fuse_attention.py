@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from quest_deploy.export.nodes import is_alone, is_constant
+from quest_deploy.export.passes.transpose_keys import SWAP_LAST, permutation
 
 # ONNX Runtime's. The standard's Attention (opset 23) writes the scores out in ONNX Runtime 1.32.
 DOMAIN, OPERATOR = "com.microsoft", "MultiHeadAttention"
@@ -52,9 +53,10 @@ class FuseAttention(ir.passes.InPlacePass):
     ONNX Runtime then works through the scores block by block (flash attention); else it keeps all of them, and their
     softmax: 2 GB at 8 heads, 64 x 64 latents and both branches of guidance. OpenVINO reads the operator, too.
 
-    1. Fires where q, k and v are [b, heads, tokens, d] with known heads and d, k is transposed in front of the product
-       (by ``Transpose``, or between two Reshapes that merge and part batch and heads), and q, k and scores are
-       multiplied by nothing but constants: those become the operator's ``scale``.
+    Runs after :class:`TransposeKeys`.
+
+    1. Fires where q, k and v are [b, heads, tokens, d] with known heads and d, a ``Transpose`` of k is in front of the
+       product, and q, k and scores are multiplied by nothing but constants: those become the operator's ``scale``.
     2. The operator takes [b, tokens, heads * d]. A ``Transpose(Reshape(x))`` that parted the heads goes, as does the
        ``Reshape(Transpose)`` that joins them; where there is none, one comes.
     3. Must not fire where q, k, v or the probabilities are quantized (ONNX Runtime has integer products for them), with
@@ -124,50 +126,8 @@ def _unscaled(value: ir.Value | None) -> tuple[ir.Value, float] | None:
 def _before_transpose(value: ir.Value) -> ir.Value | None:
     """k of [b, heads, keys, d], from kᵀ; None where it is no such transpose."""
     node = value.producer()
-    if node is None:
-        return None
-    if node.op_type == "Transpose":
-        return node.inputs[0] if _perm(node) == [0, 1, 3, 2] else None
-    inner = None if node.op_type != "Reshape" else node.inputs[0].producer()  # type: ignore[union-attr]
-    if inner is None or inner.op_type != "Transpose" or _perm(inner) != [0, 2, 1]:
-        return None
-    outer = inner.inputs[0].producer() if inner.inputs[0] is not None else None
-    keys = None if outer is None or outer.op_type != "Reshape" else outer.inputs[0]
-    if keys is None or outer is None or keys.shape is None or len(keys.shape) != 4:
-        return None
-    merged, swapped = _extents(outer.inputs[1], keys), _extents(node.inputs[1], keys)
-    if merged is None or swapped is None:
-        return None
-    sizes: list[object] = list(keys.shape)
-    same = merged[1:] == sizes[2:] and len(merged) == 3 and swapped == [*sizes[:2], sizes[3], sizes[2]]
-    return keys if same else None
-
-
-def _extents(shape: ir.Value | None, value: ir.Value) -> list[object] | None:
-    """A shape that is put together from sizes of `value` and constants, in the sizes that `value` is known to have."""
-    node = None if shape is None else shape.producer()
-    if is_constant(shape):
-        return [int(size) for size in shape.const_value.numpy()]  # type: ignore[union-attr]
-    if node is None:
-        return None
-    if node.op_type == "Concat":
-        parts = [_extents(one, value) for one in node.inputs]
-        return None if None in parts else [size for part in parts for size in part]  # type: ignore[union-attr]
-    source = node.inputs[0].producer() if node.op_type == "Slice" and node.inputs[0] is not None else node
-    if source is None or source.op_type != "Shape" or source.inputs[0] is not value:
-        return None
-    if source.attributes.get_int("start", 0) or "end" in source.attributes:
-        return None
-    bounds = node.inputs[1:3] if node is not source else ()
-    if not all(is_constant(one) for one in bounds) or len(node.inputs) > 4:
-        return None
-    numbers = [int(one.const_value.numpy().item()) for one in bounds]  # type: ignore[union-attr]
-    sizes: list[object] = list(value.shape or ())
-    return sizes[slice(*numbers)] if numbers else sizes
-
-
-def _perm(transpose: ir.Node) -> list[int]:
-    return list(transpose.attributes.get_ints("perm", ()))
+    swaps = node is not None and node.op_type == "Transpose" and permutation(node) == SWAP_LAST
+    return node.inputs[0] if node is not None and swaps else None
 
 
 def _is_quantized(value: ir.Value) -> bool:
@@ -211,7 +171,7 @@ def _replace(old: ir.Value, new: ir.Value) -> None:
 def _joined(graph: ir.Graph, part: ir.Value, one: _Attention, shape: ir.Value) -> ir.Value:
     """[b, heads, tokens, d] as [b, tokens, heads * d]."""
     node = part.producer()
-    if node is not None and node.op_type == "Transpose" and _perm(node) == SWAP:
+    if node is not None and node.op_type == "Transpose" and permutation(node) == SWAP:
         parted = node.inputs[0].producer()  # type: ignore[union-attr]
         source = parted.inputs[0] if parted is not None and parted.op_type == "Reshape" else None
         wanted = [*part.shape[:1], part.shape[2], one.features]  # type: ignore[index]
@@ -230,7 +190,7 @@ def _joins(output: ir.Value, one: _Attention) -> ir.Node | None:
     value = output
     for kind in ("Transpose", "Reshape"):
         node = next(iter(value.uses())).node if is_alone(value) else None
-        if node is None or node.op_type != kind or (kind == "Transpose" and _perm(node) != SWAP):
+        if node is None or node.op_type != kind or (kind == "Transpose" and permutation(node) != SWAP):
             return None
         value = node.outputs[0]
     batch, _, tokens, _ = output.shape  # type: ignore[misc]

@@ -25,6 +25,7 @@ from quest_deploy.artifacts import (
 from quest_deploy.bench.figures import summarize
 from quest_deploy.bench.subject import ERROR, Subject, parse_subject
 from quest_deploy.config import BenchConfig, ProgressEvent, to_dict
+from quest_deploy.engines.libraries import TENSOR_FLOAT
 from quest_deploy.errors import BenchError, ConfigError
 from quest_deploy.files import write_json
 from quest_deploy.manifest import core_count, cpu_model, tool_versions
@@ -135,6 +136,8 @@ def measure(subject: Subject, config: BenchConfig) -> dict[str, Any]:
     environment = {**os.environ, "PYTHONSAFEPATH": "1"}
     if config.threads is not None:
         environment["OMP_NUM_THREADS"] = str(config.threads)
+    if subject.run.provider == "tensorrt":
+        environment[TENSOR_FLOAT] = "0"  # all else multiplies float32 as it is
     done = subprocess.run(
         [sys.executable, "-m", WORKER],
         input=json.dumps(job),

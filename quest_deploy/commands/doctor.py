@@ -215,7 +215,10 @@ def find_gpus() -> tuple[list[Gpu], str]:
 
 def find_abilities(packages: dict[str, Package], gpus: Sequence[Gpu], driver_problem: str) -> list[Ability]:
     """What can be done with these libraries, this driver and the first of these GPUs, which runs engines."""
+    from quest_deploy.engines.libraries import age_of
+
     torch = packages["torch"]
+    old = {name: age_of(name, packages[name].version or "") for name in ("onnxruntime", "openvino")}
     model_missing = _missing(packages, "torch", "diffusers", "transformers", "safetensors")
     where = f"on {torch.note}" if torch.note else "on the CPU; large models take long there"
     abilities = [
@@ -229,13 +232,13 @@ def find_abilities(packages: dict[str, Package], gpus: Sequence[Gpu], driver_pro
         _ability(
             "generate --backend onnxruntime",
             _missing(packages, "onnxruntime"),
-            f"onnxruntime {packages['onnxruntime'].version} with {packages['onnxruntime'].note}",
+            f"onnxruntime {packages['onnxruntime'].version} with {packages['onnxruntime'].note}{old['onnxruntime']}",
         ),
         _ability(
             "generate --backend openvino",
             _missing(packages, "openvino")
             + ("" if packages["openvino"].version else "; pip install 'quest-deploy[openvino]'"),
-            f"openvino {packages['openvino'].version} on the CPU",
+            f"openvino {packages['openvino'].version} on the CPU{old['openvino']}",
         ),
     ]
     gpu = gpus[0] if gpus else None

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from quest_deploy.config import TENSORRT_BACKENDS, TensorRTBackend
-from quest_deploy.engines.ort_runtime import CPU_PROVIDER
+from quest_deploy.engines.ort_runtime import CPU_PROVIDER, with_options
 from quest_deploy.metrics import CodeFlips, code_flips, snr_db
 from quest_deploy.model.components import first_device, without_variance
 from quest_deploy.model.families import VAE_DECODER
@@ -273,7 +273,7 @@ def onnxruntime_codes(
     onnx_path: Path,
     probes: Sequence[Mapping[str, Tensor]],
     forced: Sequence[Codes] | None = None,
-    providers: Sequence[str] = (CPU_PROVIDER,),
+    providers: Sequence[Any] = (CPU_PROVIDER,),
 ) -> tuple[CodeRun, ...] | str:
     """Run a component's graph on each of `probes`, its inputs by name, with the execution providers that draw.
 
@@ -282,10 +282,13 @@ def onnxruntime_codes(
     return _graph_codes(onnx_path, probes, forced, partial(_run_onnxruntime, providers=providers))
 
 
-def providers_of(engine: Any) -> list[str]:
-    """The execution providers of an engine of ONNX Runtime, whose inputs may be fitted to another tool's graph."""
+def providers_of(engine: Any) -> list[Any]:
+    """The execution providers of an engine of ONNX Runtime, with what they were told.
+
+    Its inputs may be fitted to another tool's graph.
+    """
     inner = getattr(engine, "engine", engine)
-    return list(inner.session.get_providers())
+    return with_options(inner.session.get_providers(), inner.device.index or 0)
 
 
 def engine_codes(
@@ -346,7 +349,7 @@ def _run_onnxruntime(
     weights: Path,
     calls: Sequence[Mapping[str, Tensor]],
     *,
-    providers: Sequence[str] = (CPU_PROVIDER,),
+    providers: Sequence[Any] = (CPU_PROVIDER,),
 ) -> list[dict[str, Tensor]]:
     import onnxruntime
 
@@ -365,7 +368,7 @@ def _run_onnxruntime(
         {
             name: torch.from_numpy(value)
             for name, value in zip(
-                names, session.run(names, {key: one.numpy() for key, one in call.items()}), strict=True
+                names, session.run(names, {key: one.cpu().numpy() for key, one in call.items()}), strict=True
             )
         }
         for call in calls

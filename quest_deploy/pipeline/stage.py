@@ -92,6 +92,7 @@ def generate(
         with write_artifact(
             output, stage=STAGE, config=to_dict(config), inputs={"source": digest}, overwrite=overwrite
         ) as writer:
+            writer.details.update(run=to_dict(run), threads=threads)
             _write_images(writer, pipeline, config, digest, progress, checker)
     return read_artifact(output, stage=STAGE)
 

@@ -302,7 +302,7 @@ class Pipeline(Closing):
             timestep: Of the scheduler, [1] or [n].
             conditioning: What :meth:`complete` gave.
         """
-        time = timestep.float() / self.family.timestep_divisor
+        sample, time = sample.to(self.device), timestep.to(self.device).float() / self.family.timestep_divisor
         controlnet = self.engines.get(str(self.family.controlnet))
         if controlnet is not None:
             conditioning = controlled(controlnet, sample, time, conditioning)

@@ -63,6 +63,21 @@ def test_tensorrt_needs_the_gpu_to_build() -> None:
     assert ability("build-engine --backend tensorrt", installed()).possible
 
 
+@pytest.mark.parametrize(
+    ("name", "version", "old"),
+    [
+        ("onnxruntime", "1.30.0", True),
+        ("onnxruntime", "1.32.0", False),
+        ("openvino", "2026.3.1", True),
+        ("openvino", "2026.4.1", False),
+    ],
+)
+def test_a_runtime_that_is_too_old_for_some_exports_is_told(name: str, version: str, old: bool) -> None:
+    found = ability(f"generate --backend {name}", installed(**{name: package(name, version)}))
+    assert found.possible
+    assert (f"pip install --upgrade {name}" in found.sentence) is old
+
+
 @pytest.mark.parametrize("backend", ["tensorrt", "tensorrt-rtx"])
 def test_engines_run_where_the_gpu_and_torch_take_them(backend: str) -> None:
     verb = f"generate --backend {backend}"

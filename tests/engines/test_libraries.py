@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -135,3 +136,24 @@ def test_engines_for_ampere_and_later_are_not_built_on_earlier_gpus(
     expected = pytest.raises(ConfigError, match="T4 has compute capability 7.5") if refused else nullcontext()
     with expected:
         libraries.check_targets(config)
+
+
+@pytest.mark.parametrize(
+    ("package", "version", "old"),
+    [
+        ("onnxruntime", "1.22.1", True),
+        ("onnxruntime", "1.31.0", False),
+        ("onnxruntime", "1.100.0+cu130", False),
+        ("openvino", "2026.3.0-22451-8a17657b995-releases/2026/3", True),
+        ("openvino", "2026.4.1-22982-e213a147257-releases/2026/4", False),
+    ],
+)
+def test_errors_of_versions_that_lack_something_tell_it(package: str, version: str, old: bool) -> None:
+    assert (f"pip install --upgrade {package}" in libraries.age_of(package, version)) is old
+
+
+def test_the_versions_are_those_that_are_installed_with_quest_deploy(repository: Path) -> None:
+    wanted = re.findall(r'"(\w+)>=([\d.]+)(.*)"', (repository / "pyproject.toml").read_text())
+    here = {package: least for package, least, marker in wanted if "<" not in marker}
+    for package, least in libraries.TRIED_FROM.items():
+        assert here[package] == ".".join(map(str, least))

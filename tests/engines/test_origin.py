@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
 from quest_deploy import auto_fallback
+from quest_deploy.artifacts import Artifact
 from quest_deploy.commands import main
 from quest_deploy.config import BuildConfig, ProfileConfig, ShapeRange, to_dict
 from quest_deploy.engines.libraries import Gpu
 from quest_deploy.engines.origin import build_options, differing, options_here, read_config
+from quest_deploy.engines.trt_runtime import tell_other_gpu
 from quest_deploy.errors import ConfigError
+from quest_deploy.manifest import Manifest
 
 RANGE, SIZE = ShapeRange(min=64, opt=128, max=256), ShapeRange(min=64, opt=64, max=64)
 CONFIGS = {
@@ -96,3 +101,26 @@ def test_engines_for_rtx_run_on_fewer_gpus_than_earlier_manifests_say(backend: s
     found = differing(details, config, "X 1", Gpu(name="NVIDIA H200", compute_capability="9.0"), "")
     said = "for compute capability 8.0, 8.6, 8.9, 12.0 and later (this is 9.0)"
     assert found == ([] if covered else [said])
+
+
+@pytest.mark.parametrize(
+    ("config", "gpu", "told"),
+    [
+        (BuildConfig(backend="tensorrt", static=True), "NVIDIA L4", True),
+        (BuildConfig(backend="tensorrt", static=True), "NVIDIA L40S", False),
+        (BuildConfig(backend="tensorrt", hardware_compatible="same-compute-capability"), "NVIDIA L4", False),
+        (BuildConfig(), "NVIDIA L4", False),
+    ],
+    ids=["another", "the same", "for others", "for none in particular"],
+)
+def test_engines_that_load_on_another_model_of_gpu_are_told(
+    config: BuildConfig, gpu: str, told: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    manifest = Manifest(
+        schema_version=1, stage="engines", config=to_dict(config), details={"target_gpu": "NVIDIA L40S"},
+        inputs={}, tools={}, files={},
+    )  # fmt: skip
+    source = Artifact(path=Path("engines"), manifest=manifest, digest="")
+    tell_other_gpu(source, Gpu(name=gpu, compute_capability="8.9"))
+    expected = "built on NVIDIA L40S, .* this is NVIDIA L4: .* --backend tensorrt --static`"
+    assert bool(re.search(expected, caplog.text)) is bool(caplog.records) is told

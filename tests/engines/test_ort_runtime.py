@@ -4,6 +4,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -181,6 +182,14 @@ def test_a_bf16_export_that_does_not_load_names_the_runtime_that_takes_it(
         load_ort_engines(tmp_path / "bf16")
 
 
+def test_an_older_onnx_runtime_is_told_where_it_fails(
+    make_onnx: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("onnxruntime.__version__", "1.22.1")
+    with pytest.raises(ArtifactError, match=r"1\.22\.1 is too old.*pip install --upgrade onnxruntime`"):
+        load_ort_engines(make_onnx(text_encoder=b"\xff" * 64))
+
+
 def test_graph_with_other_names_is_stale(make_onnx: Callable[..., Path], tiny_onnx: Path) -> None:
     source = make_onnx(unet=(tiny_onnx / "vae_decoder" / "model.onnx").read_bytes())
     with pytest.raises(StaleArtifactError, match=r"unet: the graph has inputs \['latent_sample'\], expected"):
@@ -232,8 +241,107 @@ def test_provider_that_did_not_start_is_an_error(engines: dict[str, Engine]) -> 
 
 
 def test_cuda_multiplies_float32_as_it_is() -> None:
-    assert with_options([TENSORRT, CUDA, CPU]) == [TENSORRT, (CUDA, {"use_tf32": "0"}), CPU]
-    assert with_options([CPU]) == [CPU]
+    told = [(TENSORRT, {"device_id": "1"}), (CUDA, {"device_id": "1", "use_tf32": "0"}), CPU]
+    assert with_options([TENSORRT, CUDA, CPU], 1) == told
+    assert with_options([CPU], 0) == [CPU]
+
+
+class GpuSession:
+    """A session of the CPU that says that it runs where it was asked to."""
+
+    def __init__(self, session: Any, providers: list[Any]) -> None:
+        self.session = session
+        self.options = dict(map(pair, providers))
+
+    def get_providers(self) -> list[str]:
+        return list(self.options)
+
+    def get_provider_options(self) -> dict[str, dict[str, str]]:
+        return self.options
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.session, name)
+
+
+def pair(provider: Any) -> tuple[str, dict[str, str]]:
+    return provider if isinstance(provider, tuple) else (provider, {})
+
+
+@pytest.fixture
+def two_gpus(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """A machine with two GPUs, of which this thread has chosen the second, and a CUDA build of ONNX Runtime."""
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: [CUDA, CPU])
+    monkeypatch.setattr(ort_runtime, "gpus", lambda: ["first", "second"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    return monkeypatch
+
+
+@pytest.mark.parametrize("provider", [None, "cuda"])
+def test_the_gpu_is_the_one_that_the_thread_has_chosen(
+    two_gpus: pytest.MonkeyPatch, tiny_onnx: Path, provider: Provider | None
+) -> None:
+    real = ort_runtime.open_session
+    two_gpus.setattr(
+        ort_runtime, "open_session", lambda *given: GpuSession(real(*given[:2], [CPU], given[3]), given[2])
+    )
+    engines = load_ort_engines(tiny_onnx, provider=provider)
+    assert {engine.device for engine in engines.values()} == {torch.device("cuda", 1)}  # type: ignore[attr-defined]
+
+
+def test_the_cpu_leaves_cuda_alone(two_gpus: pytest.MonkeyPatch, tiny_onnx: Path) -> None:
+    def initialize() -> int:
+        raise AssertionError("CUDA was initialized")
+
+    two_gpus.setattr(torch.cuda, "current_device", initialize)
+    load_ort_engines(tiny_onnx, provider="cpu")
+
+
+def test_a_gpu_that_is_there_and_does_not_run_is_told(
+    two_gpus: pytest.MonkeyPatch, tiny_onnx: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    real = ort_runtime.open_session
+    two_gpus.setattr(ort_runtime, "open_session", lambda *given: real(*given[:2], [CPU], given[3]))
+    engines = load_ort_engines(tiny_onnx)
+    assert {engine.device for engine in engines.values()} == {torch.device("cpu")}  # type: ignore[attr-defined]
+    (message,) = (record.getMessage() for record in caplog.records if record.levelname == "WARNING")
+    assert message.startswith(
+        "the CPU runs text_encoder, unet, vae_decoder, since ONNX Runtime could not start CUDA"
+    )
+    caplog.clear()
+    load_ort_engines(tiny_onnx, provider="cpu")
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("provider", "override", "told"),
+    [(TENSORRT, None, True), (TENSORRT, "1", True), (TENSORRT, "0", False), (CUDA, None, False)],
+)
+def test_tensor_float_of_the_tensorrt_provider_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    provider: str,
+    override: str | None,
+    told: bool,
+) -> None:
+    monkeypatch.delenv("NVIDIA_TF32_OVERRIDE", raising=False)
+    if override is not None:
+        monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", override)
+    ort_runtime.tell_tensor_float(provider)
+    assert ("start the process with NVIDIA_TF32_OVERRIDE=0" in caplog.text) is told
+
+
+def test_a_session_with_the_tensorrt_provider_tells_it(
+    two_gpus: pytest.MonkeyPatch, tiny_onnx: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    two_gpus.setattr("onnxruntime.get_available_providers", lambda: [TENSORRT, CUDA, CPU])
+    two_gpus.delenv("NVIDIA_TF32_OVERRIDE", raising=False)
+    real = ort_runtime.open_session
+    two_gpus.setattr(
+        ort_runtime, "open_session", lambda *given: GpuSession(real(*given[:2], [CPU], given[3]), given[2])
+    )
+    load_ort_engines(tiny_onnx, provider="tensorrt")
+    assert "NVIDIA_TF32_OVERRIDE=0" in caplog.text
 
 
 def test_provider_is_refused_where_another_runtime_runs(tiny_onnx: Path) -> None:

@@ -8,7 +8,16 @@ import pytest
 from quest_deploy.artifacts import read_artifact, write_artifact
 from quest_deploy.engines.runtime_cache import RuntimeCacheFile
 from quest_deploy.engines.trt_plan import LoadedPlan
-from tests.engines.simulated_trt import SPEC, SimulatedConfig, SimulatedEngine, simulated_library
+from quest_deploy.engines.trt_runtime import TensorRTEngine
+from tests.engines.simulated_trt import (
+    SPEC,
+    SimulatedConfig,
+    SimulatedEngine,
+    make_memory,
+    run,
+    simulate_cuda,
+    simulated_library,
+)
 
 PLAN = "ab" * 32
 
@@ -57,6 +66,15 @@ def test_directory_that_cannot_be_written_is_left_alone(
     assert os.listdir(tmp_path) == []
 
 
+def test_a_cache_that_the_library_does_not_give_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, config = opened(tmp_path)
+    monkeypatch.setattr(config.cache, "serialize", lambda: None)
+    file.save()
+    assert os.listdir(tmp_path) == []
+
+
 def test_cache_is_saved_when_the_plan_is_closed_and_is_no_part_of_the_artifact(tmp_path: Path) -> None:
     def write(*, overwrite: bool = False) -> None:
         with write_artifact(
@@ -76,6 +94,25 @@ def test_cache_is_saved_when_the_plan_is_closed_and_is_no_part_of_the_artifact(t
     assert read_artifact(tmp_path / "engines").manifest.files.keys() == {"unet/model.plan"}
     write(overwrite=True)
     assert os.listdir(tmp_path / "engines" / "unet") == ["model.plan"]
+
+
+def test_kernels_of_new_shapes_are_written_when_they_have_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A service is killed, or runs for months: it does not come to close its engines."""
+    simulate_cuda(monkeypatch)
+    cuda, library = SimulatedEngine(), simulated_library(lambda log, plan: None)
+    plan = LoadedPlan(SPEC.name, library, cuda)
+    plan.compile_at_run_time(library, tmp_path, PLAN)
+    engine = TensorRTEngine(SPEC, plan, make_memory())
+    assert os.listdir(tmp_path) == []
+    run(engine, 1)
+    assert opened(tmp_path)[0].loaded == b"kernels"
+    cuda.config.cache.content = b"kernels, and more"
+    run(engine, 1, 1)
+    assert opened(tmp_path)[0].loaded == b"kernels"
+    run(engine, 2)
+    assert opened(tmp_path)[0].loaded == b"kernels, and more"
 
 
 def test_contexts_get_user_memory_and_kernels_that_stay() -> None:

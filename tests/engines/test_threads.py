@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,8 @@ from torch import Tensor
 
 from quest_deploy.engines import load_engines
 from quest_deploy.engines.base import Engine
+from quest_deploy.engines.openvino_runtime import OpenVinoEngine, Shapes
+from quest_deploy.model.spec import ComponentSpec, TensorSpec
 
 RUNS = 20
 
@@ -58,3 +62,37 @@ def test_threads_do_not_get_in_each_others_way(unet: Engine, batches: tuple[int,
     for thread in threads:
         thread.join()
     assert right == [True] * (2 * RUNS)
+
+
+class SlowToCompile:
+    """A graph whose compilation for two samples ends when it is told to; what it compiles does nothing."""
+
+    def __init__(self) -> None:
+        self.begun, self.may_end = threading.Event(), threading.Event()
+
+    def compile(self, shapes: Shapes | None) -> Any:
+        if shapes is not None and shapes[0][1][0] == 2:
+            self.begun.set()
+            assert self.may_end.wait(30)
+        output = SimpleNamespace(data=torch.zeros(1).numpy())
+        request = SimpleNamespace(infer=lambda inputs: None, get_tensor=lambda name: output)
+        return SimpleNamespace(create_infer_request=lambda: request)
+
+
+def test_a_thread_does_not_wait_while_another_compiles_for_other_shapes() -> None:
+    tensor = TensorSpec(name="sample", dtype="float32", shape=("batch",))
+    graph: Any = SlowToCompile()
+    engine = OpenVinoEngine(ComponentSpec(name="unet", inputs=(tensor,), outputs=(tensor,)), graph)
+    engine(sample=torch.zeros(1))
+    compiling = threading.Thread(target=lambda: engine(sample=torch.zeros(2)))
+    running = threading.Thread(target=lambda: engine(sample=torch.zeros(1)))
+    compiling.start()
+    assert graph.begun.wait(30)
+    running.start()
+    running.join(timeout=1)
+    waited = running.is_alive()
+    graph.may_end.set()
+    compiling.join()
+    running.join()
+    assert not waited
+    assert [shapes[0][1] for shapes in engine.compiled if shapes is not None] == [(1,), (2,)]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from quest_deploy.config import ProgressEvent
-from quest_deploy.engines.trt_process import OLDEST_TENSORRT, BuildMemoryError, Progress, Tally, run_worker
+from quest_deploy.engines.trt_process import OLDEST, BuildMemoryError, Progress, Tally, run_worker
 from quest_deploy.errors import EngineBuildError
 
 JOB = {
@@ -83,19 +83,33 @@ def test_refused_graph_is_an_error_that_says_what_and_what_next() -> None:
 
 
 @pytest.mark.parametrize(
-    ("version", "old"), [("10.11.0.33", True), ("10.12.0.36", False), ("11.0.0.1", False)]
+    ("backend", "version", "old"),
+    [
+        ("tensorrt", "10.11.0.33", True),
+        ("tensorrt", "10.12.0.36", False),
+        ("tensorrt", "11.0.0.1", False),
+        ("tensorrt-rtx", "1.6.1.120", True),
+        ("tensorrt-rtx", "1.7.1.116", False),
+    ],
 )
-def test_tensorrt_that_is_older_than_what_exports_need_is_to_be_replaced(version: str, old: bool) -> None:
+def test_a_library_that_is_older_than_what_exports_need_is_to_be_replaced(
+    backend: str, version: str, old: bool
+) -> None:
     command = worker(
         f"send(event='failed', kind='build', component='a', message='output_dtype', tensorrt_version='{version}')"
     )
     with pytest.raises(
-        EngineBuildError, match="a: TensorRT 1.* cannot build '/x/a': output_dtype; "
+        EngineBuildError, match=r"a: TensorRT .* cannot build '/x/a': output_dtype; "
     ) as caught:
-        run_worker({**JOB, "backend": "tensorrt"}, Tally(None, {"a": 1}), command)
-    assert ("TensorRT 10.12 and later: run `pip install --upgrade" in str(caught.value)) == old
-    pyproject = Path(__file__).parents[2] / "pyproject.toml"
-    assert f'"tensorrt>={".".join(map(str, OLDEST_TENSORRT))}"' in pyproject.read_text(encoding="utf-8")
+        run_worker({**JOB, "backend": backend}, Tally(None, {"a": 1}), command)
+    upgrade = f"and later: run `pip install --upgrade 'quest-deploy[{backend}]'`"
+    assert (upgrade in str(caught.value)) == old
+
+
+def test_the_oldest_libraries_are_those_that_are_installed_with_quest_deploy(repository: Path) -> None:
+    pyproject = (repository / "pyproject.toml").read_text(encoding="utf-8")
+    for package, backend in (("tensorrt", "tensorrt"), ("tensorrt-rtx-cu13", "tensorrt-rtx")):
+        assert f'"{package}>={".".join(map(str, OLDEST[backend]))}"' in pyproject
 
 
 @pytest.mark.parametrize(

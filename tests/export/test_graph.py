@@ -227,6 +227,34 @@ def test_a_tensorrt_graph_keeps_int8_weights() -> None:
     assert "INT8" in types and "INT4" not in types
 
 
+class Patches(nn.Module):
+    """Attention, and patches that are put together: as transformers have them."""
+
+    def forward(self, sample: Tensor) -> tuple[Tensor]:
+        heads = sample.unflatten(2, (2, 4)).transpose(1, 2)
+        attended = nn.functional.scaled_dot_product_attention(heads, heads, heads)
+        apart = attended.transpose(1, 2).flatten(2).unflatten(2, (2, 2, 2))
+        return (torch.einsum("ntpqc->nctpq", apart),)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_axes_are_moved_by_plain_transposes(dtype: str) -> None:
+    spec = ComponentSpec(
+        name="layer",
+        inputs=(TensorSpec(name="sample", dtype="float32", shape=("batch", "sequence", 8)),),
+        outputs=(TensorSpec(name="y", dtype="float32", shape=("batch", 2, "sequence", 2, 2)),),
+    )
+    graph = component_graph(Patches(), spec, granularity=1, opset=22, target="tensorrt-rtx", dtype=dtype)
+    model = onnx.load_from_string(serialize(graph))
+    onnx.checker.check_model(model, full_check=True)
+    moved = [list(node.attribute[0].ints) for node in model.graph.node if node.op_type == "Transpose"]
+    assert [0, 1, 3, 2] in moved and [0, 4, 1, 2, 3] in moved
+    assert {node.op_type for node in model.graph.node}.isdisjoint({"Einsum", "Slice"})
+    if dtype == "fp32":
+        x = torch.randn(3, 7, 8)
+        assert snr_db(Patches()(x)[0].numpy(), run_onnx(model, {"sample": x})["y"]) >= 120
+
+
 def serialize(graph: object) -> bytes:
     import onnx_ir as ir
 

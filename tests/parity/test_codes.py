@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
-from quest_deploy.parity.codes import FlipReport, compare_codes, onnxruntime_codes, torch_codes
+from quest_deploy.parity.codes import FlipReport, compare_codes, onnxruntime_codes, providers_of, torch_codes
 from quest_deploy.quantize.grid import quantize
 from quest_deploy.quantize.layers import ActivationQuantizer, TimestepContext
 
@@ -148,6 +149,35 @@ def test_onnxruntime_chooses_the_codes_of_torch(tmp_path: Path) -> None:
     flips = compare_codes([run], chosen)
     assert isinstance(flips, FlipReport) and flips.total.places == 256 and flips.total.differing == 0
     assert flips.noise_snr_db.min() > 100
+
+
+class OnGpu(Tensor):
+    """A tensor that NumPy cannot look into before it is on the CPU."""
+
+    def numpy(self) -> None:  # type: ignore[override]
+        raise TypeError("can't convert cuda:0 device type tensor to numpy")
+
+    def cpu(self) -> Tensor:  # type: ignore[override]
+        return self.as_subclass(Tensor)
+
+
+def test_probes_may_lie_on_a_gpu(tmp_path: Path) -> None:
+    graph = qdq_graph(tmp_path / "model.onnx")
+    (here,) = onnxruntime_codes(graph, [probe()])
+    (there,) = onnxruntime_codes(graph, [{name: one.as_subclass(OnGpu) for name, one in probe().items()}])
+    assert all(torch.equal(here.codes[name], there.codes[name]) for name in here.codes)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_codes_are_taken_with_the_options_that_the_provider_draws_with(wrapped: bool) -> None:
+    """By default CUDA rounds float32 to TensorFloat-32, which flips codes that do not flip where it draws."""
+    session = SimpleNamespace(get_providers=lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    engine = SimpleNamespace(session=session, device=torch.device("cuda", 1))
+    cuda = ("CUDAExecutionProvider", {"device_id": "1", "use_tf32": "0"})
+    assert providers_of(SimpleNamespace(engine=engine) if wrapped else engine) == [
+        cuda,
+        "CPUExecutionProvider",
+    ]
 
 
 def test_a_damaged_graph_flips_codes(tmp_path: Path) -> None:

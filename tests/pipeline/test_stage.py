@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from quest_deploy.artifacts import Artifact, hash_directory
-from quest_deploy.config import GenerateConfig
+from quest_deploy.config import GenerateConfig, RunConfig
 from quest_deploy.errors import ArtifactError, ConfigError, StaleArtifactError
 from quest_deploy.pipeline import Pipeline, generate, load_pipeline
 from quest_deploy.pipeline.stage import sheet_columns
@@ -38,6 +38,14 @@ def test_it_writes_an_image_each_and_a_contact_sheet(drawn: Artifact) -> None:
         "contact-sheet.png",
         *(f"image-{index:05}.png" for index in range(4)),
     ]
+
+
+def test_the_manifest_tells_how_the_runtime_was_told_to_run(tiny_onnx: Path, tmp_path: Path) -> None:
+    config = GenerateConfig(prompts=("red heart",), steps=1)
+    done = generate(tiny_onnx, tmp_path / "images", config, run=RunConfig(provider="cpu"), threads=1)
+    details = done.manifest.details
+    assert details["run"] == {"provider": "cpu", "cuda_graphs": True, "gpu_weights_gb": None}
+    assert details["threads"] == 1
 
 
 def test_images_have_the_models_size(drawn: Artifact) -> None:

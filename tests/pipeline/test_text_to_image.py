@@ -203,3 +203,12 @@ def test_onnx_runtime_draws_what_torch_draws(
 
     # Below half of a step of an 8-bit image.
     assert torch.allclose(draw(on_onnxruntime), draw(pipeline), rtol=0, atol=1e-3)
+
+
+def test_what_the_denoiser_is_given_lies_where_it_runs(pipeline: Pipeline) -> None:
+    """Parity gives it latents of the CPU, where a ControlNet's engine on a GPU refuses them."""
+    elsewhere = dataclasses.replace(pipeline, device=torch.device("meta"))
+    latents = pipeline.initial_noise([0])
+    told = elsewhere.complete(pipeline.encode(["rocket"]), latents, 3.0)
+    inputs = elsewhere.denoiser_inputs(latents, torch.tensor([10.0]), told)
+    assert {tensor.device.type for tensor in inputs.values()} == {"meta"}

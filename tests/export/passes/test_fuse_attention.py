@@ -8,6 +8,7 @@ import onnxruntime
 import pytest
 
 from quest_deploy.export.passes.fuse_attention import FuseAttention
+from quest_deploy.export.passes.transpose_keys import TransposeKeys
 from tests.export.passes.test_fold_rows import floats, graph, operators
 
 TOKENS, KEYS, HEADS, SIZE = 5, 7, 2, 4
@@ -77,6 +78,7 @@ def fused(text: str) -> tuple[ir.Model, ir.Node]:
     """The model after the pass, the same numbers seen, and its one operator."""
     model = graph(text, **PARTS)
     before, names = run(model), [value.name for value in model.graph.outputs]
+    TransposeKeys()(model)
     assert FuseAttention()(model).modified
     assert [value.name for value in model.graph.outputs] == names
     ir.passes.common.RemoveUnusedNodesPass()(model)
@@ -132,6 +134,7 @@ def test_attentions_of_the_same_heads_and_other_sizes() -> None:
     )
     model, names = graph(text, **PARTS), ["y", "o", "z"]
     before = run(model)
+    TransposeKeys()(model)
     assert FuseAttention()(model).modified
     ir.passes.common.RemoveUnusedNodesPass()(model)
     assert operators(model).count("MultiHeadAttention") == 2 and "Softmax" not in operators(model)
@@ -176,6 +179,7 @@ def test_anything_else_stays(old: str, new: str) -> None:
     assert old in ATTENTION
     model = graph(ATTENTION.replace(old, new), **PARTS)
     typed(model)
+    TransposeKeys()(model)
     before = operators(model)
     assert not FuseAttention()(model).modified
     assert operators(model) == before
@@ -194,6 +198,7 @@ def test_float_inputs_are_what_the_tests_of_codes_change() -> None:
         old, new = KEEPS[name]
         model = graph(ATTENTION.replace(old, new), **PARTS)
         typed(model)
+        TransposeKeys()(model)
         for node in list(model.graph):
             if node.op_type == "DequantizeLinear":
                 quantize = node.inputs[0].producer()
