@@ -33,6 +33,8 @@ VARIANTS = {
     "no-time-aware": "one activation scale for all timesteps",
     "no-channel-wise": "no channel rows",
     "no-walks": "no walks",
+    "own-trajectories": "half of the pairs of the quantized network's own trajectories",
+    "own-trajectories-no-walks": "the same, and no walks",
     "uniform": "4-bit activations in the residual projections too",
     "collapsed": "one scale where the groups agree, for at most 0.1 dB",
     "split": "a grid for each half of a skip concatenation",
@@ -63,6 +65,7 @@ def variant(recipe: Recipe, name: str) -> Recipe:
     """The recipe of a row of the ablation."""
     temporal = dataclasses.replace(recipe.temporal, steps=STEPS[0])
     sensitive = dataclasses.replace(recipe.sensitive, steps=STEPS[1])
+    own = PROMPTS - recipe.validation_prompts
     changes: dict[str, Any] = {
         "short": {},
         "adaround-start": {"initializer": "adaround"},
@@ -71,6 +74,8 @@ def variant(recipe: Recipe, name: str) -> Recipe:
         "no-time-aware": {"time_aware": False},
         "no-channel-wise": {"channel_wise": False},
         "no-walks": {"walk_share": 0.0},
+        "own-trajectories": {"on_policy_prompts": own},
+        "own-trajectories-no-walks": {"on_policy_prompts": own, "walk_share": 0.0},
         "uniform": {"overrides": ()},
         "paper-sd": {"sensitive": dataclasses.replace(sensitive, layers="paper-sd")},
         "collapsed": {"collapse_loss_db": 0.1},
