@@ -203,7 +203,7 @@ def _train_phase(
         saved = work.load(f"phase-{name}")
     if saved is not None:
         train.restore(state, optimizer, *saved)
-    throttle = Throttle()
+    throttle = Throttle(work)
 
     def after_step(now: train.TrainState, loss: float) -> None:
         if task.workers.main and (throttle.due() or train.finished(phase, now)):
