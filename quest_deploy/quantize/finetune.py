@@ -117,6 +117,8 @@ def finetune(
             denoiser, context, history = _quantize(loaded, trace, config, work, told, workers)
         with workers.main_first():
             if workers.main:
+                with deterministic(config.seed), float32_products(products):
+                    companions = quantize_companions(loaded, config)
                 with write_artifact(
                     output,
                     stage="checkpoint",
@@ -133,7 +135,7 @@ def finetune(
                         activation_bits={name: activation for name, (_, activation) in bits.items()},
                         context=context,
                         history=history,
-                        companions=quantize_companions(loaded, config),
+                        companions=companions,
                     )
                     writer.details.update(history)
                 work.remove()

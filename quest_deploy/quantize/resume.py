@@ -87,7 +87,7 @@ class WorkDirectory:
             if different:
                 raise ConfigError(
                     f"'{self.output}' was started with other settings ({'; '.join(different)}); "
-                    "repeat those, or start afresh with --overwrite"
+                    "repeat those, or start afresh with --overwrite and without --resume"
                 )
             # What a killed process was writing; safetensors writes to a name of its own.
             for unfinished in (*self.path.glob(".tmp*"), *self.path.glob("*.partial")):

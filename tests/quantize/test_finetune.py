@@ -237,7 +237,7 @@ def test_resuming_with_other_settings_is_refused_with_what_differs(
         finetune(tiny_model, output, config(weight_bits=4, guidance_scale=5.0), resume=True)
     assert "config.recipe.weight_bits was 8, now 4" in str(caught.value)
     assert "config.recipe.guidance_scale was 3.0, now 5.0" in str(caught.value)
-    assert "repeat those, or start afresh with --overwrite" in str(caught.value)
+    assert "repeat those, or start afresh with --overwrite and without --resume" in str(caught.value)
 
 
 def test_resuming_with_another_model_is_refused(
@@ -355,9 +355,18 @@ def test_a_phase_with_nothing_to_train_is_refused(tiny_model: Path, tmp_path: Pa
         finetune(tiny_model, tmp_path / "out", dataclasses.replace(config(), recipe=recipe))
 
 
-def test_finetuning_leaves_torchs_settings_and_generator_alone(tiny_model: Path, tmp_path: Path) -> None:
-    before = torch.get_rng_state()
+def test_finetuning_leaves_torchs_settings_and_generator_alone(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, during = torch.get_rng_state(), []
+
+    def quantize_companions(*arguments: Any) -> dict[str, Any]:
+        during.append(torch.are_deterministic_algorithms_enabled())
+        return {}
+
+    monkeypatch.setattr("quest_deploy.quantize.finetune.quantize_companions", quantize_companions)
     finetune(tiny_model, tmp_path / "out", config())
+    assert during == [True]
     assert not torch.are_deterministic_algorithms_enabled()
     assert torch.equal(torch.get_rng_state(), before)
 
