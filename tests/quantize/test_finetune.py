@@ -64,6 +64,15 @@ MOMENTS = {
         "phase-sensitive:1:after",
         "output:1:during",
     ),
+    "sliced": ("drop:1:during", "phase-sensitive:2:after"),
+    "bfloat16": (
+        "trajectories-:2:after",
+        "inputs$:1:after",
+        "phase-temporal:2:after",
+        "phase-sensitive:1:after",
+        "phase-sensitive:1:during",
+    ),
+    "two": ("inputs$:1:after", "phase-temporal:2:after", "phase-sensitive:1:after", "output:1:during"),
 }
 
 
@@ -145,6 +154,7 @@ def test_kill_9_struck_at_every_moment(killed: dict[str, Any]) -> None:
 def test_a_killed_and_resumed_run_ends_in_the_bytes_of_one_in_peace(killed: dict[str, Any]) -> None:
     whole, interrupted = killed["digests"]
     assert interrupted == whole
+    assert not killed["histories"] or killed["histories"][0] == killed["histories"][1]
 
 
 def test_a_killed_run_leaves_its_state_and_no_output(killed: dict[str, Any]) -> None:
