@@ -253,7 +253,7 @@ def _sensitivity(
     """The entries of all layers; those that an interrupted run left are taken over."""
     saved = work.load("sensitivity")
     finished: dict[str, Entry] = {} if saved is None else saved[1]["layers"]
-    throttle = Throttle()
+    throttle = Throttle(work)
 
     def after_layer(entry: Entry, done: int, total: int) -> None:
         finished[entry["name"]] = entry

@@ -111,7 +111,8 @@ def analyze(
         is_directory = Path(model).is_dir()
         if is_directory:
             config = with_prompts(config, family_of(Path(model)), classes_of(Path(model)))
-            if again and (finished := _finished(output, config, inputs)) is not None:
+            if again and (finished := _finished(output, config, inputs, work)) is not None:
+                work.remove()
                 return finished
         # Of other models what they draw, and where they lie, is known when they are loaded.
         if is_directory or not again:
@@ -122,7 +123,8 @@ def analyze(
         if not is_directory:
             config = with_prompts(config, loaded.family, loaded.classes)
             inputs.setdefault("source", _digest(loaded.path))
-            if again and (finished := _finished(output, config, inputs)) is not None:
+            if again and (finished := _finished(output, config, inputs, work)) is not None:
+                work.remove()
                 return finished
             check_output(output, stage="analysis", overwrite=overwrite)
         quantized = None if checkpoint is None else load_checkpoint(checkpoint).denoiser
@@ -250,9 +252,14 @@ def _digest(path: Path) -> str:
     return hash_directory(path) if path.is_dir() else hash_file(path)
 
 
-def _finished(output: Path, config: AnalyzeConfig, inputs: Mapping[str, str]) -> Artifact | None:
+def _finished(
+    output: Path, config: AnalyzeConfig, inputs: Mapping[str, str], work: WorkDirectory
+) -> Artifact | None:
     """The analysis at `output`, if it is of these settings and inputs."""
     if not (output / MANIFEST_NAME).is_file() or stage_of(output) != "analysis":
+        return None
+    # One that --overwrite was to replace is no result of the run that was to replace it.
+    if work.started_after(output / MANIFEST_NAME):
         return None
     artifact = read_artifact(output, stage="analysis")
     same = artifact.manifest.config == json.loads(json.dumps(to_dict(config)))

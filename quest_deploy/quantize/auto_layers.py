@@ -207,7 +207,7 @@ def choose_layers(
     saved = work.load(DAMAGES)
     damages: Damages = {} if saved is None else saved[0]
     if damages.keys() < qparams.keys():
-        throttle = Throttle()
+        throttle = Throttle(work)
 
         def after_layer(done: int) -> None:
             if throttle.due() or done == len(qparams):

@@ -355,7 +355,7 @@ def collect_inputs(
     handles = [
         layers[name].register_forward_pre_hook(keep(name, channel_axis(layers[name]))) for name in kept
     ]
-    steps, throttle = data.timesteps.numel(), Throttle()
+    steps, throttle = data.timesteps.numel(), Throttle(work)
     first, saved = _go_on(work, kept, generator)
     try:
         for step in range(first, steps):

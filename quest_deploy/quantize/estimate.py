@@ -21,7 +21,7 @@ from quest_deploy.model.load import LoadedModel
 from quest_deploy.model.products import float32_products
 from quest_deploy.model.spec import classes_of, family_of
 from quest_deploy.model.weights import weight_files
-from quest_deploy.quantize import auto_layers, calibrate, parts, train
+from quest_deploy.quantize import auto_layers, calibrate, checkpoint, parts, train
 from quest_deploy.quantize.calibrate import CalibrationSet
 from quest_deploy.quantize.estimate_parts import (
     PartEstimate,
@@ -29,6 +29,7 @@ from quest_deploy.quantize.estimate_parts import (
     Speed,
     attention_operands,
     collapsed,
+    companion_layers,
     companions,
     layer_choice,
     own_trajectories,
@@ -149,28 +150,33 @@ def estimate(model: str | Path, config: FinetuneConfig) -> tuple[list[PartEstima
     # Tables take the place of layers that carry time and are not quantized.
     left_out = [every[name] for name, role in trace.roles.items() if name in layers or role == "temporal"]
     codes += denoiser - size_bytes([layer.weight for layer in left_out])
-    others = weights - denoiser
-    if loaded.path.is_dir():
-        merged = [encoder for name, encoder in loaded.text_encoders.items() if name in loaded.changed]
-        others = size_bytes([tensor for one in merged for tensor in (*one.parameters(), *one.buffers())])
-        others += sum(file.stat().st_size for file in _carried(loaded))
     result.append(
         PartEstimate(
             part="write checkpoint",
             seconds=0.0,
             memory_bytes=2 * weights,
-            disk_bytes=others + codes,
+            disk_bytes=_other_bytes(loaded, recipe) + codes,
         )
     )
     return result, speed
 
 
-def _carried(loaded: LoadedModel) -> list[Path]:
-    """The files that a checkpoint has as the model's directory has them; of weights, and a safety checker's."""
-    family, files = loaded.family, safety_files(loaded.path, loaded.index)
-    for name in set(family.weights) - {family.denoiser} - loaded.changed:
-        files += weight_files(loaded.path / name, family.library_of(name))
-    return files
+def _other_bytes(loaded: LoadedModel, recipe: Recipe) -> int:
+    """Of a checkpoint's other components, and of a safety checker: most are copied as they lie on disk."""
+    family, components = loaded.family, checkpoint.parts(loaded)
+    quantized = companion_layers(loaded, recipe)
+    copied = set(family.weights) - loaded.changed - quantized.keys() if loaded.path.is_dir() else set()
+    files = safety_files(loaded.path, loaded.index) if loaded.path.is_dir() else []
+    size = 0
+    for name in set(family.weights) - {family.denoiser}:
+        if name in copied:
+            files += weight_files(loaded.path / name, family.library_of(name))
+            continue
+        part = components[name]
+        # In float32, but for codes of a byte.
+        size += size_bytes([*part.parameters(), *part.buffers()])
+        size -= sum(3 * layer.weight.numel() for layer in quantized.get(name, ()))
+    return size + sum(file.stat().st_size for file in files)
 
 
 def measure_speed(

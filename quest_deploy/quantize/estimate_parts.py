@@ -269,6 +269,16 @@ def collapsed(run: Run) -> PartEstimate:
     )
 
 
+def companion_layers(model: LoadedModel, recipe: Recipe) -> dict[str, list[Quantizable]]:
+    """The layers that are quantized beside the denoiser's, by the folder of the component that has them."""
+    found: dict[str, list[Quantizable]] = {}
+    for part in model.family.text if recipe.text_encoder else ():
+        found[part.name] = list(quantizable_layers(model.text_encoders[part.name]).values())
+    if recipe.vae_decoder and model.vae is not None and model.family.autoencoder is not None:
+        found[model.family.autoencoder] = list(static.decoder_layers(model.vae).values())
+    return found
+
+
 def companions(run: Run) -> list[PartEstimate]:
     """The text encoders and the decoder, as the recipe wants them.
 
@@ -278,19 +288,18 @@ def companions(run: Run) -> list[PartEstimate]:
     model, recipe = run.model, run.recipe
     static.check_companions(model, recipe)
     prompts, result = recipe.calibration_prompts, []
+    layers = companion_layers(model, recipe)
     for part in model.family.text if recipe.text_encoder else ():
         encoder = model.text_encoders[part.name]
         with PeakMemory() as memory:
             each_s = seconds_of(lambda: model.conditioner.encode([""]), first_device(encoder))
         pass_bytes = memory.peak * min(static.BATCH_PROMPTS, prompts + 1)
-        layers = list(quantizable_layers(encoder).values())
+        seconds = (prompts + 1) * each_s
         result.append(
-            _companion(
-                run, part.name, encoder, layers, recipe.text_encoder, (prompts + 1) * each_s, pass_bytes
-            )
+            _companion(run, part.name, encoder, layers[part.name], recipe.text_encoder, seconds, pass_bytes)
         )
     if recipe.vae_decoder is not None:
-        assert model.vae is not None
+        assert model.vae is not None and model.family.autoencoder is not None
         each = static.decode_memory(model)
         images = min(prompts, static.MAX_IMAGES)
         decoding = each.fixed + each.each * min(images, static.latents_at_once(model, recipe))
@@ -305,8 +314,8 @@ def companions(run: Run) -> list[PartEstimate]:
             static.decode_shapes(model, 1)
         decode_s = counter.get_total_flops() / products_per_second(torch.device("cpu"))
         seconds = images * (recipe.calibration_steps * run.speed.forward_s + decode_s)
-        layers = list(static.decoder_layers(model.vae).values())
-        result.append(_companion(run, "decoder", model.vae, layers, recipe.vae_decoder, seconds, pass_bytes))
+        own = layers[model.family.autoencoder]
+        result.append(_companion(run, "decoder", model.vae, own, recipe.vae_decoder, seconds, pass_bytes))
     return result
 
 

@@ -92,19 +92,23 @@ def finetune(
     workers = find_workers(config.device)
     # The other processes of a run only read.
     with work.lock() if workers.main else nullcontext():
-        if Path(model).is_dir():
+        again, is_directory = resume and not overwrite, Path(model).is_dir()
+        if is_directory:
             config = with_prompts(config, family_of(Path(model)), classes_of(Path(model)))
-        if (
-            resume
-            and not overwrite
-            and (finished := _finished(Path(model), output, config, work)) is not None
-        ):
-            work.remove()
-            return finished
-        check_output(output, stage="checkpoint", overwrite=overwrite)
+            if again and (finished := _finished(output, config, work, Path(model))) is not None:
+                work.remove()
+                return finished
+        # Of other models what they draw, and where they lie, is known when they are loaded.
+        if is_directory or not again:
+            check_output(output, stage="checkpoint", overwrite=overwrite)
         loaded, trace, config = prepare(model, config)
         bits = layer_bits(trace.roles, config.recipe)
         inputs = inputs_of(loaded, config)
+        if again and not is_directory:
+            if (finished := _finished(output, config, work, loaded.path)) is not None:
+                work.remove()
+                return finished
+            check_output(output, stage="checkpoint", overwrite=overwrite)
         with workers.main_first():
             if workers.main:
                 if not (resume and work.started):
@@ -118,6 +122,8 @@ def finetune(
             denoiser, context, history = _quantize(loaded, trace, config, work, told, workers)
         with workers.main_first():
             if workers.main:
+                with deterministic(config.seed), float32_products(products):
+                    companions = quantize_companions(loaded, config)
                 with write_artifact(
                     output,
                     stage="checkpoint",
@@ -134,7 +140,7 @@ def finetune(
                         activation_bits={name: activation for name, (_, activation) in bits.items()},
                         context=context,
                         history=history,
-                        companions=quantize_companions(loaded, config),
+                        companions=companions,
                     )
                     writer.details.update(history)
                 work.remove()
@@ -164,7 +170,11 @@ def prepare(model: str | Path, config: FinetuneConfig) -> tuple[LoadedModel, Tra
 
 def inputs_of(model: LoadedModel, config: FinetuneConfig) -> dict[str, str]:
     """Content hashes of everything that a checkpoint is made from, for its manifest."""
-    inputs = {"source": hash_directory(model.path) if model.path.is_dir() else hash_file(model.path)}
+    return _digests(model.path, config)
+
+
+def _digests(path: Path, config: FinetuneConfig) -> dict[str, str]:
+    inputs = {"source": hash_directory(path) if path.is_dir() else hash_file(path)}
     return inputs | {f"lora-{index}": hash_file(lora.path) for index, lora in enumerate(config.loras)}
 
 
@@ -187,18 +197,16 @@ def with_prompts(config: FinetuneConfig, family: Family, classes: Classes | None
     return dataclasses.replace(config, prompts=prompts)
 
 
-def _finished(model: Path, output: Path, config: FinetuneConfig, work: WorkDirectory) -> Artifact | None:
-    """The checkpoint at `output`, if this very run was killed after its last write."""
-    if not (output / MANIFEST_NAME).is_file() or not model.is_dir() or stage_of(output) != "checkpoint":
+def _finished(output: Path, config: FinetuneConfig, work: WorkDirectory, model: Path) -> Artifact | None:
+    """The checkpoint at `output`, if this very run, of what lies at `model`, was killed after its last write."""
+    if not (output / MANIFEST_NAME).is_file() or stage_of(output) != "checkpoint":
         return None
     # One that --overwrite was to replace is no result of the run that was to replace it.
     if work.started_after(output / MANIFEST_NAME):
         return None
     artifact = read_artifact(output, stage="checkpoint")
     same_config = artifact.manifest.config == json.loads(json.dumps(to_dict(config)))
-    inputs = {"source": hash_directory(model)}
-    inputs |= {f"lora-{index}": hash_file(lora.path) for index, lora in enumerate(config.loras)}
-    return artifact if same_config and artifact.manifest.inputs == inputs else None
+    return artifact if same_config and artifact.manifest.inputs == _digests(model, config) else None
 
 
 @contextmanager

@@ -199,7 +199,7 @@ def compensate(
         name: layer.weight.new_zeros(layer.weight[0].numel(), layer.weight[0].numel())
         for name, layer in layers.items()
     }
-    steps, first, group, throttle = data.timesteps.numel(), 0, 0, Throttle()
+    steps, first, group, throttle = data.timesteps.numel(), 0, 0, Throttle(work)
     result: dict[str, Tensor] = {}
     if work is not None and (saved := work.load(f"{key}-hessians")) is not None:
         generator.set_state(saved[0].pop(GENERATOR))

@@ -79,7 +79,7 @@ def find_scales(
     inputs = {name: inputs[name] for name in bits if name in inputs}
     saved = work.load("scales")
     qparams = {} if saved is None else unflatten_qparams(*saved)
-    throttle = Throttle()
+    throttle = Throttle(work)
     layers = quantizable_layers(model.denoiser)
     for done, name in enumerate(inputs, start=1):
         if name not in qparams:

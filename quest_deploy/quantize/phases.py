@@ -111,6 +111,11 @@ def make_task(inputs: Inputs) -> train.Task:
             "%s does not move latents by a multiple of the prediction: finetuning without walks",
             type(inputs.model.scheduler).__name__,
         )
+    elif steps is not None and not steps.starts(recipe.walk_length):
+        logger.warning(
+            "walk_length is %d, and trajectories have %d steps: finetuning without walks",
+            *(recipe.walk_length, recipe.calibration_steps),
+        )
     max_pairs = max_walks = None
     if recipe.memory_limit_gb is not None:
         max_pairs, max_walks = slices_within(inputs, recipe.memory_limit_gb, steps)
@@ -215,7 +220,7 @@ def _train_phase(
         saved = work.load(f"phase-{name}")
     if saved is not None:
         train.restore(state, optimizer, *saved)
-    throttle = Throttle()
+    throttle = Throttle(work)
 
     def after_step(now: train.TrainState, loss: float) -> None:
         if task.workers.main and (throttle.due() or train.finished(phase, now)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,28 @@ def test_finished_analysis_is_reused(
     again = analyze(tiny_model, analysis, analyze_config, checkpoint=tiny_checkpoint, resume=True)
     assert again.digest == read_artifact(analysis).digest
     assert (analysis / "manifest.json").stat().st_mtime_ns == before
+
+
+def test_an_analysis_that_was_to_be_replaced_is_no_result_of_the_run_that_was_interrupted(
+    analysis: Path, tiny_model: Path, tiny_checkpoint: Path, analyze_config: AnalyzeConfig, tmp_path: Path
+) -> None:
+    output = shutil.copytree(analysis, tmp_path / "out")
+
+    def kill(event: ProgressEvent) -> None:
+        raise Killed
+
+    def run(**options: Any) -> Any:
+        return analyze(tiny_model, output, analyze_config, checkpoint=tiny_checkpoint, **options)
+
+    with pytest.raises(Killed):
+        run(progress=kill, overwrite=True)
+    with pytest.raises(ArtifactError, match="exists already; add --overwrite"):
+        run(resume=True)
+    assert (tmp_path / ".out.analyze" / "run.json").is_file()
+    # As if it was killed between writing the analysis and deleting its state.
+    (output / "manifest.json").touch()
+    run(resume=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_checkpoint_in_place_of_the_model_is_refused(

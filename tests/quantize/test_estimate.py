@@ -17,9 +17,10 @@ from quest_deploy.model.load import LoadedModel
 from quest_deploy.quantize import estimate as module
 from quest_deploy.quantize import estimate_parts, gptq, phases, train
 from quest_deploy.quantize.calibrate import CalibrationSet, from_tensors
+from quest_deploy.quantize.checkpoint import WEIGHTS, write_component
 from quest_deploy.quantize.estimate import PartEstimate, Speed, estimate
 from quest_deploy.quantize.estimate_parts import most_on_disk
-from quest_deploy.quantize.insert import quantizable_layers
+from quest_deploy.quantize.insert import quantizable_layers, quantized_layers
 from quest_deploy.quantize.losses import Objective
 from quest_deploy.quantize.memory import PassMemory, pass_memory, size_bytes
 from quest_deploy.quantize.operands import (
@@ -29,6 +30,7 @@ from quest_deploy.quantize.operands import (
     initialize_operands,
 )
 from quest_deploy.quantize.recipe import load_recipe
+from quest_deploy.quantize.static import quantize_companions
 from quest_deploy.quantize.trace import Trace
 
 
@@ -201,6 +203,24 @@ def test_parts_that_a_recipe_asks_for_are_told_of(tiny_model: Path, config: Fine
     names = ("collapse timestep groups", "quantize text encoder", "quantize decoder")
     assert list(parts)[-4:-1] == list(names)
     assert all(parts[name].seconds > 0 and parts[name].memory_bytes > 0 for name in names)
+
+
+@pytest.mark.parametrize("field", ["text_encoder", "vae_decoder"])
+def test_the_checkpoint_of_quantized_companions_has_the_size_that_was_told(
+    float_model: LoadedModel, config: FinetuneConfig, tmp_path: Path, field: str
+) -> None:
+    """They were counted in float32."""
+    recipe = dataclasses.replace(config.recipe, **{field: "int8-weight-only"})
+    plain, told = (module._other_bytes(float_model, one) for one in (config.recipe, recipe))
+    ((name, part),) = quantize_companions(float_model, dataclasses.replace(config, recipe=recipe)).items()
+    write_component(tmp_path / name, part)
+    (before,) = (float_model.path / name).glob("*.safetensors")
+    after = tmp_path / name / WEIGHTS
+    saved = [sum(value.nbytes for value in load_file(file).values()) for file in (before, after)]
+    scales = sum(layer.weight_scale().nbytes for layer in quantized_layers(part).values())
+    # Headers of files are no weights, and neither are the numbers of positions, which are not stored.
+    header = before.stat().st_size - saved[0]
+    assert plain - told == pytest.approx(saved[0] - saved[1] + scales + header, rel=0.05)
 
 
 @pytest.fixture

@@ -64,6 +64,15 @@ MOMENTS = {
         "phase-sensitive:1:after",
         "output:1:during",
     ),
+    "sliced": ("drop:1:during", "phase-sensitive:2:after"),
+    "bfloat16": (
+        "trajectories-:2:after",
+        "inputs$:1:after",
+        "phase-temporal:2:after",
+        "phase-sensitive:1:after",
+        "phase-sensitive:1:during",
+    ),
+    "two": ("inputs$:1:after", "phase-temporal:2:after", "phase-sensitive:1:after", "output:1:during"),
 }
 
 
@@ -145,6 +154,7 @@ def test_kill_9_struck_at_every_moment(killed: dict[str, Any]) -> None:
 def test_a_killed_and_resumed_run_ends_in_the_bytes_of_one_in_peace(killed: dict[str, Any]) -> None:
     whole, interrupted = killed["digests"]
     assert interrupted == whole
+    assert not killed["histories"] or killed["histories"][0] == killed["histories"][1]
 
 
 def test_a_killed_run_leaves_its_state_and_no_output(killed: dict[str, Any]) -> None:
@@ -237,7 +247,7 @@ def test_resuming_with_other_settings_is_refused_with_what_differs(
         finetune(tiny_model, output, config(weight_bits=4, guidance_scale=5.0), resume=True)
     assert "config.recipe.weight_bits was 8, now 4" in str(caught.value)
     assert "config.recipe.guidance_scale was 3.0, now 5.0" in str(caught.value)
-    assert "repeat those, or start afresh with --overwrite" in str(caught.value)
+    assert "repeat those, or start afresh with --overwrite and without --resume" in str(caught.value)
 
 
 def test_resuming_with_another_model_is_refused(
@@ -355,9 +365,18 @@ def test_a_phase_with_nothing_to_train_is_refused(tiny_model: Path, tmp_path: Pa
         finetune(tiny_model, tmp_path / "out", dataclasses.replace(config(), recipe=recipe))
 
 
-def test_finetuning_leaves_torchs_settings_and_generator_alone(tiny_model: Path, tmp_path: Path) -> None:
-    before = torch.get_rng_state()
+def test_finetuning_leaves_torchs_settings_and_generator_alone(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, during = torch.get_rng_state(), []
+
+    def quantize_companions(*arguments: Any) -> dict[str, Any]:
+        during.append(torch.are_deterministic_algorithms_enabled())
+        return {}
+
+    monkeypatch.setattr("quest_deploy.quantize.finetune.quantize_companions", quantize_companions)
     finetune(tiny_model, tmp_path / "out", config())
+    assert during == [True]
     assert not torch.are_deterministic_algorithms_enabled()
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -366,7 +385,7 @@ def test_saves_are_due_every_so_often(monkeypatch: pytest.MonkeyPatch) -> None:
     every = stage.SAVE_EVERY_SECONDS
     clock = iter([100.0, 101.0, 100.0 + every, 100.0 + every, 101.0 + every])
     monkeypatch.setattr(stage.time, "monotonic", lambda: next(clock))
-    throttle = stage.Throttle()
+    throttle = stage.Throttle(None)
     assert [throttle.due() for _ in range(3)] == [False, True, False]
-    # The promise is that at most a minute of work is lost.
+    # At most a minute of work is lost where saves are quick.
     assert stage.SAVE_EVERY_SECONDS < 60

@@ -1,18 +1,24 @@
-"""What a part keeps while it runs: interrupted in the middle, it goes on to the same bits."""
+"""What a part keeps while it runs: interrupted in the middle, it goes on to the same bits; whole, it is used again."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from quest_deploy.model.load import LoadedModel
+from quest_deploy.config import FinetuneConfig
+from quest_deploy.errors import ArtifactError
+from quest_deploy.model.load import LoadedModel, load_model
+from quest_deploy.quantize import finetune as stage
 from quest_deploy.quantize.calibrate import CalibrationSet, collect_inputs
 from quest_deploy.quantize.gptq import compensate
 from quest_deploy.quantize.insert import LayerQParams
 from quest_deploy.quantize.resume import WorkDirectory
+from tests.quantize.limited_run import RECIPE
 
 LAYERS = ("time_embedding.linear_1", "conv_in", "conv_out")
 
@@ -71,3 +77,17 @@ def test_rounding_goes_on_to_the_same_bits(
     )
     assert done == list(range(stop + 1, 7))
     assert all(torch.equal(again[name], value) for name, value in whole.items())
+
+
+def test_a_finished_checkpoint_of_what_is_no_directory_is_used_again(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a hub id or a single file it was refused: what such a model draws is known when it is loaded."""
+    monkeypatch.setattr(stage, "load_model", lambda model: load_model(tiny_model))
+    config = FinetuneConfig(recipe=dataclasses.replace(RECIPE, calibration_prompts=2, initializer="nearest"))
+    output = tmp_path / "out"
+    first = stage.finetune("somebody/a-model", output, config)
+    monkeypatch.setattr(stage, "_quantize", None)
+    assert stage.finetune("somebody/a-model", output, config, resume=True).digest == first.digest
+    with pytest.raises(ArtifactError, match="exists already; add --overwrite"):
+        stage.finetune("somebody/a-model", output, dataclasses.replace(config, seed=1), resume=True)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from quest_deploy.errors import ArtifactError
+from quest_deploy.quantize import resume
 from quest_deploy.quantize.calibrate import CalibrationSet, from_tensors, join
-from quest_deploy.quantize.resume import WorkDirectory, machine
+from quest_deploy.quantize.resume import Throttle, WorkDirectory, machine
 
 
 def part(seed: int, prompts: int) -> CalibrationSet:
@@ -64,3 +66,27 @@ def test_state_has_the_mode_of_other_files(tmp_path: Path) -> None:
 
 def test_a_run_belongs_to_the_versions_that_started_it() -> None:
     assert {"quest-deploy", "diffusers", "transformers", "torch", "threads"} <= machine().keys()
+
+
+@pytest.mark.parametrize(("save_s", "least", "most"), [(0.1, 6.0, 7.0), (20.0, 60.0, 120.0)])
+def test_saving_takes_a_tenth_of_the_time_at_most(
+    save_s: float, least: float, most: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gigabytes on a slow disk took longer than the time between two saves, and were written after every update."""
+    work = WorkDirectory(tmp_path / "out")
+    work.open({}, resume=False, overwrite=False)
+    now, saving, save_file = 0.0, 0.0, resume.save_file
+
+    def slow_save_file(*args: Any, **options: Any) -> None:
+        nonlocal now, saving
+        save_file(*args, **options)
+        now, saving = now + save_s, saving + save_s
+
+    monkeypatch.setattr(resume, "save_file", slow_save_file)
+    monkeypatch.setattr(resume.time, "monotonic", lambda: now)
+    throttle = Throttle(work)
+    while now < 1000:
+        now += 2
+        if throttle.due():
+            work.save("phase", {"x": torch.ones(1)})
+    assert least <= saving <= most

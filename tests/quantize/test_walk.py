@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from quest_deploy import sampling
+from quest_deploy.config import FinetuneConfig
 from quest_deploy.model.load import LoadedModel
+from quest_deploy.quantize import phases
 from quest_deploy.quantize.calibrate import CalibrationSet
+from quest_deploy.quantize.recipe import load_recipe
+from quest_deploy.quantize.trace import Trace
 from quest_deploy.quantize.walk import fit_steps, guided_target, has_steps, walk_errors
 
 KEEP, MOVE = torch.tensor([0.9, 0.8, 1.1]), torch.tensor([-0.2, 0.3, -0.1])
@@ -151,3 +156,33 @@ def test_which_schedulers_have_walks_is_known_beforehand(
     config = {**float_model.scheduler.config, **options, "_class_name": sampling.SCHEDULERS[scheduler]}
     own = sampling.make_scheduler(None, config)
     assert has_steps(dataclasses.replace(float_model, scheduler=own), 4) == expected
+
+
+@pytest.mark.parametrize(("length", "told"), [(2, []), (3, [(3, 3)])])
+def test_walks_that_are_as_long_as_trajectories_are_told_of(
+    length: int,
+    told: list[tuple[int, int]],
+    float_model: LoadedModel,
+    traced: Trace,
+    quantize_tiny: Callable,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """They were left out without a word."""
+    monkeypatch.setattr(phases, "make_objective", lambda *arguments, **options: None)
+    student, context = quantize_tiny(8, 8)
+    recipe = dataclasses.replace(
+        load_recipe("w8a8"), validation_prompts=1, walk_length=length, calibration_steps=3
+    )
+    phases.make_task(
+        phases.Inputs(
+            model=float_model,
+            student=student,
+            trace=traced,
+            data=request.getfixturevalue("recorded"),
+            context=context,
+            config=FinetuneConfig(recipe=recipe),
+        )
+    )
+    assert [entry.args for entry in caplog.records] == told
