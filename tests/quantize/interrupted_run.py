@@ -76,6 +76,7 @@ RECIPES |= {
     "bfloat16": with_phases(
         dataclasses.replace(WALKING, targets="recompute", precision="bfloat16"), steps=8, patience=2
     ),
+    "own": dataclasses.replace(WALKING, targets="disk", on_policy_prompts=2),
     "two": with_phases(WALKING, walks=1, patience=2, steps=8),
 }
 PROCESSES = {"two": 2}

@@ -72,6 +72,12 @@ MOMENTS = {
         "phase-sensitive:1:after",
         "phase-sensitive:1:during",
     ),
+    "own": (
+        "phase-temporal:2:after",
+        "own-trajectories-:1:after",
+        "own-trajectories-:1:during",
+        "phase-sensitive:1:after",
+    ),
     "two": ("inputs$:1:after", "phase-temporal:2:after", "phase-sensitive:1:after", "output:1:during"),
 }
 
