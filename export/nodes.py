@@ -1,4 +1,4 @@
-"""Questions that several passes ask of a graph's values, and copies of its nodes."""
+"""Questions that several passes ask of a graph's values, copies of its nodes, and what takes the place of others."""
 
 from __future__ import annotations
 
@@ -38,3 +38,16 @@ def twin(
     made.metadata_props.update(node.metadata_props)
     made.outputs[0].shape, made.outputs[0].type = node.outputs[0].shape, node.outputs[0].type
     return made
+
+
+def replace_by_transpose(
+    graph: ir.Graph, node: ir.Node, source: ir.Value | None, perm: Sequence[int]
+) -> None:
+    """Put a Transpose of `source` where `node`, of one output, stands; its name, shape and type stay."""
+    made = ir.node("Transpose", [source], attributes={"perm": list(perm)})
+    made.metadata_props.update(node.metadata_props)
+    old, new = node.outputs[0], made.outputs[0]
+    new.name, new.shape, new.type = old.name, old.shape, old.type
+    graph.insert_before(node, made)
+    old.replace_all_uses_with(new, replace_graph_outputs=True)
+    graph.remove(node, safe=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from quest_deploy.export.nodes import replace_by_transpose
+
 
 class PermuteEinsum(ir.passes.InPlacePass):
     """``Einsum(x, "nhwpqc->nchpwq")`` becomes ``Transpose(x, [0, 5, 1, 3, 2, 4])``.
@@ -21,13 +23,7 @@ class PermuteEinsum(ir.passes.InPlacePass):
             perm = _permutation(node)
             if perm is None:
                 continue
-            made = ir.node("Transpose", node.inputs, attributes={"perm": perm})
-            made.metadata_props.update(node.metadata_props)
-            old, new = node.outputs[0], made.outputs[0]
-            new.name, new.shape, new.type = old.name, old.shape, old.type
-            model.graph.insert_before(node, made)
-            old.replace_all_uses_with(new, replace_graph_outputs=True)
-            model.graph.remove(node, safe=True)
+            replace_by_transpose(model.graph, node, node.inputs[0], perm)
             modified = True
         return ir.passes.PassResult(model, modified=modified)
 

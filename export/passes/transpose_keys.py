@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from quest_deploy.export.nodes import is_alone, is_constant
+from quest_deploy.export.nodes import is_alone, is_constant, replace_by_transpose
 
 SWAP_LAST = [0, 1, 3, 2]
 
@@ -27,13 +27,7 @@ class TransposeKeys(ir.passes.InPlacePass):
             keys = _keys_of(node)
             if keys is None:
                 continue
-            made = ir.node("Transpose", [keys], attributes={"perm": SWAP_LAST})
-            made.metadata_props.update(node.metadata_props)
-            old, new = node.outputs[0], made.outputs[0]
-            new.name, new.shape, new.type = old.name, old.shape, old.type
-            model.graph.insert_before(node, made)
-            old.replace_all_uses_with(new, replace_graph_outputs=True)
-            model.graph.remove(node, safe=True)
+            replace_by_transpose(model.graph, node, keys, SWAP_LAST)
             modified = True
         return ir.passes.PassResult(model, modified=modified)
 
