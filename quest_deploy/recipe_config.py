@@ -238,4 +238,8 @@ class Recipe:
                 f"on_policy_prompts is {self.on_policy_prompts}, expected at most calibration_prompts without "
                 f"validation_prompts, {self.calibration_prompts - self.validation_prompts}"
             )
+        if self.on_policy_prompts > 0 and self.sensitive.batch_size < 2:
+            problems.append(
+                "sensitive.batch_size is 1, expected 2 or more: half of its pairs are on_policy_prompts'"
+            )
         raise_if_any(problems, f"recipe {self.name}")

@@ -166,3 +166,5 @@ def test_own_trajectories_are_of_prompts_to_train_on() -> None:
         config_of(on_policy_prompts=3)
     with pytest.raises(ConfigError, match="on_policy_prompts is -1"):
         config_of(on_policy_prompts=-1)
+    with pytest.raises(ConfigError, match=r"sensitive\.batch_size is 1, expected 2 or more"):
+        config_of(sensitive=dataclasses.replace(PHASE, batch_size=1))
