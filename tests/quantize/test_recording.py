@@ -145,7 +145,9 @@ def test_the_sensitive_phase_alone_learns_from_own_trajectories(
     assert stages["record own trajectories"] == 2
 
 
-@pytest.mark.parametrize("targets", ["memory", "disk", "recompute"])
+@pytest.mark.parametrize(
+    "targets", ["disk", *(pytest.param(kept, marks=pytest.mark.thorough) for kept in ("memory", "recompute"))]
+)
 def test_the_estimate_has_what_own_trajectories_take_on_disk(
     float_model: LoadedModel, tiny_model: Path, quantize_tiny: Quantize, work: WorkDirectory, targets: str
 ) -> None:
