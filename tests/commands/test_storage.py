@@ -87,7 +87,7 @@ def start(words: list[str], output: Path) -> subprocess.Popen[str]:
 @pytest.mark.parametrize(
     ("verb", "number", "code"),
     [
-        ("export", signal.SIGINT, 130),
+        pytest.param("export", signal.SIGINT, 130, marks=pytest.mark.thorough),
         ("export", signal.SIGTERM, 143),
         ("build-engine", signal.SIGINT, 130),
         ("build-engine", signal.SIGTERM, 143),

@@ -42,10 +42,11 @@ def test_some_groups_are_collapsed_and_inputs_are_shared(checkpoint: Path) -> No
     assert query.equals(key) and query.equals(value)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("target", "quantized"),
     # ONNX Runtime fuses a product only with a QuantizeLinear of its own; an engine quantizes the tensor once.
-    [("onnxruntime", 3), pytest.param("tensorrt-rtx", 1, marks=pytest.mark.thorough)],
+    [("onnxruntime", 3), ("tensorrt-rtx", 1)],
 )
 def test_codes_agree(target: str, quantized: int, checkpoint: Path, tmp_path: Path) -> None:
     model = load_checkpoint(checkpoint)

@@ -135,6 +135,7 @@ def test_an_interrupted_choice_goes_on_and_a_finished_one_is_not_measured_again(
     assert run(config()) == first and not predicted
 
 
+@pytest.mark.thorough
 def test_a_measurement_gives_the_same_damages_twice(run: Callable, work: WorkDirectory) -> None:
     _, first = run(config())
     work.drop([auto_layers.DAMAGES])

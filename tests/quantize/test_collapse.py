@@ -127,6 +127,7 @@ def config(**changes: Any) -> FinetuneConfig:
     return FinetuneConfig(recipe=Recipe(**(recipe | changes)), prompts=("a", "b"), seed=0)
 
 
+@pytest.mark.thorough
 def test_a_checkpoint_has_the_collapsed_groups_and_says_so(tmp_path: Path, tiny_model: Path) -> None:
     events: list[str] = []
     finetune(

@@ -316,6 +316,7 @@ def test_small_networks_take_less_for_pairs_together(
     assert speed.update(4) == pytest.approx(update_s + 3 * more_s)
 
 
+@pytest.mark.thorough
 def test_validation_is_timed_as_it_runs_in_the_recipes_precision(
     tiny_model: Path, config: FinetuneConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,6 +18,7 @@ from quest_deploy.quantize.parts import seen_bytes
 from tests.quantize.limited_run import CONFIG, RECIPE, limited
 
 
+@pytest.mark.thorough
 def test_a_run_gives_the_limit_to_every_part(
     float_model: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

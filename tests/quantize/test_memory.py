@@ -133,6 +133,7 @@ def test_the_memory_of_a_pass_is_found_without_computing_it(student, recorded, o
     assert 0.9 * memory.peak <= found.fixed + 2 * found.each <= 1.2 * memory.peak
 
 
+@pytest.mark.thorough
 def test_the_memory_of_an_update_has_the_weights_that_its_passes_share(student, recorded, objective) -> None:  # type: ignore[no-untyped-def]
     """Blocks that are computed twice keep little else."""
     denoiser, context = student

@@ -93,6 +93,7 @@ def hessians(monkeypatch: pytest.MonkeyPatch) -> dict[int, list[Tensor]]:
     return found
 
 
+@pytest.mark.thorough
 def test_hessians_are_the_same_in_chunks_of_prompts_and_of_layers(
     float_model: LoadedModel,
     recorded: CalibrationSet,
@@ -254,9 +255,8 @@ def test_recording_keeps_the_limit_and_its_result(
     torch.testing.assert_close(found[1].targets, found[0].targets, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("initializer", "room"), [("gptq", 12.5), pytest.param("adaround", 7.5, marks=pytest.mark.thorough)]
-)
+@pytest.mark.thorough
+@pytest.mark.parametrize(("initializer", "room"), [("gptq", 12.5), ("adaround", 7.5)])
 def test_the_estimate_keeps_the_limit(float_model: LoadedModel, initializer: str, room: float) -> None:
     recipe = dataclasses.replace(RECIPE, initializer=initializer)
     limit = limited(float_model, room, recipe).memory_limit_gb
