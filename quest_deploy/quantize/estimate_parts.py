@@ -33,7 +33,7 @@ from quest_deploy.quantize.memory import (
     prompts_at_once,
     size_bytes,
 )
-from quest_deploy.quantize.recording import batch_prompts, own_bytes
+from quest_deploy.quantize.recording import batch_prompts, drawing_bytes, own_bytes
 from quest_deploy.quantize.sensitivity import BATCH_PAIRS
 from quest_deploy.quantize.student import adaround_plans
 
@@ -238,8 +238,7 @@ def own_trajectories(run: Run) -> PartEstimate:
     recipe, student, own = run.recipe, run.student, own_bytes(run.data, run.recipe)
     on_disk = recipe.targets == "disk"
     forward = forward_memory(student, run.data, run.context)
-    held = run.held + size_bytes([*student.parameters(), *student.buffers()]) + cached_bytes(student)
-    held += 0 if on_disk else own
+    held = drawing_bytes(run.model, student, run.data, recipe)
     most = min(batch_prompts(run.data.device), recipe.on_policy_prompts)
     at_once = limit_count(most, held, recipe.memory_limit_gb, forward)
     pairs = recipe.on_policy_prompts * run.data.timesteps.numel()

@@ -46,6 +46,13 @@ def own_bytes(data: CalibrationSet, recipe: Recipe) -> int:
     return kept_bytes(data, recipe.targets) * recipe.on_policy_prompts // recipe.calibration_prompts
 
 
+def drawing_bytes(model: LoadedModel, student: nn.Module, data: CalibrationSet, recipe: Recipe) -> int:
+    """What is in memory while the student draws, beside its passes."""
+    own = 0 if recipe.targets == "disk" else own_bytes(data, recipe)
+    weights = size_bytes([*student.parameters(), *student.buffers()])
+    return held_bytes(model, data, recipe) + own + weights + cached_bytes(student)
+
+
 def record(
     model: LoadedModel, config: FinetuneConfig, work: WorkDirectory, progress: Progress
 ) -> CalibrationSet:
@@ -102,8 +109,7 @@ def record_own(
     recipe = config.recipe
     at_once = batch_prompts(data.device)
     if recipe.memory_limit_gb is not None:
-        held = held_bytes(model, data, recipe) + (0 if recipe.targets == "disk" else own_bytes(data, recipe))
-        held += size_bytes([*student.parameters(), *student.buffers()]) + cached_bytes(student)
+        held = drawing_bytes(model, student, data, recipe)
         at_once = limit_count(at_once, held, recipe.memory_limit_gb, forward_memory(student, data, context))
     draw = _draw(model, config, at_once, seed=config.seed + recipe.calibration_prompts, follow=student)
     report = reporter(progress, "record own trajectories")
